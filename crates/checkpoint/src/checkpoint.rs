@@ -1,0 +1,291 @@
+//! An opened model folder: config.json, the tensors of its safetensors files, its tokenizer files.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+
+use crate::files::{identity, open_regular, read_exact_at, read_small};
+use crate::header::read_header;
+use crate::{CheckpointError, Digest, dtype_size, is_float, widen};
+
+/// The files beside the weights that a checkpoint may carry; nothing else is read or copied.
+pub const SIDECAR_FILES: &[&str] = &[
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+];
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
+const MAX_SIDECAR_BYTES: u64 = 256 << 20;
+const MAX_INDEX_BYTES: u64 = 64 << 20;
+const READ_BLOCK: usize = 4 << 20;
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// One tensor of a checkpoint: its dtype, its shape and where its bytes lie.
+#[derive(Debug, Clone)]
+pub struct TensorInfo {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    file: usize,
+    offset: u64,
+    len: u64,
+}
+
+impl TensorInfo {
+    /// Number of elements; 1 for a 0-d tensor.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn byte_len(&self) -> u64 {
+        self.len
+    }
+}
+
+/// A safetensors file, held open and read by position only, so that a file cut under us is an error and
+/// not a signal.
+#[derive(Debug)]
+pub(crate) struct WeightFile {
+    name: String,
+    file: File,
+}
+
+/// An opened model folder.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: Map<String, Value>,
+    files: Vec<WeightFile>,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+impl Checkpoint {
+    /// Opens a folder and checks config.json and every safetensors header. No weight is read.
+    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        let config = read_config(dir, "config.json")?;
+        let (files, tensors) = match open_regular(dir, INDEX) {
+            Ok(_) => open_shards(dir)?,
+            Err(CheckpointError::Missing { .. }) => open_files(dir, &[SINGLE.to_owned()])?,
+            Err(e) => return Err(e),
+        };
+        Ok(Self {
+            dir: dir.to_owned(),
+            config,
+            files,
+            tensors,
+        })
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub fn config(&self) -> &Map<String, Value> {
+        &self.config
+    }
+
+    /// All tensors in order of name.
+    pub fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
+    }
+
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// Bytes of all tensors.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|t| t.len).sum()
+    }
+
+    /// Reads `buf.len()` bytes of a tensor from `byte_offset` on.
+    pub fn read_into(&self, name: &str, byte_offset: u64, buf: &mut [u8]) -> Result<(), CheckpointError> {
+        let tensor = self.require(name)?;
+        let end = byte_offset.checked_add(buf.len() as u64);
+        if end.is_none_or(|end| end > tensor.len) {
+            return Err(CheckpointError::Tensor {
+                tensor: name.to_owned(),
+                detail: "read past its end".into(),
+            });
+        }
+        let source = &self.files[tensor.file];
+        read_exact_at(&source.file, &source.name, buf, tensor.offset + byte_offset)
+    }
+
+    /// A whole float tensor, widened exactly to f32.
+    pub fn read_f32(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+        let tensor = self.require(name)?;
+        let item = dtype_size(tensor.dtype)
+            .filter(|_| is_float(tensor.dtype))
+            .ok_or_else(|| {
+                let detail = format!("dtype {:?} where BF16, F16 or F32 was expected", tensor.dtype);
+                CheckpointError::Tensor {
+                    tensor: name.to_owned(),
+                    detail,
+                }
+            })? as usize;
+        let mut out = vec![0f32; tensor.numel()];
+        let mut block = vec![0u8; READ_BLOCK.min(out.len() * item)];
+        for (index, part) in out.chunks_mut(READ_BLOCK / item).enumerate() {
+            let bytes = &mut block[..part.len() * item];
+            self.read_into(name, (index * READ_BLOCK) as u64, bytes)?;
+            widen(tensor.dtype, bytes, part);
+        }
+        Ok(out)
+    }
+
+    /// One of [`SIDECAR_FILES`], or None if the folder lacks it.
+    pub fn read_sidecar(&self, file: &str) -> Result<Option<Vec<u8>>, CheckpointError> {
+        if !SIDECAR_FILES.contains(&file) {
+            return Err(CheckpointError::malformed(file, "not a file of a checkpoint"));
+        }
+        read_small(&self.dir, file, MAX_SIDECAR_BYTES)
+    }
+
+    /// Digest of what the checkpoint means, whatever its shard layout: config, sidecar files, and every
+    /// tensor's name, dtype, shape and bytes in order of name. `advance` is told the bytes read and returns
+    /// false to cancel.
+    pub fn content_digest(&self, advance: &dyn Fn(u64) -> bool) -> Result<Digest, CheckpointError> {
+        let mut hasher = blake3::Hasher::new_derive_key("cauldron checkpoint content v1");
+        let config = Value::Object(self.config.clone()).to_string();
+        hash_part(&mut hasher, "config.json", config.as_bytes());
+        for file in SIDECAR_FILES {
+            if let Some(bytes) = self.read_sidecar(file)? {
+                hash_part(&mut hasher, file, &bytes);
+            }
+        }
+        let mut block = vec![0u8; READ_BLOCK];
+        for (name, tensor) in &self.tensors {
+            hash_part(
+                &mut hasher,
+                name,
+                format!("{:?}{:?}", tensor.dtype, tensor.shape).as_bytes(),
+            );
+            let mut at = 0;
+            while at < tensor.len {
+                let n = (tensor.len - at).min(READ_BLOCK as u64) as usize;
+                self.read_into(name, at, &mut block[..n])?;
+                hasher.update_rayon(&block[..n]);
+                at += n as u64;
+                if !advance(n as u64) {
+                    return Err(CheckpointError::Cancelled);
+                }
+            }
+        }
+        Ok(hasher.finalize().into())
+    }
+
+    /// A cheap fingerprint of the files: equal while nothing was written to them.
+    pub fn identity(&self) -> Result<String, CheckpointError> {
+        let mut parts = Vec::new();
+        for weights in &self.files {
+            parts.push(identity(&weights.file, &weights.name)?);
+        }
+        for name in std::iter::once(&"config.json").chain(SIDECAR_FILES) {
+            match open_regular(&self.dir, name) {
+                Ok(file) => parts.push(identity(&file, name)?),
+                Err(CheckpointError::Missing { .. }) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(parts.join(";"))
+    }
+
+    fn require(&self, name: &str) -> Result<&TensorInfo, CheckpointError> {
+        let missing = || CheckpointError::Tensor {
+            tensor: name.to_owned(),
+            detail: "is missing".into(),
+        };
+        self.tensors.get(name).ok_or_else(missing)
+    }
+}
+
+fn hash_part(hasher: &mut blake3::Hasher, name: &str, bytes: &[u8]) {
+    hasher.update(&(name.len() as u64).to_le_bytes());
+    hasher.update(name.as_bytes());
+    hasher.update(&(bytes.len() as u64).to_le_bytes());
+    hasher.update(bytes);
+}
+
+pub(crate) fn read_config(dir: &Path, name: &str) -> Result<Map<String, Value>, CheckpointError> {
+    let bytes = read_small(dir, name, MAX_CONFIG_BYTES)?.ok_or_else(|| CheckpointError::Missing {
+        file: name.to_owned(),
+    })?;
+    serde_json::from_slice(&bytes).map_err(|e| CheckpointError::malformed(name, e.to_string()))
+}
+
+type Opened = (Vec<WeightFile>, BTreeMap<String, TensorInfo>);
+
+pub(crate) fn open_files(dir: &Path, names: &[String]) -> Result<Opened, CheckpointError> {
+    let mut files = Vec::new();
+    let mut tensors = BTreeMap::new();
+    for name in names {
+        let file = open_regular(dir, name)?;
+        for (tensor, e) in read_header(&file, name)? {
+            let info = TensorInfo {
+                dtype: e.dtype,
+                shape: e.shape,
+                file: files.len(),
+                offset: e.offset,
+                len: e.len,
+            };
+            if tensors.insert(tensor.clone(), info).is_some() {
+                return Err(CheckpointError::Tensor {
+                    tensor,
+                    detail: format!("is in {name} and in another shard"),
+                });
+            }
+        }
+        files.push(WeightFile {
+            name: name.clone(),
+            file,
+        });
+    }
+    Ok((files, tensors))
+}
+
+fn open_shards(dir: &Path) -> Result<Opened, CheckpointError> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let bytes = read_small(dir, INDEX, MAX_INDEX_BYTES)?.ok_or_else(|| CheckpointError::Missing {
+        file: INDEX.to_owned(),
+    })?;
+    let index: Index =
+        serde_json::from_slice(&bytes).map_err(|e| CheckpointError::malformed(INDEX, e.to_string()))?;
+    let shards: BTreeSet<String> = index.weight_map.values().cloned().collect();
+    if let Some(bad) = shards.iter().find(|name| !name.ends_with(".safetensors")) {
+        return Err(CheckpointError::malformed(
+            INDEX,
+            format!("{:?} is not a safetensors file", bad),
+        ));
+    }
+    let names: Vec<String> = shards.into_iter().collect();
+    let (files, tensors) = open_files(dir, &names)?;
+    for (tensor, shard) in &index.weight_map {
+        let home = tensors.get(tensor).map(|t| files[t.file].name.as_str());
+        if home != Some(shard.as_str()) {
+            return Err(CheckpointError::Tensor {
+                tensor: tensor.clone(),
+                detail: format!("is not in {shard}"),
+            });
+        }
+    }
+    if let Some(extra) = tensors.keys().find(|name| !index.weight_map.contains_key(*name)) {
+        return Err(CheckpointError::Tensor {
+            tensor: extra.clone(),
+            detail: "is not in the index".into(),
+        });
+    }
+    Ok((files, tensors))
+}
