@@ -76,7 +76,7 @@ impl<'de> Deserialize<'de> for RawHeader {
 /// Bytes of one element; None for sub-byte types, which no merge or decoder here takes.
 pub fn dtype_size(dtype: Dtype) -> Option<u64> {
     let bits = dtype.bitsize();
-    (bits % 8 == 0).then_some(bits as u64 / 8)
+    bits.is_multiple_of(8).then_some(bits as u64 / 8)
 }
 
 /// The element types that a merge computes with.
