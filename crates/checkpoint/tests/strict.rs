@@ -1,5 +1,6 @@
 //! What the strict safetensors layer reads and refuses.
 
+#![allow(clippy::unwrap_used)] // helpers of tests, outside #[test] functions
 use std::fs;
 use std::path::Path;
 
