@@ -35,8 +35,8 @@ const INDEX: &str = "model.safetensors.index.json";
 pub struct TensorInfo {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
-    file: usize,
-    offset: u64,
+    pub(crate) file: usize,
+    pub(crate) offset: u64,
     len: u64,
 }
 
@@ -55,8 +55,8 @@ impl TensorInfo {
 /// not a signal.
 #[derive(Debug)]
 pub(crate) struct WeightFile {
-    name: String,
-    file: File,
+    pub(crate) name: String,
+    pub(crate) file: File,
 }
 
 /// An opened model folder.
@@ -209,7 +209,7 @@ impl Checkpoint {
     }
 }
 
-fn hash_part(hasher: &mut blake3::Hasher, name: &str, bytes: &[u8]) {
+pub(crate) fn hash_part(hasher: &mut blake3::Hasher, name: &str, bytes: &[u8]) {
     hasher.update(&(name.len() as u64).to_le_bytes());
     hasher.update(name.as_bytes());
     hasher.update(&(bytes.len() as u64).to_le_bytes());
@@ -223,7 +223,7 @@ pub(crate) fn read_config(dir: &Path, name: &str) -> Result<Map<String, Value>, 
     serde_json::from_slice(&bytes).map_err(|e| CheckpointError::malformed(name, e.to_string()))
 }
 
-type Opened = (Vec<WeightFile>, BTreeMap<String, TensorInfo>);
+pub(crate) type Opened = (Vec<WeightFile>, BTreeMap<String, TensorInfo>);
 
 pub(crate) fn open_files(dir: &Path, names: &[String]) -> Result<Opened, CheckpointError> {
     let mut files = Vec::new();

@@ -1,18 +1,24 @@
 //! Read and write Hugging Face checkpoints.
 //!
-//! This crate owns the bytes on disk: the strict layer over safetensors and content digests. It knows
-//! nothing of merging, models or HTTP.
+//! This crate owns the bytes on disk: the strict layer over safetensors, content digests, LoRA adapters and
+//! the sharded writer. It knows nothing of merging, models or HTTP.
 
+mod adapter;
 mod checkpoint;
 mod digest;
 mod error;
+mod expert;
 mod files;
 mod header;
 mod widen;
+mod writer;
 
+pub use adapter::{Adapter, LoraFactors};
 pub use checkpoint::{Checkpoint, SIDECAR_FILES, TensorInfo};
 pub use digest::{Digest, ParseDigestError};
 pub use error::CheckpointError;
+pub use expert::Expert;
 pub use header::{MAX_HEADER_BYTES, dtype_size, is_float};
 pub use safetensors::Dtype;
 pub use widen::{narrow, narrow_one_is_finite, widen};
+pub use writer::{FileEntry, ShardPlan, ShardedWriter, TensorPlan, pretty, write_small};

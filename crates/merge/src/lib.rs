@@ -1,1 +1,35 @@
-//! Placeholder until the first module lands.
+//! Recipe -> family -> point: exact, reproducible merging of fine-tuned language models.
+//!
+//! A recipe ([`RecipeSpec`], checked into [`Recipe`]) and its opened models ([`Parents`]) become a family: the passes
+//! over the parents that do not depend on lambda. With the weights known, one fused pass streams every tensor through
+//! f32 with one rounding at the end. The same recipe over the same content gives the same bytes on any number of
+//! threads. This crate knows nothing of HTTP, jobs or serving.
+
+mod card;
+mod error;
+mod family;
+mod json;
+mod kernel;
+mod manifest;
+mod mixup;
+mod output;
+mod parents;
+mod point;
+mod recipe;
+mod rng;
+mod select;
+mod spec;
+mod stream;
+
+pub use error::{MergeError, RecipeError};
+pub use manifest::{
+    MANIFEST_FILE, Manifest, ParentEntry, Summary, TensorStats, read_manifest, verify_folder,
+    verify_folder_full,
+};
+pub use mixup::draw_lambda;
+pub use output::{ARITHMETIC_VERSION, MergeOptions, Observer, merge_digest, merge_to_folder};
+pub use parents::{ParentResolver, Parents};
+pub use recipe::{MAX_MODELS, Method, Mixup, ModelRef, Recipe, Rescale, Sparsify};
+pub use spec::{
+    MixupSpec, ModelEntry, RecipeSpec, SparsifySpec, WeightedModel, parse_recipe, recipe_from_value,
+};

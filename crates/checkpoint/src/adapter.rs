@@ -1,0 +1,343 @@
+//! PEFT LoRA adapters: strict reading of the folder, and the fold `W + scale * B A` of one tensor at a time.
+//!
+//! Source of the layout and of the scale: huggingface/peft, `tuners/lora` (`alpha / r`, with rsLoRA
+//! `alpha / sqrt(r)`). What changes the arithmetic beyond that (DoRA, biases, saved modules) is refused by name.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::checkpoint::{Opened, TensorInfo, WeightFile, hash_part, open_files, read_config};
+use crate::files::{identity, open_regular, read_exact_at};
+use crate::{CheckpointError, Digest, dtype_size, is_float, widen};
+
+const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+const MAX_RANK: usize = 4096;
+
+/// Options of a PEFT config that change the arithmetic; any value but absent, null, false, "none" or empty
+/// is refused.
+const UNSUPPORTED: &[&str] = &[
+    "use_dora",
+    "bias",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "arrow_config",
+];
+
+/// An opened PEFT LoRA folder: for each changed tensor its two factors and its scale.
+#[derive(Debug)]
+pub struct Adapter {
+    config: Map<String, Value>,
+    files: Vec<WeightFile>,
+    tensors: BTreeMap<String, TensorInfo>,
+    pairs: BTreeMap<String, Pair>,
+}
+
+#[derive(Debug)]
+struct Pair {
+    a: String,
+    b: String,
+    rank: usize,
+    rows: usize,
+    cols: usize,
+    scale: f64,
+}
+
+/// The factors of one tensor, ready to fold: `A` \[rank, cols\] and `B` \[rows, rank\] in f64.
+#[derive(Debug, Clone)]
+pub struct LoraFactors {
+    a: Vec<f64>,
+    b: Vec<f64>,
+    rank: usize,
+    cols: usize,
+    scale: f64,
+}
+
+impl Adapter {
+    /// Opens a folder and checks its config and header. No weight is read.
+    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        let config = read_config(dir, CONFIG)?;
+        let (files, tensors): Opened = open_files(dir, &[WEIGHTS.to_owned()])?;
+        let pairs = pair_up(&config, &tensors)?;
+        Ok(Self {
+            config,
+            files,
+            tensors,
+            pairs,
+        })
+    }
+
+    /// Names of the base's tensors that the adapter changes, in order.
+    pub fn targets(&self) -> impl Iterator<Item = &str> {
+        self.pairs.keys().map(String::as_str)
+    }
+
+    /// Checks that each target is in `tensors` as a float matrix of the right shape.
+    pub fn check_against(&self, tensors: &BTreeMap<String, TensorInfo>) -> Result<(), CheckpointError> {
+        for (name, pair) in &self.pairs {
+            let bad = |detail: String| CheckpointError::Tensor {
+                tensor: name.clone(),
+                detail,
+            };
+            let info = tensors
+                .get(name)
+                .ok_or_else(|| bad("is changed by the adapter but the model lacks it".into()))?;
+            if info.shape != [pair.rows, pair.cols] || !is_float(info.dtype) {
+                return Err(bad(format!(
+                    "is {:?} {:?} in the model; the adapter was made for [{}, {}]",
+                    info.dtype, info.shape, pair.rows, pair.cols
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the factors of one tensor, or None if the adapter leaves it alone.
+    pub fn factors(&self, tensor: &str) -> Result<Option<LoraFactors>, CheckpointError> {
+        let Some(pair) = self.pairs.get(tensor) else {
+            return Ok(None);
+        };
+        Ok(Some(LoraFactors {
+            a: self.read_f64(&pair.a)?,
+            b: self.read_f64(&pair.b)?,
+            rank: pair.rank,
+            cols: pair.cols,
+            scale: pair.scale,
+        }))
+    }
+
+    /// Digest of config and tensors, as [`crate::Checkpoint::content_digest`].
+    pub fn content_digest(&self) -> Result<Digest, CheckpointError> {
+        let mut hasher = blake3::Hasher::new_derive_key("cauldron adapter content v1");
+        hash_part(
+            &mut hasher,
+            CONFIG,
+            Value::Object(self.config.clone()).to_string().as_bytes(),
+        );
+        for (name, info) in &self.tensors {
+            hash_part(
+                &mut hasher,
+                name,
+                format!("{:?}{:?}", info.dtype, info.shape).as_bytes(),
+            );
+            hasher.update(&self.read_bytes(name)?);
+        }
+        Ok(hasher.finalize().into())
+    }
+
+    /// A cheap fingerprint of the files: equal while nothing was written to them.
+    pub fn identity(&self, dir: &Path) -> Result<String, CheckpointError> {
+        let mut parts = Vec::new();
+        for weights in &self.files {
+            parts.push(identity(&weights.file, &weights.name)?);
+        }
+        parts.push(identity(&open_regular(dir, CONFIG)?, CONFIG)?);
+        Ok(parts.join(";"))
+    }
+
+    fn read_bytes(&self, name: &str) -> Result<Vec<u8>, CheckpointError> {
+        let info = &self.tensors[name];
+        let mut bytes = vec![0u8; info.byte_len() as usize];
+        let source = &self.files[info.file];
+        read_exact_at(&source.file, &source.name, &mut bytes, info.offset)?;
+        Ok(bytes)
+    }
+
+    fn read_f64(&self, name: &str) -> Result<Vec<f64>, CheckpointError> {
+        let info = &self.tensors[name];
+        let mut wide = vec![0f32; info.numel()];
+        widen(info.dtype, &self.read_bytes(name)?, &mut wide);
+        if let Some(bad) = wide.iter().find(|v| !v.is_finite()) {
+            return Err(CheckpointError::Tensor {
+                tensor: name.to_owned(),
+                detail: format!("has the value {bad}"),
+            });
+        }
+        Ok(wide.into_iter().map(f64::from).collect())
+    }
+}
+
+impl LoraFactors {
+    /// Folds the delta into elements `start..start + values.len()` of the flattened base tensor:
+    /// `f32(f64(W) + scale * sum_k B[row, k] A[k, col])`, k in ascending order, one rounding to f32.
+    pub fn fold(&self, start: usize, values: &mut [f32]) {
+        let mut sums = vec![0f64; self.cols.min(values.len())];
+        let mut at = start;
+        let mut rest = values;
+        while !rest.is_empty() {
+            let (row, col) = (at / self.cols, at % self.cols);
+            let take = rest.len().min(self.cols - col);
+            let (now, later) = rest.split_at_mut(take);
+            let sums = &mut sums[..take];
+            sums.fill(0.0);
+            for k in 0..self.rank {
+                let b = self.b[row * self.rank + k];
+                let a = &self.a[k * self.cols + col..][..take];
+                for (sum, a) in sums.iter_mut().zip(a) {
+                    *sum += b * a;
+                }
+            }
+            for (value, sum) in now.iter_mut().zip(&*sums) {
+                *value = (f64::from(*value) + self.scale * sum) as f32;
+            }
+            at += take;
+            rest = later;
+        }
+    }
+}
+
+fn pair_up(
+    config: &Map<String, Value>,
+    tensors: &BTreeMap<String, TensorInfo>,
+) -> Result<BTreeMap<String, Pair>, CheckpointError> {
+    let scales = Scales::read(config)?;
+    let mut pairs = BTreeMap::new();
+    for (name, info) in tensors {
+        let bad = |detail: &str| CheckpointError::Tensor {
+            tensor: name.clone(),
+            detail: detail.to_owned(),
+        };
+        if dtype_size(info.dtype).is_none() || !is_float(info.dtype) {
+            return Err(bad("adapters are BF16, F16 or F32"));
+        }
+        let inner = name.strip_prefix("base_model.model.");
+        let split = inner.and_then(|n| {
+            let n = n.strip_suffix(".weight")?;
+            let n = n.strip_suffix(".default").unwrap_or(n);
+            n.strip_suffix(".lora_A")
+                .map(|m| (m, true))
+                .or(n.strip_suffix(".lora_B").map(|m| (m, false)))
+        });
+        let Some((module, is_a)) = split else {
+            return Err(bad(
+                "only lora_A and lora_B weights of linear layers are supported",
+            ));
+        };
+        let other = match is_a {
+            true => name.replace(".lora_A", ".lora_B"),
+            false => name.replace(".lora_B", ".lora_A"),
+        };
+        let Some(other_info) = tensors.get(&other) else {
+            return Err(bad("has no partner"));
+        };
+        if !is_a {
+            continue;
+        }
+        let (&[rank, cols], &[rows, other_rank]) = (info.shape.as_slice(), other_info.shape.as_slice())
+        else {
+            return Err(bad("the factors must be matrices"));
+        };
+        if rank != other_rank || rank == 0 || rank > MAX_RANK || rows == 0 || cols == 0 {
+            return Err(bad("the factors do not fit each other"));
+        }
+        let scale = scales.of(module, rank).map_err(|detail| bad(&detail))?;
+        let pair = Pair {
+            a: name.clone(),
+            b: other,
+            rank,
+            rows,
+            cols,
+            scale,
+        };
+        pairs.insert(format!("{module}.weight"), pair);
+    }
+    if pairs.is_empty() {
+        return Err(CheckpointError::malformed(WEIGHTS, "no LoRA factors"));
+    }
+    Ok(pairs)
+}
+
+/// The scale of each module: `lora_alpha / r` with the config's per-module patterns.
+struct Scales {
+    alpha: f64,
+    rank: usize,
+    rslora: bool,
+    alpha_pattern: Vec<(String, f64)>,
+    rank_pattern: Vec<(String, f64)>,
+}
+
+impl Scales {
+    fn read(config: &Map<String, Value>) -> Result<Self, CheckpointError> {
+        let bad = |detail: String| CheckpointError::malformed(CONFIG, detail);
+        if config.get("peft_type").and_then(Value::as_str) != Some("LORA") {
+            return Err(bad("peft_type is not LORA".into()));
+        }
+        for key in UNSUPPORTED {
+            let used = match config.get(*key) {
+                None | Some(Value::Null | Value::Bool(false)) => false,
+                Some(Value::String(s)) => s != "none" && !s.is_empty(),
+                Some(Value::Array(items)) => !items.is_empty(),
+                Some(Value::Object(items)) => !items.is_empty(),
+                Some(_) => true,
+            };
+            if used {
+                return Err(bad(format!("{key} is not supported")));
+            }
+        }
+        let number = |key: &str| {
+            config
+                .get(key)
+                .and_then(Value::as_f64)
+                .filter(|v| v.is_finite() && *v > 0.0)
+                .ok_or_else(|| bad(format!("{key} must be a number above 0")))
+        };
+        Ok(Self {
+            alpha: number("lora_alpha")?,
+            rank: number("r")? as usize,
+            rslora: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+            alpha_pattern: pattern(config, "alpha_pattern")?,
+            rank_pattern: pattern(config, "rank_pattern")?,
+        })
+    }
+
+    fn of(&self, module: &str, rank: usize) -> Result<f64, String> {
+        let find = |patterns: &[(String, f64)]| {
+            patterns
+                .iter()
+                .find(|(key, _)| {
+                    module == key
+                        || module
+                            .strip_suffix(key.as_str())
+                            .is_some_and(|m| m.ends_with('.'))
+                })
+                .map(|(_, value)| *value)
+        };
+        let expected = find(&self.rank_pattern).map_or(self.rank, |r| r as usize);
+        if expected != rank {
+            return Err(format!("has rank {rank}; {CONFIG} says {expected}"));
+        }
+        let alpha = find(&self.alpha_pattern).unwrap_or(self.alpha);
+        let divisor = rank as f64;
+        Ok(alpha / if self.rslora { divisor.sqrt() } else { divisor })
+    }
+}
+
+fn pattern(config: &Map<String, Value>, key: &str) -> Result<Vec<(String, f64)>, CheckpointError> {
+    let bad = |detail: String| CheckpointError::malformed(CONFIG, detail);
+    let entries = match config.get(key) {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::Object(entries)) => entries,
+        Some(_) => return Err(bad(format!("{key} must be an object"))),
+    };
+    let plain = |name: &str| {
+        name.chars()
+            .all(|c| c.is_ascii_alphanumeric() || "_.".contains(c))
+    };
+    entries
+        .iter()
+        .map(|(name, value)| match value.as_f64() {
+            Some(v) if plain(name) && v > 0.0 => Ok((name.clone(), v)),
+            _ => Err(bad(format!(
+                "{key}: only plain module names with a number above 0"
+            ))),
+        })
+        .collect()
+}

@@ -1,0 +1,74 @@
+//! The two errors of this crate: a recipe that is refused, and a merge that failed.
+
+use cauldron_checkpoint::CheckpointError;
+
+/// A recipe that is refused before any weight is read; `field` is the path of the offending field, such as
+/// `models[1].weight`, and empty where the body as a whole is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {detail}")]
+pub struct RecipeError {
+    pub field: String,
+    pub detail: String,
+}
+
+impl RecipeError {
+    pub fn new(field: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self {
+            field: field.into(),
+            detail: detail.into(),
+        }
+    }
+}
+
+/// Why a merge that was accepted did not give a checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum MergeError {
+    #[error("cancelled")]
+    Cancelled,
+    #[error("tensor {tensor}: the result is not finite although its inputs are (an overflow of {dtype})")]
+    NonFinite { tensor: String, dtype: String },
+    #[error("tensor {tensor} of {parent} has a value that is NaN or infinite")]
+    NonFiniteInput { tensor: String, parent: String },
+    #[error("tensor {tensor} has dtype {dtype}, which is copied only if all parents agree, and they differ")]
+    IntegerTensor { tensor: String, dtype: String },
+    #[error("{parent}: {source}")]
+    Parent { parent: String, source: CheckpointError },
+    #[error("a parent's files were changed while they were being merged")]
+    ParentChanged,
+    #[error("{source}")]
+    Output { source: CheckpointError },
+    #[error("the checkpoint does not match its manifest: {detail}")]
+    Corrupt { detail: String },
+    #[error("the merge was stopped by a fault of its own: {detail}")]
+    Internal { detail: String },
+}
+
+impl MergeError {
+    /// Stable slug for machine readers.
+    pub fn slug(&self) -> &'static str {
+        match self {
+            Self::Cancelled => "cancelled",
+            Self::NonFinite { .. } => "non-finite",
+            Self::NonFiniteInput { .. } => "non-finite-input",
+            Self::IntegerTensor { .. } => "integer-tensor-differs",
+            Self::Parent { source, .. } | Self::Output { source } => source.slug(),
+            Self::ParentChanged => "parent-changed",
+            Self::Corrupt { .. } => "corrupt-checkpoint",
+            Self::Internal { .. } => "internal",
+        }
+    }
+
+    pub(crate) fn parent(parent: &str, source: CheckpointError) -> Self {
+        match source {
+            CheckpointError::Cancelled => Self::Cancelled,
+            source => Self::Parent {
+                parent: parent.to_owned(),
+                source,
+            },
+        }
+    }
+
+    pub(crate) fn output(source: CheckpointError) -> Self {
+        Self::Output { source }
+    }
+}

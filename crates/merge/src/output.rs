@@ -1,0 +1,307 @@
+//! A merge from start to end: digest of a recipe over its parents' content, and the folder of the result.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, sync_channel};
+
+use cauldron_checkpoint::{
+    CheckpointError, Digest, FileEntry, SIDECAR_FILES, ShardPlan, ShardedWriter, pretty, write_small,
+};
+use serde_json::{Map, Value};
+
+use crate::card;
+use crate::family::{Family, Role};
+use crate::manifest::{MANIFEST_FILE, Manifest, ParentEntry, Summary, TensorStats};
+use crate::point::{ChunkStats, Point};
+use crate::recipe::{Recipe, dtype_name};
+use crate::stream::{Chunk, Stream};
+use crate::{MergeError, Parents};
+
+/// Version of the arithmetic. It is part of every digest: change it when any bit of any result changes.
+pub const ARITHMETIC_VERSION: u32 = 1;
+/// A delta larger than this share of the base is not what fine-tuning does.
+const UNRELATED_NORM: f64 = 0.5;
+/// Config entries that could run foreign code or name a local path.
+const DROPPED_CONFIG: &[&str] = &["auto_map", "_attn_implementation_internal", "_name_or_path"];
+
+/// Hears of progress and says when to stop.
+pub trait Observer: Sync {
+    /// `bytes` more of the parents have been read and dealt with.
+    fn advance(&self, bytes: u64);
+    fn cancelled(&self) -> bool;
+}
+
+/// Choices about the files that change no tensor.
+#[derive(Debug, Clone, Copy)]
+pub struct MergeOptions {
+    /// A shard is closed before it would pass this size in bytes.
+    pub max_shard_bytes: u64,
+}
+
+impl Default for MergeOptions {
+    fn default() -> Self {
+        Self {
+            max_shard_bytes: 5_000_000_000,
+        }
+    }
+}
+
+/// Digest of all that decides the result's bytes: the recipe with each reference replaced by the digest of its content,
+/// and the arithmetic version. Reads all parents.
+pub fn merge_digest(recipe: &Recipe, parents: &Parents, obs: &dyn Observer) -> Result<Digest, MergeError> {
+    let contents = parents.contents(obs)?;
+    let canonical = recipe.canonical_with(&|reference| {
+        let found = contents.digests.iter().find(|(known, _)| known == reference);
+        found.map_or_else(String::new, |(_, digest)| digest.to_string())
+    });
+    let mut hasher = blake3::Hasher::new_derive_key("cauldron merge result v1");
+    hasher.update(&ARITHMETIC_VERSION.to_le_bytes());
+    hasher.update(canonical.as_bytes());
+    Ok(hasher.finalize().into())
+}
+
+/// Merges into `out`, an existing empty folder: weights, config, tokenizer, model card, manifest, all synced.
+/// Moving the folder to its place is the caller's business.
+pub fn merge_to_folder(
+    recipe: &Recipe,
+    parents: &Parents,
+    digest: &Digest,
+    out: &Path,
+    options: &MergeOptions,
+    obs: &dyn Observer,
+) -> Result<Manifest, MergeError> {
+    let family = Family::prepare(recipe, parents, options.max_shard_bytes, obs)?;
+    let point = Point::new(&family, recipe.weights());
+    let metadata = metadata(recipe, digest);
+    let (mut files, tensors) = write_weights(&family, &point, out, metadata, obs)?;
+    files.extend(write_sidecars(recipe, parents, out).map_err(MergeError::output)?);
+
+    let contents = parents.contents(obs)?;
+    parents.check_unchanged(contents)?;
+    let summary = summarise(&tensors, &family.shards);
+    let mut manifest = Manifest {
+        format: 1,
+        arithmetic: ARITHMETIC_VERSION,
+        cauldron: env!("CARGO_PKG_VERSION").to_owned(),
+        digest: *digest,
+        recipe: recipe_without_name(recipe),
+        lambda: recipe.lambda(),
+        parents: recipe
+            .references()
+            .zip(&contents.digests)
+            .map(|((role, reference), (_, content))| ParentEntry {
+                role,
+                reference: reference.to_string(),
+                content: *content,
+            })
+            .collect(),
+        warnings: warnings(parents, &summary),
+        files,
+        summary,
+        tensors,
+    };
+    let card = card::render(&manifest);
+    let entry = write_small(out, "README.md", card.as_bytes()).map_err(MergeError::output)?;
+    manifest.files.push(entry);
+    manifest.files.sort_by(|a, b| a.name.cmp(&b.name));
+    pretty(MANIFEST_FILE, &manifest)
+        .and_then(|bytes| write_small(out, MANIFEST_FILE, &bytes))
+        .map_err(MergeError::output)?;
+    sync_folder(out).map_err(MergeError::output)?;
+    Ok(manifest)
+}
+
+/// The name it is served under is no part of what it is.
+fn recipe_without_name(recipe: &Recipe) -> Value {
+    let mut json = recipe.to_json();
+    if let Value::Object(entries) = &mut json {
+        entries.shift_remove("serve_as");
+    }
+    json
+}
+
+fn metadata(recipe: &Recipe, digest: &Digest) -> BTreeMap<String, String> {
+    BTreeMap::from([
+        ("format".to_owned(), "pt".to_owned()),
+        ("cauldron.digest".to_owned(), digest.to_string()),
+        (
+            "cauldron.recipe".to_owned(),
+            recipe_without_name(recipe).to_string(),
+        ),
+    ])
+}
+
+/// Computes on all threads and writes on one more, so that hashing and the disk do not wait for arithmetic.
+fn write_weights(
+    family: &Family<'_>,
+    point: &Point<'_, '_>,
+    out: &Path,
+    metadata: BTreeMap<String, String>,
+    obs: &dyn Observer,
+) -> Result<(Vec<FileEntry>, Vec<TensorStats>), MergeError> {
+    let plan = family.shards.tensors();
+    let mut totals = vec![ChunkStats::default(); plan.len()];
+    let (sender, receiver) = sync_channel::<Vec<u8>>(2);
+    let writer = ShardedWriter::new(out, family.shards.clone(), metadata);
+    let files = std::thread::scope(|scope| {
+        let writing = scope.spawn(move || drain(writer, receiver));
+        let stream = Stream::new(family, (0..plan.len()).collect());
+        let merged = stream.write_each(
+            obs,
+            &point.needs(),
+            |scratch, chunk, bytes| point.merge(scratch, chunk, bytes),
+            |chunks: &[Chunk], stats, bytes| {
+                chunks
+                    .iter()
+                    .zip(stats)
+                    .for_each(|(chunk, part)| add(&mut totals[chunk.tensor], part));
+                // The writer hangs up only when it failed; its own error is reported below.
+                sender.send(bytes).map_err(|_| MergeError::Cancelled)
+            },
+        );
+        drop(sender);
+        let written = writing.join().map_err(|_| MergeError::Internal {
+            detail: "the writer panicked".into(),
+        })?;
+        match (merged, written) {
+            (_, Err(e)) if !matches!(&e, CheckpointError::Malformed { .. }) => Err(MergeError::output(e)),
+            (Err(e), _) => Err(e),
+            (Ok(()), Err(e)) => Err(MergeError::output(e)),
+            (Ok(()), Ok(files)) => Ok(files),
+        }
+    })?;
+    let stats = plan
+        .iter()
+        .zip(totals)
+        .zip(&family.roles)
+        .map(|((tensor, total), role)| tensor_stats(&tensor.name, tensor.numel(), *role, total))
+        .collect();
+    Ok((files, stats))
+}
+
+fn drain(mut writer: ShardedWriter, windows: Receiver<Vec<u8>>) -> Result<Vec<FileEntry>, CheckpointError> {
+    for bytes in windows {
+        writer.write(&bytes)?;
+    }
+    // After a failed merge this says "fewer bytes than planned", and the merge's own error is reported instead.
+    writer.finish()
+}
+
+fn add(total: &mut ChunkStats, part: ChunkStats) {
+    fn sum<T: Copy + Default + std::ops::AddAssign>(total: &mut Vec<T>, part: &[T]) {
+        total.resize(total.len().max(part.len()), T::default());
+        total.iter_mut().zip(part).for_each(|(t, p)| *t += *p);
+    }
+    sum(&mut total.kept, &part.kept);
+    sum(&mut total.delta_squares, &part.delta_squares);
+    total.conflicting += part.conflicting;
+    total.base_squares += part.base_squares;
+}
+
+fn tensor_stats(name: &str, numel: usize, role: Role, total: ChunkStats) -> TensorStats {
+    let share = |count: u64| count as f64 / numel.max(1) as f64;
+    TensorStats {
+        name: name.to_owned(),
+        role: match role {
+            Role::Merge => "merged",
+            Role::Excluded => "excluded",
+            Role::Copied => "copied",
+        }
+        .to_owned(),
+        kept: total.kept.iter().map(|k| share(*k)).collect(),
+        conflicting: share(total.conflicting),
+        delta_norm: total.delta_squares.iter().map(|s| s.sqrt()).collect(),
+        base_norm: total.base_squares.sqrt(),
+    }
+}
+
+fn summarise(tensors: &[TensorStats], shards: &ShardPlan) -> Summary {
+    let parameters = shards.tensors().iter().map(|t| t.numel() as u64).sum();
+    let merged: Vec<(&TensorStats, f64)> = tensors
+        .iter()
+        .zip(shards.tensors())
+        .filter(|(stats, _)| stats.role == "merged")
+        .map(|(stats, plan)| (stats, plan.numel() as f64))
+        .collect();
+    let elements: f64 = merged.iter().map(|(_, n)| n).sum::<f64>().max(1.0);
+    let parents = merged.iter().map(|(s, _)| s.kept.len()).max().unwrap_or(0);
+    let at = |values: &Vec<f64>, k: usize| values.get(k).copied().unwrap_or(0.0);
+    let base: f64 = merged.iter().map(|(s, _)| s.base_norm.powi(2)).sum();
+    let relative = |k: usize| {
+        let delta: f64 = merged.iter().map(|(s, _)| at(&s.delta_norm, k).powi(2)).sum();
+        match base > 0.0 {
+            true => (delta / base).sqrt(),
+            false => 0.0,
+        }
+    };
+    Summary {
+        parameters,
+        kept: (0..parents)
+            .map(|k| merged.iter().map(|(s, n)| at(&s.kept, k) * n).sum::<f64>() / elements)
+            .collect(),
+        conflicting: merged.iter().map(|(s, n)| s.conflicting * n).sum::<f64>() / elements,
+        relative_delta_norm: (0..parents).map(relative).collect(),
+    }
+}
+
+fn warnings(parents: &Parents, summary: &Summary) -> Vec<String> {
+    let mut out = parents.warnings().to_vec();
+    for (k, norm) in summary.relative_delta_norm.iter().enumerate() {
+        if *norm > UNRELATED_NORM {
+            out.push(format!(
+                "models[{k}]: its delta has {norm:.2} times the norm of the base; it does not look like a fine-tune of it"
+            ));
+        }
+    }
+    out
+}
+
+/// config.json, generation settings and tokenizer files. Nothing that names code goes along.
+fn write_sidecars(recipe: &Recipe, parents: &Parents, out: &Path) -> Result<Vec<FileEntry>, CheckpointError> {
+    let mut config = parents.reference().expert.checkpoint().config().clone();
+    strip(&mut config);
+    if let Some(dtype) = recipe.dtype {
+        if config.contains_key("dtype") {
+            config.insert("dtype".into(), dtype_name(dtype).into());
+        }
+        config.insert("torch_dtype".into(), dtype_name(dtype).into());
+    }
+    let mut files = vec![write_small(out, "config.json", &pretty("config.json", &config)?)?];
+    for name in SIDECAR_FILES {
+        let owner = match *name {
+            "generation_config.json" => parents.reference(),
+            _ => parents.tokenizer_owner(recipe),
+        };
+        let Some(mut bytes) = owner.expert.checkpoint().read_sidecar(name)? else {
+            continue;
+        };
+        if matches!(*name, "generation_config.json" | "tokenizer_config.json") {
+            let parsed: Result<Map<String, Value>, _> = serde_json::from_slice(&bytes);
+            let mut entries = parsed.map_err(|e| CheckpointError::Malformed {
+                file: (*name).to_owned(),
+                detail: e.to_string(),
+            })?;
+            if strip(&mut entries) {
+                bytes = pretty(name, &entries)?;
+            }
+        }
+        files.push(write_small(out, name, &bytes)?);
+    }
+    Ok(files)
+}
+
+/// Whether anything was taken out.
+fn strip(entries: &mut Map<String, Value>) -> bool {
+    let removed = DROPPED_CONFIG.iter().map(|key| entries.shift_remove(*key));
+    removed.fold(false, |any, entry| any | entry.is_some())
+}
+
+fn sync_folder(dir: &Path) -> Result<(), CheckpointError> {
+    File::open(dir)
+        .and_then(|folder| folder.sync_all())
+        .map_err(|source| CheckpointError::Io {
+            file: "the output folder".into(),
+            source,
+        })
+}

@@ -1,0 +1,376 @@
+//! The models of a recipe, opened: headers and configs are read, and whether they fit each other is known
+//! before any weight is.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use cauldron_checkpoint::{
+    Checkpoint, CheckpointError, Digest, Dtype, Expert, TensorPlan, dtype_size, is_float,
+};
+use serde_json::Value;
+
+use crate::recipe::{ModelRef, Recipe};
+use crate::{MergeError, Observer, RecipeError};
+
+/// Finds the folder of one part of a model reference: `math` of `math`, `base` and then `lora` of `base+lora`.
+pub trait ParentResolver: Sync {
+    /// The error is a detail for the client: it shows no paths.
+    fn folder(&self, name: &str) -> Result<PathBuf, String>;
+}
+
+/// One parent or the base.
+#[derive(Debug)]
+pub(crate) struct Parent {
+    pub reference: ModelRef,
+    pub expert: Expert,
+    /// Index of its checkpoint in [`Parents::sources`]: parents over one base share its reads.
+    pub source: usize,
+}
+
+/// The opened models of one recipe.
+#[derive(Debug)]
+pub struct Parents {
+    pub(crate) sources: Vec<Arc<Checkpoint>>,
+    pub(crate) base: Option<Parent>,
+    pub(crate) models: Vec<Parent>,
+    warnings: Vec<String>,
+    contents: OnceLock<Contents>,
+}
+
+/// What the parents hold, and the state of their files when it was read.
+#[derive(Debug)]
+pub(crate) struct Contents {
+    /// Of base and models, in that order.
+    pub digests: Vec<(ModelRef, Digest)>,
+    identity: String,
+}
+
+/// Config fields that two models of one architecture must share for their weights to mean the same.
+const SAME_CONFIG: &[&str] = &[
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+];
+/// Config fields whose difference is only warned of.
+const WARN_CONFIG: &[&str] = &[
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "rms_norm_eps",
+];
+
+impl Parents {
+    /// Opens all models and checks that they can be merged. Reads headers and configs only.
+    pub fn open(recipe: &Recipe, resolver: &dyn ParentResolver) -> Result<Self, RecipeError> {
+        let mut sources = Sources::default();
+        let base = match &recipe.base {
+            Some(reference) => Some(sources.open("base", reference, resolver)?),
+            None => None,
+        };
+        let mut models = Vec::new();
+        for (index, (reference, _)) in recipe.models.iter().enumerate() {
+            models.push(sources.open(&format!("models[{index}]"), reference, resolver)?);
+        }
+        let mut parents = Self {
+            sources: sources.open,
+            base,
+            models,
+            warnings: Vec::new(),
+            contents: OnceLock::new(),
+        };
+        parents.check_fit()?;
+        Ok(parents)
+    }
+
+    /// The model whose tensor set, dtypes and config the result has: the base, or else the first model.
+    pub(crate) fn reference(&self) -> &Parent {
+        self.base.as_ref().unwrap_or(&self.models[0])
+    }
+
+    /// The model whose tokenizer files the result gets.
+    pub(crate) fn tokenizer_owner(&self, recipe: &Recipe) -> &Parent {
+        let wanted = recipe.tokenizer.as_ref();
+        wanted
+            .and_then(|reference| self.all().find(|p| p.reference == *reference))
+            .unwrap_or_else(|| self.reference())
+    }
+
+    /// Base first, then the models in order.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Parent> {
+        self.base.iter().chain(&self.models)
+    }
+
+    /// Differences that do not forbid the merge but that its user should know of.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// A cheap fingerprint of all files: equal while nothing was written to them.
+    pub fn identity(&self) -> Result<String, CheckpointError> {
+        let parts: Result<Vec<String>, _> = self.all().map(|p| p.expert.identity()).collect();
+        Ok(parts?.join("|"))
+    }
+
+    /// Bytes of the result's tensors.
+    pub fn output_bytes(&self, recipe: &Recipe) -> u64 {
+        self.plan(recipe).iter().map(TensorPlan::byte_len).sum()
+    }
+
+    /// Total of all `advance` calls of [`crate::merge_digest`] and [`crate::merge_to_folder`] together.
+    pub fn bytes_total(&self, recipe: &Recipe) -> u64 {
+        self.source_bytes() * (1 + crate::family::passes(recipe))
+    }
+
+    /// Bytes of the distinct checkpoints: what one pass over the parents reads.
+    pub(crate) fn source_bytes(&self) -> u64 {
+        self.sources.iter().map(|s| s.total_bytes()).sum()
+    }
+
+    /// The result's tensors.
+    pub(crate) fn plan(&self, recipe: &Recipe) -> Vec<TensorPlan> {
+        let tensors = self.reference().expert.checkpoint().tensors();
+        let plan = tensors.iter().map(|(name, info)| TensorPlan {
+            name: name.clone(),
+            dtype: match recipe.dtype {
+                Some(dtype) if is_float(info.dtype) => dtype,
+                _ => info.dtype,
+            },
+            shape: info.shape.clone(),
+        });
+        plan.collect()
+    }
+
+    /// Content digests of the parents, read once; each distinct checkpoint once.
+    pub(crate) fn contents(&self, obs: &dyn Observer) -> Result<&Contents, MergeError> {
+        if let Some(contents) = self.contents.get() {
+            return Ok(contents);
+        }
+        let advance = |bytes| {
+            obs.advance(bytes);
+            !obs.cancelled()
+        };
+        let identity = self.identity().map_err(|e| MergeError::parent("a parent", e))?;
+        let mut of_source = HashMap::new();
+        let mut digests = Vec::new();
+        for parent in self.all() {
+            let failed = |e| MergeError::parent(&parent.reference.to_string(), e);
+            let checkpoint = match of_source.get(&parent.source) {
+                Some(digest) => *digest,
+                None => {
+                    let digest = self.sources[parent.source]
+                        .content_digest(&advance)
+                        .map_err(failed)?;
+                    of_source.insert(parent.source, digest);
+                    digest
+                }
+            };
+            let digest = parent.expert.with_adapter_digest(checkpoint).map_err(failed)?;
+            digests.push((parent.reference.clone(), digest));
+        }
+        Ok(self.contents.get_or_init(|| Contents { digests, identity }))
+    }
+
+    /// The files must be the ones that were digested: a parent that is rewritten under a merge would give a result
+    /// that its recipe does not name.
+    pub(crate) fn check_unchanged(&self, contents: &Contents) -> Result<(), MergeError> {
+        let identity = self.identity().map_err(|e| MergeError::parent("a parent", e))?;
+        match identity == contents.identity {
+            true => Ok(()),
+            false => Err(MergeError::ParentChanged),
+        }
+    }
+
+    fn check_fit(&mut self) -> Result<(), RecipeError> {
+        let reference = self.reference();
+        let reference_field = if self.base.is_some() { "base" } else { "models[0]" };
+        check_dtypes(reference_field, reference.expert.checkpoint())?;
+        let mut warnings = Vec::new();
+        for (index, model) in self.models.iter().enumerate() {
+            if model.source == reference.source {
+                continue;
+            }
+            let field = format!("models[{index}]");
+            let (ours, theirs) = (model.expert.checkpoint(), reference.expert.checkpoint());
+            check_dtypes(&field, ours)?;
+            let fit = Fit {
+                field: &field,
+                ours,
+                theirs,
+                other: reference_field,
+            };
+            fit.config(&mut warnings)?;
+            fit.tensors()?;
+        }
+        self.warnings = warnings;
+        Ok(())
+    }
+}
+
+/// Checkpoints by folder, so that each is opened once.
+#[derive(Default)]
+struct Sources {
+    open: Vec<Arc<Checkpoint>>,
+    by_folder: HashMap<PathBuf, usize>,
+}
+
+impl Sources {
+    fn open(
+        &mut self,
+        field: &str,
+        reference: &ModelRef,
+        resolver: &dyn ParentResolver,
+    ) -> Result<Parent, RecipeError> {
+        let bad = |detail: String| RecipeError::new(field, detail);
+        let folder = resolver.folder(&reference.source).map_err(bad)?;
+        let source = match self.by_folder.get(&folder) {
+            Some(index) => *index,
+            None => {
+                let checkpoint = open_folder(&folder).map_err(|e| bad(e.to_string()))?;
+                self.open.push(Arc::new(checkpoint));
+                self.by_folder.insert(folder, self.open.len() - 1);
+                self.open.len() - 1
+            }
+        };
+        let adapter = match &reference.adapter {
+            Some(name) => Some(resolver.folder(name).map_err(bad)?),
+            None => None,
+        };
+        let expert = Expert::over(self.open[source].clone(), adapter.as_deref())
+            .map_err(|e| bad(format!("adapter: {e}")))?;
+        Ok(Parent {
+            reference: reference.clone(),
+            expert,
+            source,
+        })
+    }
+}
+
+fn open_folder(folder: &Path) -> Result<Checkpoint, CheckpointError> {
+    let checkpoint = Checkpoint::open(folder)?;
+    if checkpoint.config().contains_key("quantization_config") {
+        return Err(CheckpointError::Malformed {
+            file: "config.json".into(),
+            detail: "quantised checkpoints cannot be merged".into(),
+        });
+    }
+    Ok(checkpoint)
+}
+
+/// Floats are merged, integers and bools copied; FP8, F64 and the rest are refused by name.
+fn check_dtypes(field: &str, checkpoint: &Checkpoint) -> Result<(), RecipeError> {
+    let copied = [
+        Dtype::BOOL,
+        Dtype::U8,
+        Dtype::I8,
+        Dtype::I16,
+        Dtype::U16,
+        Dtype::I32,
+        Dtype::U32,
+        Dtype::I64,
+        Dtype::U64,
+    ];
+    for (name, info) in checkpoint.tensors() {
+        if !is_float(info.dtype) && (!copied.contains(&info.dtype) || dtype_size(info.dtype).is_none()) {
+            let detail = format!("tensor {name} has dtype {:?}, which cannot be merged", info.dtype);
+            return Err(RecipeError::new(field, detail));
+        }
+    }
+    Ok(())
+}
+
+/// One model held against the reference.
+struct Fit<'a> {
+    field: &'a str,
+    ours: &'a Checkpoint,
+    theirs: &'a Checkpoint,
+    other: &'a str,
+}
+
+impl Fit<'_> {
+    fn refuse<T>(&self, detail: String) -> Result<T, RecipeError> {
+        Err(RecipeError::new(self.field, detail))
+    }
+
+    fn config(&self, warnings: &mut Vec<String>) -> Result<(), RecipeError> {
+        let get = |c: &Checkpoint, key: &str| c.config().get(key).cloned().unwrap_or(Value::Null);
+        // Vocabulary first: it also shows in shapes, but as the cause it is what a user understands.
+        let vocab = |c: &Checkpoint| {
+            c.get("model.embed_tokens.weight")
+                .map(|t| t.shape.clone())
+                .unwrap_or_default()
+        };
+        let (ours, theirs) = (vocab(self.ours), vocab(self.theirs));
+        if ours != theirs && ours.get(1) == theirs.get(1) {
+            return self.refuse(format!(
+                "vocab strict: model.embed_tokens.weight is {ours:?}, that of {} is {theirs:?}",
+                self.other
+            ));
+        }
+        for key in SAME_CONFIG {
+            let (ours, theirs) = (get(self.ours, key), get(self.theirs, key));
+            // Absent and null are the architecture's default: only two given values can contradict.
+            if ours != theirs && !ours.is_null() && !theirs.is_null() {
+                return self.refuse(format!(
+                    "config {key} is {ours}, that of {} is {theirs}",
+                    self.other
+                ));
+            }
+        }
+        for key in WARN_CONFIG {
+            let (ours, theirs) = (get(self.ours, key), get(self.theirs, key));
+            if ours != theirs {
+                warnings.push(format!(
+                    "{}: config {key} is {ours}, that of {} is {theirs}; the result has the latter",
+                    self.field, self.other
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Names the first difference of each kind.
+    fn tensors(&self) -> Result<(), RecipeError> {
+        let (ours, theirs) = (self.ours.tensors(), self.theirs.tensors());
+        let mut found: BTreeMap<&str, String> = BTreeMap::new();
+        for (name, info) in theirs {
+            match ours.get(name) {
+                None => {
+                    found
+                        .entry("lacks")
+                        .or_insert_with(|| format!("lacks tensor {name}"));
+                }
+                Some(own) if own.shape != info.shape => {
+                    found.entry("shape").or_insert_with(|| {
+                        format!(
+                            "tensor {name} is {:?}, that of {} is {:?}",
+                            own.shape, self.other, info.shape
+                        )
+                    });
+                }
+                Some(own)
+                    if is_float(own.dtype) != is_float(info.dtype)
+                        || (!is_float(own.dtype) && own.dtype != info.dtype) =>
+                {
+                    found.entry("dtype").or_insert_with(|| {
+                        format!(
+                            "tensor {name} is {:?}, that of {} is {:?}",
+                            own.dtype, self.other, info.dtype
+                        )
+                    });
+                }
+                Some(_) => {}
+            }
+        }
+        if let Some(extra) = ours.keys().find(|name| !theirs.contains_key(*name)) {
+            found.insert("extra", format!("has tensor {extra}, which {} lacks", self.other));
+        }
+        match found.is_empty() {
+            true => Ok(()),
+            false => self.refuse(found.into_values().collect::<Vec<_>>().join("; ")),
+        }
+    }
+}

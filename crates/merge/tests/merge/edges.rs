@@ -1,0 +1,225 @@
+//! The edges where merging code goes wrong without anyone noticing.
+
+use cauldron_checkpoint::{Checkpoint, Dtype};
+use cauldron_merge::MergeOptions;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+
+use crate::fixture::{Counter, Models, noise, read_bytes};
+
+fn three(models: &Models, dtype: Dtype) {
+    for (seed, name) in ["base", "a", "b"].into_iter().enumerate() {
+        let tensors = [
+            ("big", vec![300, 250], noise(seed as u32, 75_000)),
+            ("empty", vec![0, 4], vec![]),
+            ("one", vec![1], noise(seed as u32 + 9, 1)),
+            ("scalar", vec![], noise(seed as u32 + 20, 1)),
+        ];
+        models.add(name, dtype, &tensors);
+    }
+}
+
+fn all_methods() -> Vec<Value> {
+    let both = json!(["a", "b"]);
+    let mut recipes = vec![json!({"method": "average", "models": both})];
+    for method in ["task_arithmetic", "ties", "average"] {
+        for sparsify in [
+            Value::Null,
+            json!({"kind": "dare", "drop_rate": 0.3}),
+            json!({"kind": "dare", "drop_rate": 0.3, "rescale": "l1"}),
+            json!({"kind": "magnitude", "drop_rate": 0.4}),
+        ] {
+            recipes.push(json!({"method": method, "base": "base", "models": both, "sparsify": sparsify, "mixup": {"lambda": 0.35}}));
+        }
+    }
+    recipes
+}
+
+#[test]
+fn the_number_of_threads_and_the_shard_size_do_not_show() {
+    let models = Models::new();
+    three(&models, Dtype::BF16);
+    for recipe in all_methods() {
+        let whole = models.merge(recipe.clone()).unwrap();
+        assert_eq!(whole.seen, whole.total, "progress ends at its total: {recipe}");
+        for threads in [1, 2, 8] {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            let options = MergeOptions {
+                max_shard_bytes: 1000,
+            };
+            let cut = pool.install(|| {
+                models
+                    .merge_with(recipe.clone(), &options, &Counter::default())
+                    .unwrap()
+            });
+            assert!(cut.dir.path().join("model.safetensors.index.json").is_file());
+            assert_eq!(cut.digest, whole.digest);
+            for name in whole.checkpoint().tensors().keys() {
+                assert_eq!(cut.bytes(name), whole.bytes(name), "{threads} threads, {recipe}");
+            }
+        }
+    }
+}
+
+#[test]
+fn equal_parents_give_the_base_back() {
+    let models = Models::new();
+    let values = [0.5, -0.0, 0.0, 1e-30, -3.25, 7.0];
+    for name in ["base", "a", "b"] {
+        models.add(name, Dtype::BF16, &[("w", vec![6], values.to_vec())]);
+    }
+    let base = read_bytes(&Checkpoint::open(&models.path().join("base")).unwrap(), "w");
+    for recipe in all_methods() {
+        assert_eq!(models.merge(recipe.clone()).unwrap().bytes("w"), base, "{recipe}");
+    }
+}
+
+#[test]
+fn average_at_the_ends_gives_the_parents_bytes() {
+    let models = Models::new();
+    three(&models, Dtype::F16);
+    for (lambda, parent) in [(1.0, "a"), (0.0, "b")] {
+        let merged = models
+            .merge(json!({"method": "average", "models": ["a", "b"], "mixup": {"lambda": lambda}}))
+            .unwrap();
+        let parent = Checkpoint::open(&models.path().join(parent)).unwrap();
+        for name in parent.tensors().keys() {
+            assert_eq!(merged.bytes(name), read_bytes(&parent, name));
+        }
+    }
+}
+
+#[test]
+fn a_parent_of_weight_zero_is_not_read_into_the_sum() {
+    let models = Models::new();
+    models.vector("a", &[1.0, 2.0]).vector("b", &[f32::NAN, 1.0]);
+    let recipe =
+        |lambda: f64| json!({"method": "average", "models": ["a", "b"], "mixup": {"lambda": lambda}});
+    assert_eq!(models.merge(recipe(1.0)).unwrap().values("w"), [1.0, 2.0]);
+    assert_eq!(
+        models.merge(recipe(0.5)).err().unwrap().slug(),
+        "non-finite-input"
+    );
+}
+
+#[test]
+fn swapping_the_parents_swaps_lambda() {
+    let models = Models::new();
+    three(&models, Dtype::F32);
+    for method in ["average", "task_arithmetic", "ties"] {
+        let run = |first: &str, second: &str, lambda: f64| {
+            let recipe = json!({"method": method, "base": "base", "models": [first, second], "mixup": {"lambda": lambda}});
+            models.merge(recipe).unwrap().values("big")
+        };
+        // 0.25 and 0.75 are exact, and f32 addition commutes.
+        assert_eq!(run("a", "b", 0.25), run("b", "a", 0.75), "{method}");
+    }
+}
+
+#[test]
+fn an_overflow_fails_the_merge_and_names_the_tensor() {
+    let models = Models::new();
+    models
+        .add("base", Dtype::F16, &[("w", vec![1], vec![0.0])])
+        .add("a", Dtype::F16, &[("w", vec![1], vec![60_000.0])])
+        .add("b", Dtype::F16, &[("w", vec![1], vec![60_000.0])]);
+    let recipe = json!({"method": "task_arithmetic", "base": "base", "models": ["a", "b"]});
+    assert_eq!(models.merge(recipe).err().unwrap().slug(), "non-finite");
+}
+
+#[test]
+fn fp16_ones_half_masked_with_l1_stay_finite() {
+    let models = Models::new();
+    models
+        .add("base", Dtype::F16, &[("w", vec![400, 400], vec![0.0; 160_000])])
+        .add("ones", Dtype::F16, &[("w", vec![400, 400], vec![1.0; 160_000])]);
+    let recipe = json!({"method": "task_arithmetic", "base": "base", "models": ["ones"],
+        "sparsify": {"kind": "dare", "drop_rate": 0.5, "rescale": "l1"}});
+    let values = models.merge(recipe).unwrap().values("w");
+    assert!(values.iter().all(|v| *v == 0.0 || (*v - 2.0).abs() < 0.02));
+}
+
+#[test]
+fn ties_keeps_every_element_that_equals_the_threshold() {
+    let models = Models::new();
+    models
+        .vector("base", &[0.0; 4])
+        .vector("a", &[0.5, 0.5, 0.5, 0.1])
+        .vector("b", &[0.0; 4]);
+    let recipe = json!({"method": "ties", "base": "base", "models": ["a", "b"], "retain": 0.25});
+    assert_eq!(models.merge(recipe).unwrap().values("w"), [0.5, 0.5, 0.5, 0.0]);
+}
+
+#[test]
+fn integers_are_copied_if_all_agree() {
+    let models = Models::new();
+    let with_ids = |name: &str, id: u8| {
+        let ids = [id, 0, 0, 0];
+        let ones = 1.0f32.to_le_bytes();
+        let views = [
+            ("ids", TensorView::new(Dtype::I32, vec![1], &ids).unwrap()),
+            ("w", TensorView::new(Dtype::F32, vec![1], &ones).unwrap()),
+        ];
+        models.add_raw(name, json!({}), &safetensors::serialize(views, None).unwrap());
+    };
+    with_ids("a", 3);
+    with_ids("b", 3);
+    with_ids("c", 4);
+    let merged = models
+        .merge(json!({"method": "average", "models": ["a", "b"]}))
+        .unwrap();
+    assert_eq!(merged.bytes("ids"), [3, 0, 0, 0]);
+    let refused = models.merge(json!({"method": "average", "models": ["a", "c"]}));
+    assert_eq!(refused.err().unwrap().slug(), "integer-tensor-differs");
+}
+
+#[test]
+fn excluded_tensors_stay_the_bases() {
+    let models = Models::new();
+    three(&models, Dtype::BF16);
+    let recipe = json!({"method": "ties", "base": "base", "models": ["a", "b"], "exclude": ["^big$"]});
+    let merged = models.merge(recipe).unwrap();
+    let base = Checkpoint::open(&models.path().join("base")).unwrap();
+    assert_eq!(merged.bytes("big"), read_bytes(&base, "big"));
+    assert_ne!(merged.bytes("one"), read_bytes(&base, "one"));
+    assert_eq!(merged.seen, merged.total);
+}
+
+#[test]
+fn a_lora_adapter_is_folded_in_while_reading() {
+    let models = Models::new();
+    models
+        .add("base", Dtype::BF16, &[("w.weight", vec![2, 3], vec![1.0; 6])])
+        .lora(
+            "lora",
+            &("", vec![1, 3], vec![1.0, 2.0, 3.0]),
+            &("", vec![2, 1], vec![0.5, -0.5]),
+            2.0,
+        );
+    let recipe = json!({"method": "average", "models": ["base+lora"], "dtype": "float32"});
+    assert_eq!(
+        models.merge(recipe).unwrap().values("w.weight"),
+        [2.0, 3.0, 4.0, 0.0, -1.0, -2.0]
+    );
+    let half = json!({"method": "task_arithmetic", "base": "base", "models": ["base+lora"], "scaling": 0.5});
+    assert_eq!(
+        models.merge(half).unwrap().values("w.weight"),
+        [1.5, 2.0, 2.5, 0.5, 0.0, -0.5]
+    );
+}
+
+#[test]
+fn a_cancelled_merge_stops() {
+    let models = Models::new();
+    three(&models, Dtype::BF16);
+    let counter = Counter {
+        cancel_at: Some(1),
+        ..Counter::default()
+    };
+    let recipe = json!({"method": "ties", "base": "base", "models": ["a", "b"]});
+    let stopped = models.merge_with(recipe, &MergeOptions::default(), &counter);
+    assert_eq!(stopped.err().unwrap().slug(), "cancelled");
+}

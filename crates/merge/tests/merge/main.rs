@@ -1,0 +1,10 @@
+//! Merging as a caller sees it: checkpoints on disk in, a checkpoint on disk out.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)] // helpers of tests, outside #[test] functions
+
+mod edges;
+mod fixture;
+mod golden;
+mod recipes;
+mod refusals;
+mod whole_folder;
