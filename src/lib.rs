@@ -1,1 +1,14 @@
-//! Cauldron.
+//! Cauldron: an HTTP service that merges fine-tuned language models and serves the result.
+//!
+//! This package is the service: HTTP, jobs, cache, serving. Tensor arithmetic is in `cauldron-merge`, the decoder in
+//! `cauldron-lm`, files in `cauldron-checkpoint`. docs/ARCHITECTURE.md has the house on one page.
+
+pub mod api;
+pub mod app;
+pub mod cache;
+pub mod cli;
+pub mod config;
+pub mod jobs;
+pub mod serving;
+pub mod sources;
+pub mod telemetry;

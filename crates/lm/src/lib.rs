@@ -1,1 +1,39 @@
-//! Placeholder until the first module lands.
+//! Language models: config, decoder, scoring, sampling and the text around them, for the Llama family. It
+//! knows checkpoints, but nothing of merging, jobs or HTTP.
+//!
+//! The way of a request: text -> [`TextTokenizer`] -> [`Request`] -> [`Engine`], which packs all sequences of
+//! one step into one [`Decoder`] forward -> [`Event`]s -> [`TextStream`] -> text.
+
+mod attention;
+mod config;
+mod decoder;
+mod engine;
+mod error;
+mod kernel;
+mod kv;
+mod ops;
+mod packed;
+mod request;
+mod rope;
+mod sampler;
+mod scoring;
+mod stream;
+mod template;
+mod token_bytes;
+mod tokenizer;
+mod tokenizer_guard;
+mod weights;
+
+pub use config::{Architecture, ModelConfig};
+pub use decoder::{Decoder, Segment};
+pub use engine::{Engine, EngineConfig};
+pub use error::LmError;
+pub use kv::KvCache;
+pub use request::{Event, FinishReason, Request};
+pub use rope::RopeScaling;
+pub use sampler::{Sampler, Sampling};
+pub use scoring::{MAX_ROWS, NO_LOGPROB, TokenLogprobs, score, score_logits};
+pub use stream::{Chunk, TextStream};
+pub use template::{ChatMessage, ChatTemplate};
+pub use tokenizer::{MAX_PROMPT_BYTES, SpecialTokens, TextTokenizer};
+pub use weights::WeightSource;

@@ -1,0 +1,132 @@
+use serde_json::{Map, Value, json};
+
+use super::{Architecture, ModelConfig};
+use crate::rope::RopeScaling;
+
+fn base(class: &str, change: Value) -> Map<String, Value> {
+    let mut config = json!({
+        "architectures": [class], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    });
+    let fields = config.as_object_mut().expect("an object");
+    for (key, value) in change.as_object().expect("an object") {
+        match value.as_str() {
+            Some("(absent)") => drop(fields.remove(key)),
+            _ => drop(fields.insert(key.clone(), value.clone())),
+        }
+    }
+    fields.clone()
+}
+
+fn read(class: &str, change: Value) -> ModelConfig {
+    ModelConfig::from_json(&base(class, change)).expect("a valid config")
+}
+
+fn refusal(class: &str, change: Value) -> String {
+    ModelConfig::from_json(&base(class, change))
+        .expect_err("a refusal")
+        .to_string()
+}
+
+#[test]
+fn defaults_are_those_of_the_transformers_classes() {
+    let llama = read("LlamaForCausalLM", json!({"num_key_value_heads": "(absent)"}));
+    assert_eq!((llama.num_kv_heads, llama.head_dim), (4, 8));
+    assert_eq!(
+        (llama.max_position_embeddings, llama.rope_theta),
+        (2048, 10_000.0)
+    );
+    assert!(!llama.tie_word_embeddings && !llama.qkv_bias && llama.windows == [None; 3]);
+    let mistral = read(
+        "MistralForCausalLM",
+        json!({"num_attention_heads": 8, "num_key_value_heads": "(absent)"}),
+    );
+    assert_eq!((mistral.num_kv_heads, mistral.windows[2]), (8, Some(4096)));
+    let qwen2 = read("Qwen2ForCausalLM", json!({"sliding_window": 16}));
+    assert!(qwen2.qkv_bias && !qwen2.o_bias && qwen2.windows == [None; 3]);
+    let qwen3 = read("Qwen3ForCausalLM", json!({}));
+    assert!(qwen3.qk_norm && qwen3.head_dim == 128 && !qwen3.qkv_bias);
+    assert_eq!(read("Qwen3ForCausalLM", json!({"head_dim": null})).head_dim, 8);
+    let by_type = read(
+        "LlamaForCausalLM",
+        json!({"architectures": "(absent)", "model_type": "qwen2"}),
+    );
+    assert_eq!(by_type.architecture, Architecture::Qwen2);
+}
+
+#[test]
+fn sliding_windows_follow_the_family() {
+    assert_eq!(
+        read("MistralForCausalLM", json!({"sliding_window": null})).windows,
+        [None; 3]
+    );
+    assert_eq!(
+        read("MistralForCausalLM", json!({"sliding_window": 7})).windows,
+        [Some(7); 3]
+    );
+    let qwen = json!({"use_sliding_window": true, "sliding_window": 7, "max_window_layers": 2});
+    assert_eq!(read("Qwen2ForCausalLM", qwen).windows, [None, None, Some(7)]);
+    let types = json!({"use_sliding_window": true, "sliding_window": 7,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"]});
+    assert_eq!(read("Qwen3ForCausalLM", types).windows, [None, Some(7), None]);
+    let chunked = json!({"layer_types": ["chunked_attention", "full_attention", "full_attention"]});
+    assert!(refusal("LlamaForCausalLM", chunked).contains("layer_types"));
+}
+
+#[test]
+fn rope_is_read_from_old_and_new_configs() {
+    let old = json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}});
+    let old = read("LlamaForCausalLM", old);
+    assert_eq!(
+        (old.rope_theta, old.rope_scaling),
+        (5e5, RopeScaling::Linear { factor: 4.0 })
+    );
+    let new = json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}});
+    let new = read("Qwen3ForCausalLM", new);
+    assert_eq!((new.rope_theta, new.rope_scaling), (1e6, RopeScaling::Default));
+    let yarn = refusal(
+        "LlamaForCausalLM",
+        json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+    );
+    assert!(
+        yarn.contains("rope_scaling.rope_type: yarn is not supported"),
+        "{yarn}"
+    );
+    let short = refusal(
+        "LlamaForCausalLM",
+        json!({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}),
+    );
+    assert!(short.contains("low_freq_factor"), "{short}");
+}
+
+#[test]
+fn absurd_configs_are_refused_and_name_the_field() {
+    for (field, value) in [
+        ("num_attention_heads", json!(0)),
+        ("hidden_size", json!(2147483648u64)),
+        ("hidden_size", json!("32")),
+        ("num_hidden_layers", json!(-1)),
+        ("vocab_size", json!(1.5)),
+        ("intermediate_size", json!("(absent)")),
+        ("num_key_value_heads", json!(3)),
+        ("num_attention_heads", json!(5)),
+        ("head_dim", json!(7)),
+        ("hidden_act", json!("gelu")),
+        ("quantization_config", json!({"bits": 4})),
+        ("rms_norm_eps", json!(0)),
+        ("tie_word_embeddings", json!("yes")),
+        ("rope_scaling", json!([])),
+    ] {
+        let text = refusal(
+            "LlamaForCausalLM",
+            json!({field: value.clone(), "num_key_value_heads":
+            if field == "num_key_value_heads" { value.clone() } else { json!("(absent)") }}),
+        );
+        assert!(text.contains(field), "{field} {value}: {text}");
+    }
+    let other = refusal("GPT2LMHeadModel", json!({}));
+    assert!(
+        other.contains("GPT2LMHeadModel") && other.contains("Qwen3ForCausalLM"),
+        "{other}"
+    );
+}

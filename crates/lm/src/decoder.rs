@@ -1,0 +1,298 @@
+//! One decoder for all families: packed rows of several sequences, of different lengths and positions, in one
+//! forward. Weights are f32 tensors on one device; the KV caches belong to the caller.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+use crate::attention::{AttentionShape, Span, attend};
+use crate::kv::KvCache;
+use crate::ops::{Linear, Matrix, dot, swiglu};
+use crate::rope::{Rope, RopeTable};
+use crate::weights::{Loader, WeightSource, expected_tensors};
+use crate::{LmError, ModelConfig};
+
+/// New tokens of one sequence and the cache that holds the tokens before them.
+#[derive(Debug)]
+pub struct Segment<'a> {
+    pub tokens: &'a [u32],
+    pub cache: &'a mut KvCache,
+}
+
+/// A loaded model.
+#[derive(Debug)]
+pub struct Decoder {
+    config: ModelConfig,
+    embedding: Arc<Matrix>,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    /// \[vocab, hidden\]; the embedding itself where they are tied.
+    lm_head: Arc<Matrix>,
+    rope: Rope,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_norm: Tensor,
+    qkv: Linear,
+    /// Weights of the query and key norms, \[head_dim\] each.
+    qk_norm: Option<(Vec<f32>, Vec<f32>)>,
+    attention_out: Linear,
+    post_norm: Tensor,
+    gate_up: Linear,
+    down: Linear,
+    shape: AttentionShape,
+}
+
+impl Decoder {
+    /// Checks every tensor's shape first, then reads them all.
+    pub fn load(config: ModelConfig, weights: &dyn WeightSource, device: &Device) -> Result<Self, LmError> {
+        let loader = Loader {
+            source: weights,
+            device,
+        };
+        for (name, shape) in expected_tensors(&config) {
+            loader.check(&name, &shape)?;
+        }
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embedding = Arc::new(loader.stacked(&[("model.embed_tokens.weight".to_owned(), vocab)], hidden)?);
+        let lm_head = match config.tie_word_embeddings {
+            true => embedding.clone(),
+            false => Arc::new(loader.stacked(&[("lm_head.weight".to_owned(), vocab)], hidden)?),
+        };
+        let layers = (0..config.num_layers)
+            .map(|index| Layer::load(&config, &loader, index))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            embedding,
+            layers,
+            norm: loader.vector("model.norm.weight", hidden)?,
+            lm_head,
+            rope: Rope::new(&config),
+            config,
+        })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub(crate) fn lm_head(&self) -> &Matrix {
+        &self.lm_head
+    }
+
+    /// Runs the new tokens of all segments in one packed forward, grows their caches, and returns the final
+    /// hidden states (after the last norm) as \[total tokens, hidden\], in the order of the segments.
+    ///
+    /// Nothing is computed if a segment is empty, has an id outside the vocabulary or is too long. After any
+    /// other error the caches hold what they held before.
+    pub fn forward(&self, segments: &mut [Segment<'_>]) -> Result<Tensor, LmError> {
+        self.check(segments)?;
+        let result = self.run(segments);
+        for segment in segments {
+            match &result {
+                Ok(_) => segment.cache.commit(segment.tokens.len()),
+                // Layers may have grown before the error.
+                Err(_) => segment.cache.truncate(segment.cache.len()),
+            }
+        }
+        result
+    }
+
+    /// Logits of a few hidden rows \[rows, hidden\] as \[rows, vocab\] f32. For many rows use
+    /// [`crate::score`], which never holds the whole matrix.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, LmError> {
+        Ok(self.lm_head.times(&hidden.contiguous()?)?)
+    }
+
+    fn check(&self, segments: &[Segment<'_>]) -> Result<(), LmError> {
+        if segments.is_empty() {
+            return Err(LmError::request("prompt", "nothing to run"));
+        }
+        for segment in segments {
+            check_tokens(&self.config, segment.tokens)?;
+            if segment.cache.len() + segment.tokens.len() > self.config.max_position_embeddings {
+                let detail = format!(
+                    "runs past max_position_embeddings = {}",
+                    self.config.max_position_embeddings
+                );
+                return Err(LmError::request("prompt", detail));
+            }
+            if !segment.cache.fits(&self.config) {
+                return Err(LmError::request("prompt", "its cache was made for another model"));
+            }
+        }
+        Ok(())
+    }
+
+    fn run(&self, segments: &mut [Segment<'_>]) -> Result<Tensor, LmError> {
+        let mut tokens = Vec::new();
+        let mut positions = Vec::new();
+        for segment in segments.iter() {
+            let start = segment.cache.len();
+            tokens.extend_from_slice(segment.tokens);
+            positions.extend(start..start + segment.tokens.len());
+        }
+        let rope = self.rope.table(&positions);
+        let mut hidden = self.embedding.rows(&tokens)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            hidden = layer.forward(&hidden, index, segments, &rope, &self.config)?;
+        }
+        Ok(rms_norm(&hidden, &self.norm, &self.config)?)
+    }
+}
+
+/// Every id is a row of the embedding, and there is at least one.
+pub(crate) fn check_tokens(config: &ModelConfig, tokens: &[u32]) -> Result<(), LmError> {
+    if tokens.is_empty() {
+        return Err(LmError::request("prompt", "is empty"));
+    }
+    match tokens.iter().find(|id| **id as usize >= config.vocab_size) {
+        None => Ok(()),
+        Some(id) => Err(LmError::request(
+            "prompt",
+            format!(
+                "token id {id} is not below the vocabulary size {}",
+                config.vocab_size
+            ),
+        )),
+    }
+}
+
+impl Layer {
+    fn load(config: &ModelConfig, loader: &Loader<'_>, index: usize) -> Result<Self, LmError> {
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let hidden = config.hidden_size;
+        let dim = config.head_dim;
+        let (q, kv) = (config.num_heads * dim, config.num_kv_heads * dim);
+        let linear = |parts: &[(&str, usize)], columns: usize, bias: bool| {
+            let named = |kind: &str| -> Vec<(String, usize)> {
+                parts
+                    .iter()
+                    .map(|(part, rows)| (name(&format!("{part}.{kind}")), *rows))
+                    .collect()
+            };
+            let weight = loader.stacked(&named("weight"), columns)?;
+            let bias = match bias {
+                true => Some(loader.joined(&named("bias"))?),
+                false => None,
+            };
+            Ok::<_, LmError>(Linear::new(weight, bias))
+        };
+        let qk_norm = match config.qk_norm {
+            false => None,
+            true => Some((
+                loader.vector(&name("self_attn.q_norm.weight"), dim)?.to_vec1()?,
+                loader.vector(&name("self_attn.k_norm.weight"), dim)?.to_vec1()?,
+            )),
+        };
+        Ok(Self {
+            input_norm: loader.vector(&name("input_layernorm.weight"), hidden)?,
+            qkv: linear(
+                &[
+                    ("self_attn.q_proj", q),
+                    ("self_attn.k_proj", kv),
+                    ("self_attn.v_proj", kv),
+                ],
+                hidden,
+                config.qkv_bias,
+            )?,
+            qk_norm,
+            attention_out: linear(&[("self_attn.o_proj", hidden)], q, config.o_bias)?,
+            post_norm: loader.vector(&name("post_attention_layernorm.weight"), hidden)?,
+            gate_up: linear(
+                &[
+                    ("mlp.gate_proj", config.intermediate_size),
+                    ("mlp.up_proj", config.intermediate_size),
+                ],
+                hidden,
+                config.mlp_bias,
+            )?,
+            down: linear(
+                &[("mlp.down_proj", hidden)],
+                config.intermediate_size,
+                config.mlp_bias,
+            )?,
+            shape: AttentionShape::of(config, index),
+        })
+    }
+
+    fn forward(
+        &self,
+        hidden: &Tensor,
+        index: usize,
+        segments: &mut [Segment<'_>],
+        rope: &RopeTable,
+        config: &ModelConfig,
+    ) -> Result<Tensor, LmError> {
+        let qkv = self.qkv.forward(&rms_norm(hidden, &self.input_norm, config)?)?;
+        let (rows, stride) = qkv.dims2()?;
+        let mut qkv = qkv.flatten_all()?.to_vec1::<f32>()?;
+        self.norm_and_rotate(&mut qkv, stride, rope, config.rms_norm_eps as f32);
+        let attended = self.attend(&qkv, stride, index, segments);
+        let attended = Tensor::from_vec(
+            attended,
+            (rows, config.num_heads * config.head_dim),
+            hidden.device(),
+        )?;
+        let hidden = (hidden + self.attention_out.forward(&attended)?)?;
+        let gated = swiglu(
+            &self
+                .gate_up
+                .forward(&rms_norm(&hidden, &self.post_norm, config)?)?,
+        )?;
+        Ok((hidden + self.down.forward(&gated)?)?)
+    }
+
+    /// Norms (Qwen3) and rotates the query and key heads of every row in place.
+    fn norm_and_rotate(&self, qkv: &mut [f32], stride: usize, rope: &RopeTable, eps: f32) {
+        let dim = self.shape.head_dim;
+        let rotated = self.shape.heads + self.shape.kv_heads;
+        qkv.par_chunks_mut(stride).enumerate().for_each(|(row, values)| {
+            for (head, values) in values.chunks_exact_mut(dim).take(rotated).enumerate() {
+                if let Some((query, key)) = &self.qk_norm {
+                    let weight = if head < self.shape.heads { query } else { key };
+                    let inverse = 1.0 / (dot(values, values) / dim as f32 + eps).sqrt();
+                    for (value, weight) in values.iter_mut().zip(weight) {
+                        *value = *value * inverse * weight;
+                    }
+                }
+                rope.rotate(row, values);
+            }
+        });
+    }
+
+    /// Puts the new keys and values into the caches, then attends.
+    fn attend(&self, qkv: &[f32], stride: usize, index: usize, segments: &mut [Segment<'_>]) -> Vec<f32> {
+        let dim = self.shape.head_dim;
+        let keys_at = self.shape.heads * dim;
+        let values_at = keys_at + self.shape.kv_heads * dim;
+        let mut rows = qkv.chunks_exact(stride);
+        for segment in segments.iter_mut() {
+            let layer = segment.cache.layer_mut(index);
+            for row in rows.by_ref().take(segment.tokens.len()) {
+                layer.push(&row[keys_at..values_at], &row[values_at..]);
+            }
+        }
+        let mut row = 0;
+        let spans: Vec<Span<'_>> = segments
+            .iter()
+            .map(|segment| {
+                let span = Span {
+                    row,
+                    rows: segment.tokens.len(),
+                    position: segment.cache.len(),
+                    layer: segment.cache.layer(index),
+                };
+                row += span.rows;
+                span
+            })
+            .collect();
+        attend(self.shape, qkv, stride, &spans)
+    }
+}
+
+fn rms_norm(x: &Tensor, weight: &Tensor, config: &ModelConfig) -> candle_core::Result<Tensor> {
+    candle_nn::ops::rms_norm(x, weight, config.rms_norm_eps as f32)
+}

@@ -1,0 +1,220 @@
+//! The arithmetic that the decoder is made of, on f32 tensors: matrices, linear layers, the gated activation,
+//! and an exponential that the compiler can vectorise. In CPU memory with loops of our own; elsewhere with
+//! candle's operators.
+
+use std::ops::Range;
+
+use candle_core::{CpuStorage, Device, Storage, Tensor};
+use rayon::prelude::*;
+
+use crate::kernel::{Vectorized, vectorized};
+use crate::packed::PackedMatrix;
+
+/// W \[rows, inner\]: a table of rows, or the weight of a product `x W^T`.
+#[derive(Debug)]
+pub(crate) enum Matrix {
+    Packed(PackedMatrix),
+    Dense(Tensor),
+}
+
+impl Matrix {
+    /// From W row by row.
+    pub(crate) fn new(values: Vec<f32>, inner: usize, device: &Device) -> candle_core::Result<Self> {
+        match device {
+            Device::Cpu => Ok(Self::Packed(PackedMatrix::from_rows(&values, inner))),
+            _ => {
+                let rows = values.len() / inner;
+                Ok(Self::Dense(Tensor::from_vec(values, (rows, inner), device)?))
+            }
+        }
+    }
+
+    /// The rows `ids`, \[ids, inner\]. Ids are below the number of rows.
+    pub(crate) fn rows(&self, ids: &[u32]) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Packed(packed) => {
+                let mut values = Vec::new();
+                ids.iter()
+                    .for_each(|id| packed.extend_with_row(*id as usize, &mut values));
+                let inner = values.len() / ids.len().max(1);
+                Tensor::from_vec(values, (ids.len(), inner), &Device::Cpu)
+            }
+            Self::Dense(weight) => weight.index_select(&Tensor::new(ids, weight.device())?, 0),
+        }
+    }
+
+    /// `x W^T`, \[rows of x, rows of W\].
+    pub(crate) fn times(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Packed(packed) => self.times_rows(x, 0..packed.columns()),
+            Self::Dense(weight) => x.matmul(&weight.t()?),
+        }
+    }
+
+    /// `x W^T` for some rows of W only; the range begins at a multiple of 16.
+    pub(crate) fn times_rows(&self, x: &Tensor, range: Range<usize>) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Packed(packed) => {
+                let (rows, width) = (x.dim(0)?, range.len());
+                let product = with_slice(x, |x| packed.product(x, range))?;
+                Tensor::from_vec(product, (rows, width), &Device::Cpu)
+            }
+            Self::Dense(weight) => x.matmul(&weight.narrow(0, range.start, range.len())?.t()?),
+        }
+    }
+}
+
+/// `x W^T + b`.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    weight: Matrix,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    pub(crate) fn new(weight: Matrix, bias: Option<Tensor>) -> Self {
+        Self { weight, bias }
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let product = self.weight.times(x)?;
+        match &self.bias {
+            Some(bias) => product.broadcast_add(bias),
+            None => Ok(product),
+        }
+    }
+}
+
+/// `silu(gate) * up` for `x` = \[rows, gate | up\].
+pub(crate) fn swiglu(x: &Tensor) -> candle_core::Result<Tensor> {
+    if !matches!(x.device(), Device::Cpu) {
+        return candle_nn::ops::swiglu(x);
+    }
+    let (rows, both) = x.dims2()?;
+    let width = both / 2;
+    let gated = with_slice(x, |x| {
+        let mut out = vec![0f32; rows * width];
+        out.par_chunks_mut(width)
+            .zip(x.par_chunks(both))
+            .for_each(|(out, row)| {
+                let (gate, up) = row.split_at(width);
+                vectorized(Swiglu { gate, up, out });
+            });
+        out
+    })?;
+    Tensor::from_vec(gated, (rows, width), &Device::Cpu)
+}
+
+struct Swiglu<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Vectorized for Swiglu<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FUSED: bool>(self) {
+        for ((out, gate), up) in self.out.iter_mut().zip(self.gate).zip(self.up) {
+            *out = gate / (1.0 + exp(-gate)) * up;
+        }
+    }
+}
+
+/// Lends the elements of a contiguous f32 tensor in CPU memory, without a copy.
+pub(crate) fn with_slice<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> candle_core::Result<T> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(f(&values[start..end])),
+        _ => candle_core::bail!("expected a contiguous f32 tensor in CPU memory"),
+    }
+}
+
+/// Sixteen running sums, which compile to vector instructions; the order of addition is fixed.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0f32; 16];
+    let (a_blocks, b_blocks) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: f32 = a_blocks
+        .remainder()
+        .iter()
+        .zip(b_blocks.remainder())
+        .map(|(x, y)| x * y)
+        .sum();
+    for (x, y) in a_blocks.zip(b_blocks) {
+        for ((sum, x), y) in sums.iter_mut().zip(x).zip(y) {
+            *sum += x * y;
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
+/// `e^x` within 2 ulp for x in \[-87, 88\], clamped outside; NaN counts as the lower end.
+///
+/// Source of the polynomial: S. Moshier, Cephes, `expf.c`. Without branches or calls, so loops vectorise.
+#[inline(always)]
+#[allow(clippy::excessive_precision)]
+pub(crate) fn exp(x: f32) -> f32 {
+    /// Adding 1.5 * 2^23 rounds to an integer that lies in the low bits of the sum.
+    const ROUND: f32 = 12_582_912.0;
+    let x = if x > -87.0 { x } else { -87.0 };
+    let x = if x < 88.0 { x } else { 88.0 };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * 0.693_359_375 + n * 2.121_944_400e-4;
+    let mut p = 1.987_569_150_0e-4;
+    p = p * r + 1.398_199_950_7e-3;
+    p = p * r + 8.333_451_907_3e-3;
+    p = p * r + 4.166_579_589_4e-2;
+    p = p * r + 1.666_666_545_9e-1;
+    p = p * r + 5.000_000_120_1e-1;
+    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
+    (p * r * r + r + 1.0) * f32::from_bits(exponent << 23)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_ulp_and_exactly_one_at_zero() {
+        assert_eq!(exp(0.0), 1.0);
+        for step in -8700..8800 {
+            let x = step as f32 / 100.0 + 0.003;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 2.4e-7, "exp({x}) is off by {error:e}");
+        }
+        assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(-1000.0) < 2e-38 && exp(f32::NAN) < 2e-38);
+    }
+
+    #[test]
+    fn a_matrix_is_a_table_and_a_weight() -> candle_core::Result<()> {
+        let values: Vec<f32> = (0..40 * 3).map(|i| i as f32 / 10.0).collect();
+        let packed = Matrix::new(values.clone(), 3, &Device::Cpu)?;
+        let dense = Matrix::Dense(Tensor::from_vec(values, (40, 3), &Device::Cpu)?);
+        let x = Tensor::new(&[[1f32, -2.0, 0.5], [0.0, 1.0, 3.0]], &Device::Cpu)?;
+        assert_eq!(
+            packed.rows(&[39, 0])?.to_vec2::<f32>()?,
+            dense.rows(&[39, 0])?.to_vec2::<f32>()?
+        );
+        for (a, b) in [
+            (packed.times(&x)?, dense.times(&x)?),
+            (packed.times_rows(&x, 16..39)?, dense.times_rows(&x, 16..39)?),
+        ] {
+            let difference = (a - b)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(difference < 1e-4, "{difference}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn swiglu_is_silu_of_the_first_half_times_the_second() -> candle_core::Result<()> {
+        let x = Tensor::new(&[[1f32, -2.0, 3.0, 4.0]], &Device::Cpu)?;
+        let ours = swiglu(&x)?.flatten_all()?.to_vec1::<f32>()?;
+        let silu = |v: f32| v / (1.0 + (-v).exp());
+        assert!((ours[0] - silu(1.0) * 3.0).abs() < 1e-6 && (ours[1] - silu(-2.0) * 4.0).abs() < 1e-6);
+        Ok(())
+    }
+}

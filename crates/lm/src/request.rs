@@ -1,0 +1,84 @@
+//! What goes into the engine and what comes out of it: requests in token ids, events in token ids.
+
+use crate::decoder::check_tokens;
+use crate::{LmError, ModelConfig, Sampling, TokenLogprobs};
+
+/// Largest count of likeliest tokens that may be asked for.
+const MAX_LOGPROBS: usize = 1024;
+
+/// One sequence to run. `n` choices of one prompt are `n` requests with seeds of their own.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Chosen by the caller, unique among what the engine holds.
+    pub id: u64,
+    pub prompt: Vec<u32>,
+    /// 0: only score the prompt.
+    pub max_tokens: usize,
+    /// Stop ids cannot be drawn before this many tokens.
+    pub min_tokens: usize,
+    pub sampling: Sampling,
+    /// A token among these ends the answer; it is emitted before the end.
+    pub stop_ids: Vec<u32>,
+    /// Log-probabilities of the prompt, with this many likeliest tokens.
+    pub prompt_logprobs: Option<usize>,
+    /// Log-probabilities of the answer, with this many likeliest tokens.
+    pub logprobs: Option<usize>,
+}
+
+/// What happened in a step.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// Once, before the first token, if asked for: one entry a prompt token, None for the first.
+    PromptLogprobs {
+        id: u64,
+        tokens: Vec<Option<TokenLogprobs>>,
+    },
+    Token {
+        id: u64,
+        token: u32,
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// The last event of a request, unless it failed.
+    Finished { id: u64, reason: FinishReason },
+    /// The last event of a request that could not go on.
+    Failed { id: u64, error: String },
+}
+
+/// Why a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop id was drawn.
+    Stop,
+    /// `max_tokens`, or the model's longest context, was reached.
+    Length,
+    Cancelled,
+}
+
+impl Request {
+    /// Checks what does not depend on the engine's load.
+    pub(crate) fn validate(&self, config: &ModelConfig) -> Result<(), LmError> {
+        check_tokens(config, &self.prompt)?;
+        let longest = config.max_position_embeddings;
+        if self.prompt.len() > longest {
+            let detail = format!("has {} tokens; the model takes {longest}", self.prompt.len());
+            return Err(LmError::request("prompt", detail));
+        }
+        for (field, count) in [
+            ("prompt_logprobs", self.prompt_logprobs),
+            ("logprobs", self.logprobs),
+        ] {
+            if count.is_some_and(|count| count > MAX_LOGPROBS) {
+                return Err(LmError::request(field, format!("must be at most {MAX_LOGPROBS}")));
+            }
+        }
+        self.sampling.validate()
+    }
+
+    /// Tokens whose keys and values the request may come to hold: the last token drawn is never run.
+    pub(crate) fn most_cached(&self, config: &ModelConfig) -> usize {
+        self.prompt
+            .len()
+            .saturating_add(self.max_tokens.saturating_sub(1))
+            .min(config.max_position_embeddings)
+    }
+}

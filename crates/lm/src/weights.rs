@@ -1,0 +1,141 @@
+//! Where a decoder's weights come from: an opened checkpoint, or one with an adapter folded in. Checks every
+//! shape against the config before a byte of the tensor is read.
+
+use candle_core::{Device, Tensor};
+use cauldron_checkpoint::{Checkpoint, Expert};
+
+use crate::ops::Matrix;
+use crate::{LmError, ModelConfig};
+
+/// Named float tensors.
+pub trait WeightSource: Sync {
+    /// Shape of a tensor, or None if there is none of that name.
+    fn shape(&self, name: &str) -> Option<Vec<usize>>;
+    /// The whole tensor, row-major, widened to f32.
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError>;
+}
+
+impl WeightSource for Checkpoint {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.get(name).map(|info| info.shape.clone())
+    }
+
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
+        Ok(Checkpoint::read_f32(self, name)?)
+    }
+}
+
+impl WeightSource for Expert {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.checkpoint().get(name).map(|info| info.shape.clone())
+    }
+
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
+        Ok(Expert::read_f32(self, name)?)
+    }
+}
+
+/// Names and shapes of all tensors that a model of this config has.
+pub(crate) fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let hidden = config.hidden_size;
+    let queries = config.num_heads * config.head_dim;
+    let keys = config.num_kv_heads * config.head_dim;
+    let mlp = config.intermediate_size;
+    let linears = [
+        ("self_attn.q_proj", queries, hidden, config.qkv_bias),
+        ("self_attn.k_proj", keys, hidden, config.qkv_bias),
+        ("self_attn.v_proj", keys, hidden, config.qkv_bias),
+        ("self_attn.o_proj", hidden, queries, config.o_bias),
+        ("mlp.gate_proj", mlp, hidden, config.mlp_bias),
+        ("mlp.up_proj", mlp, hidden, config.mlp_bias),
+        ("mlp.down_proj", hidden, mlp, config.mlp_bias),
+    ];
+    let mut tensors = vec![
+        (
+            "model.embed_tokens.weight".to_owned(),
+            vec![config.vocab_size, hidden],
+        ),
+        ("model.norm.weight".to_owned(), vec![hidden]),
+    ];
+    if !config.tie_word_embeddings {
+        tensors.push(("lm_head.weight".to_owned(), vec![config.vocab_size, hidden]));
+    }
+    for layer in 0..config.num_layers {
+        let mut add =
+            |part: &str, shape: Vec<usize>| tensors.push((format!("model.layers.{layer}.{part}"), shape));
+        add("input_layernorm.weight", vec![hidden]);
+        add("post_attention_layernorm.weight", vec![hidden]);
+        if config.qk_norm {
+            add("self_attn.q_norm.weight", vec![config.head_dim]);
+            add("self_attn.k_norm.weight", vec![config.head_dim]);
+        }
+        for (part, rows, columns, bias) in linears {
+            add(&format!("{part}.weight"), vec![rows, columns]);
+            if bias {
+                add(&format!("{part}.bias"), vec![rows]);
+            }
+        }
+    }
+    tensors
+}
+
+/// Reads checked tensors of a source onto a device.
+pub(crate) struct Loader<'a> {
+    pub source: &'a dyn WeightSource,
+    pub device: &'a Device,
+}
+
+impl Loader<'_> {
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Tensor, LmError> {
+        let values = self.read(name, &[len])?;
+        Ok(Tensor::from_vec(values, len, self.device)?)
+    }
+
+    /// Matrices of `columns` columns stacked into one \[sum of rows, columns\].
+    pub(crate) fn stacked(&self, parts: &[(String, usize)], columns: usize) -> Result<Matrix, LmError> {
+        let mut values = Vec::new();
+        for (name, rows) in parts {
+            let mut part = self.read(name, &[*rows, columns])?;
+            match values.is_empty() {
+                true => values = part,
+                false => values.append(&mut part),
+            }
+        }
+        Ok(Matrix::new(values, columns, self.device)?)
+    }
+
+    /// Vectors joined end to end.
+    pub(crate) fn joined(&self, parts: &[(String, usize)]) -> Result<Tensor, LmError> {
+        let mut values = Vec::new();
+        for (name, len) in parts {
+            values.append(&mut self.read(name, &[*len])?);
+        }
+        let len = values.len();
+        Ok(Tensor::from_vec(values, len, self.device)?)
+    }
+
+    /// Checks presence and shape without reading.
+    pub(crate) fn check(&self, name: &str, shape: &[usize]) -> Result<(), LmError> {
+        let bad = |detail: String| LmError::Tensor {
+            tensor: name.to_owned(),
+            detail,
+        };
+        match self.source.shape(name) {
+            None => Err(bad("is missing".into())),
+            Some(found) if found != shape => Err(bad(format!("is {found:?}; config.json says {shape:?}"))),
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, LmError> {
+        self.check(name, shape)?;
+        let values = self.source.read_f32(name)?;
+        if values.len() != shape.iter().product::<usize>() {
+            return Err(LmError::Tensor {
+                tensor: name.to_owned(),
+                detail: "its bytes do not fill its shape".into(),
+            });
+        }
+        Ok(values)
+    }
+}

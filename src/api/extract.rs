@@ -1,0 +1,104 @@
+//! Extractors whose refusals are problems: ids and digests of paths, JSON bodies, query strings.
+
+use axum::body::Bytes;
+use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode, header};
+use cauldron_checkpoint::Digest;
+use uuid::Uuid;
+
+use super::problem::Problem;
+use crate::config::ModelName;
+
+/// A path's last parameter as a typed value; anything else is the same 404.
+#[derive(Debug)]
+pub struct Segment<T>(pub T);
+
+/// What can be a [`Segment`].
+pub trait FromSegment: Sized {
+    const WHAT: &'static str;
+
+    fn from_segment(text: &str) -> Option<Self>;
+}
+
+impl FromSegment for Uuid {
+    const WHAT: &'static str = "no such merge";
+
+    fn from_segment(text: &str) -> Option<Self> {
+        // Only the form that we write: no braces, no urn.
+        text.parse::<Self>().ok().filter(|id| id.to_string() == text)
+    }
+}
+
+impl FromSegment for Digest {
+    const WHAT: &'static str = "no such checkpoint";
+
+    fn from_segment(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
+impl FromSegment for ModelName {
+    const WHAT: &'static str = "no such model";
+
+    fn from_segment(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
+impl<S: Send + Sync, T: FromSegment> FromRequestParts<S> for Segment<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        path.ok()
+            .and_then(|Path(text)| T::from_segment(&text))
+            .map(Self)
+            .ok_or_else(|| Problem::not_found(T::WHAT))
+    }
+}
+
+/// The bytes of a JSON body: declared as JSON, not compressed, within the route's limit.
+#[derive(Debug)]
+pub struct JsonBytes(pub Vec<u8>);
+
+impl<S: Send + Sync> FromRequest<S> for JsonBytes {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        check_json_headers(request.headers())?;
+        match Bytes::from_request(request, state).await {
+            Ok(bytes) => Ok(Self(bytes.into())),
+            Err(rejection) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(Problem::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "body-too-large",
+                "the body is larger than this route takes",
+            )),
+            Err(_) => Err(Problem::new(
+                StatusCode::BAD_REQUEST,
+                "unreadable-body",
+                "the body could not be read",
+            )),
+        }
+    }
+}
+
+/// A browser can send other content types across origins without asking; JSON it cannot.
+fn check_json_headers(headers: &HeaderMap) -> Result<(), Problem> {
+    let refuse = |detail: &str| {
+        Err(Problem::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "unsupported-media-type",
+            detail,
+        ))
+    };
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok());
+    let kind = kind.and_then(|k| k.split(';').next()).unwrap_or_default().trim();
+    if !kind.eq_ignore_ascii_case("application/json") {
+        return refuse("send the body as Content-Type: application/json");
+    }
+    match headers.get(header::CONTENT_ENCODING) {
+        Some(encoding) if encoding != "identity" => refuse("compressed bodies are not taken"),
+        _ => Ok(()),
+    }
+}

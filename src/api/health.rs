@@ -1,0 +1,67 @@
+//! /livez, /readyz and /metrics.
+
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::problem::Problem;
+use crate::app::{App, AppState};
+use crate::telemetry;
+
+pub fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(livez))
+        .routes(routes!(readyz))
+        .routes(routes!(metrics))
+}
+
+/// Whether the process runs
+#[utoipa::path(get, path = "/livez", tag = "health", responses((status = 200, body = String)))]
+async fn livez() -> &'static str {
+    "ok\n"
+}
+
+/// Whether the service takes work
+///
+/// 503 while it drains or its database does not answer.
+#[utoipa::path(get, path = "/readyz", tag = "health",
+    responses((status = 200, body = String), (status = 503, body = Problem, content_type = "application/problem+json")))]
+async fn readyz(State(AppState(app)): State<AppState>) -> Result<&'static str, Problem> {
+    if app.shutdown.is_cancelled() {
+        return Err(Problem::unavailable(
+            "shutting-down",
+            "the service is shutting down",
+        ));
+    }
+    app.jobs.counts().await?;
+    Ok("ok\n")
+}
+
+/// Metrics in Prometheus' text format
+#[utoipa::path(get, path = "/metrics", tag = "health", responses((status = 200, body = String)))]
+async fn metrics(State(AppState(app)): State<AppState>) -> Result<impl IntoResponse, Problem> {
+    let handle = telemetry::metrics_handle().map_err(|e| Problem::internal("metrics", &e))?;
+    refresh(&app).await?;
+    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
+    Ok((StatusCode::OK, kind, handle.render()))
+}
+
+/// Gauges are read when they are asked for.
+async fn refresh(app: &App) -> Result<(), Problem> {
+    for (status, count) in app.jobs.counts().await? {
+        metrics::gauge!(telemetry::JOBS, "status" => status.as_str()).set(count as f64);
+    }
+    let (running, waiting) = app.serving.work();
+    metrics::gauge!(telemetry::REQUESTS_RUNNING).set(running as f64);
+    metrics::gauge!(telemetry::REQUESTS_WAITING).set(waiting as f64);
+    metrics::gauge!(telemetry::MODELS).set(app.serving.list().len() as f64);
+    let cache = app.cache.clone();
+    let listed = tokio::task::spawn_blocking(move || cache.list()).await;
+    if let Ok(Ok(entries)) = listed {
+        metrics::gauge!(telemetry::CACHE_ENTRIES).set(entries.len() as f64);
+        let bytes: u64 = entries.iter().map(cauldron_merge::Manifest::total_bytes).sum();
+        metrics::gauge!(telemetry::CACHE_BYTES).set(bytes as f64);
+    }
+    Ok(())
+}

@@ -1,0 +1,154 @@
+//! /models: load, list and unload served models.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::extract::{FromSegment, JsonBytes, Segment};
+use super::problem::Problem;
+use crate::app::AppState;
+use crate::config::ModelName;
+use crate::serving::{LoadRequest, ServingError, SlotInfo};
+
+const MAX_BODY_BYTES: usize = 1 << 20;
+
+pub fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(list_models, load_model))
+        .routes(routes!(get_model, unload_model))
+        .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY_BYTES))
+}
+
+/// A model to load.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct LoadBody {
+    /// The name it is asked by.
+    name: String,
+    /// A model reference: a folder under --models-dir, `merge:<job id>` or `checkpoint:<digest>`, each with an optional
+    /// `+adapter`.
+    #[schema(value_type = String)]
+    source: Value,
+}
+
+/// A slot: a model under a name.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct ModelView {
+    name: String,
+    /// `loading`, `ready` or `failed`.
+    status: &'static str,
+    source: String,
+    /// Digest of the weights, once they are loaded.
+    system_fingerprint: Option<String>,
+    error: Option<String>,
+}
+
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct ModelList {
+    models: Vec<ModelView>,
+}
+
+/// Load a model
+///
+/// Answers 202 at once. Requests for the name wait until it is ready; requests that run finish on the weights they
+/// began with.
+#[utoipa::path(post, path = "/models", tag = "models", request_body = LoadBody,
+    responses((status = 202, body = ModelView), (status = 422, body = Problem, content_type = "application/problem+json")))]
+async fn load_model(
+    State(AppState(app)): State<AppState>,
+    JsonBytes(body): JsonBytes,
+) -> Result<Response, Problem> {
+    let (name, source) = parse(&body)?;
+    let (sources, reference) = (app.sources.clone(), source.clone());
+    let located = tokio::task::spawn_blocking(move || sources.locate("source", &reference))
+        .await
+        .map_err(|e| Problem::internal("locating a model", &e))?
+        .map_err(|e| Problem::unprocessable("unknown-model", &e.field, e.detail))?;
+    let request = LoadRequest {
+        folder: located.folder,
+        adapter: located.adapter,
+        source,
+        cached: located.cached,
+    };
+    app.serving
+        .load(name.clone(), request)
+        .map_err(|e| Problem::internal("loading a model", &e))?;
+    let info = app.serving.info(&name).ok_or_else(|| unknown(&name))?;
+    let mut response = (StatusCode::ACCEPTED, Json(view(info))).into_response();
+    if let Ok(location) = HeaderValue::from_str(&format!("/models/{name}")) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    Ok(response)
+}
+
+/// List loaded models
+#[utoipa::path(get, path = "/models", tag = "models", responses((status = 200, body = ModelList)))]
+async fn list_models(State(AppState(app)): State<AppState>) -> Json<ModelList> {
+    let models = app.serving.list().into_iter().map(view).collect();
+    Json(ModelList { models })
+}
+
+/// One loaded model
+#[utoipa::path(get, path = "/models/{name}", tag = "models", params(("name" = String, Path)),
+    responses((status = 200, body = ModelView), (status = 404, body = Problem, content_type = "application/problem+json")))]
+async fn get_model(
+    State(AppState(app)): State<AppState>,
+    Segment(name): Segment<ModelName>,
+) -> Result<Json<ModelView>, Problem> {
+    let info = app.serving.info(&name).ok_or_else(|| unknown(&name))?;
+    Ok(Json(view(info)))
+}
+
+/// Unload a model
+///
+/// Requests that run finish; its memory is freed when the last has.
+#[utoipa::path(delete, path = "/models/{name}", tag = "models", params(("name" = String, Path)),
+    responses((status = 204), (status = 404, body = Problem, content_type = "application/problem+json")))]
+async fn unload_model(
+    State(AppState(app)): State<AppState>,
+    Segment(name): Segment<ModelName>,
+) -> Result<StatusCode, Problem> {
+    match app.serving.unload(&name) {
+        Ok(()) => Ok(StatusCode::NO_CONTENT),
+        Err(ServingError::Unknown(_)) => Err(unknown(&name)),
+        Err(e) => Err(Problem::internal("unloading a model", &e)),
+    }
+}
+
+fn parse(body: &[u8]) -> Result<(ModelName, String), Problem> {
+    let bad = |field: &str, detail: String| Problem::unprocessable("invalid-request", field, detail);
+    let body: LoadBody = serde_json::from_slice(body).map_err(|e| {
+        let detail = e.to_string();
+        // serde names the field between backticks.
+        let field = detail.split('`').nth(1).unwrap_or_default().to_owned();
+        bad(&field, detail)
+    })?;
+    let name = body.name.parse::<ModelName>();
+    let name = name.map_err(|e| bad("name", e.to_string()))?;
+    match body.source {
+        Value::String(source) => Ok((name, source)),
+        Value::Object(_) => Err(bad(
+            "source",
+            "recipes cannot be served without a merge yet: POST /merge with serve_as".into(),
+        )),
+        _ => Err(bad("source", "must be a model reference".into())),
+    }
+}
+
+fn view(info: SlotInfo) -> ModelView {
+    ModelView {
+        name: info.name.to_string(),
+        status: info.status,
+        source: info.source,
+        system_fingerprint: info.system_fingerprint,
+        error: info.error,
+    }
+}
+
+fn unknown(_: &ModelName) -> Problem {
+    Problem::not_found(ModelName::WHAT)
+}

@@ -1,0 +1,343 @@
+//! What completions and chat share: sampling fields, requests to the engine, and answers put together from its events.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use cauldron_lm::{Event, FinishReason, Request, Sampling, TextStream, TokenLogprobs};
+use rand::TryRng;
+use serde_json::Value;
+
+use super::error::ApiError;
+use super::params::Params;
+use crate::serving::{Generation, Served};
+use crate::telemetry;
+
+/// Most choices of one prompt.
+pub const MAX_N: i64 = 128;
+/// Most likeliest tokens that can be asked for.
+pub const MAX_LOGPROBS: i64 = 20;
+/// Stop strings of one request, and bytes of one.
+pub const MAX_STOPS: usize = 64;
+pub const MAX_STOP_BYTES: usize = 1024;
+/// Sequences of one request: prompts times n.
+pub const MAX_SEQUENCES: usize = 4096;
+
+/// Fields of OpenAI that change an answer and that are refused.
+const UNSUPPORTED: &[&str] = &[
+    "logit_bias",
+    "response_format",
+    "tools",
+    "functions",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "prompt_embeds",
+    "use_beam_search",
+    "length_penalty",
+    "allowed_token_ids",
+    "bad_words",
+    "truncate_prompt_tokens",
+    "logits_processors",
+];
+
+/// How to generate.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub sampling: Sampling,
+    pub seed: Option<u64>,
+    pub n: usize,
+    pub max_tokens: Option<usize>,
+    pub min_tokens: usize,
+    pub stops: Vec<String>,
+    pub ignore_eos: bool,
+    pub stream: bool,
+    pub include_usage: bool,
+}
+
+impl Settings {
+    /// Takes the shared fields out of the body.
+    pub fn read(params: &mut Params) -> Result<Self, ApiError> {
+        params.refuse(UNSUPPORTED)?;
+        let defaults = Sampling::default();
+        let temperature = params.number("temperature", 0.0, 100.0)?.unwrap_or(1.0);
+        let sampling = Sampling {
+            temperature,
+            // vLLM's clients send -1 for "off".
+            top_k: params
+                .integer("top_k", -1, i64::from(u32::MAX))?
+                .unwrap_or(0)
+                .max(0) as usize,
+            top_p: params.number("top_p", 0.0, 1.0)?.unwrap_or(defaults.top_p),
+            min_p: params.number("min_p", 0.0, 1.0)?.unwrap_or(defaults.min_p),
+            repetition_penalty: params
+                .number("repetition_penalty", 0.01, 100.0)?
+                .unwrap_or(defaults.repetition_penalty),
+            frequency_penalty: params
+                .number("frequency_penalty", -2.0, 2.0)?
+                .unwrap_or(defaults.frequency_penalty),
+            presence_penalty: params
+                .number("presence_penalty", -2.0, 2.0)?
+                .unwrap_or(defaults.presence_penalty),
+            seed: 0,
+        };
+        let n = params.integer("n", 1, MAX_N)?.unwrap_or(1);
+        if let Some(best_of) = params.integer("best_of", 1, MAX_N)?
+            && best_of != n
+        {
+            let error = ApiError::invalid("best_of", "is supported only where it equals n");
+            return Err(error.with_code("unsupported_parameter"));
+        }
+        let stream = params.bool("stream")?.unwrap_or(false);
+        let include_usage = match params.take("stream_options") {
+            None => false,
+            Some(Value::Object(options)) => options
+                .get("include_usage")
+                .and_then(Value::as_bool)
+                .unwrap_or(false),
+            Some(_) => return Err(ApiError::invalid("stream_options", "must be an object")),
+        };
+        Ok(Self {
+            sampling,
+            seed: params
+                .integer("seed", i64::MIN, i64::MAX)?
+                .map(|seed| seed as u64),
+            n: n as usize,
+            max_tokens: None,
+            min_tokens: params.integer("min_tokens", 0, i64::from(u32::MAX))?.unwrap_or(0) as usize,
+            stops: stops(params.take("stop"))?,
+            ignore_eos: params.bool("ignore_eos")?.unwrap_or(false),
+            stream,
+            include_usage,
+        })
+    }
+
+    /// One request for each choice of each prompt: choices of a prompt lie next to each other.
+    pub fn requests(
+        &self,
+        served: &Served,
+        prompts: &[Vec<u32>],
+        max_tokens: usize,
+        logprobs: Option<usize>,
+        prompt_logprobs: Option<usize>,
+    ) -> Result<Vec<Request>, ApiError> {
+        if prompts.len() * self.n > MAX_SEQUENCES {
+            let message = format!("prompts times n must be at most {MAX_SEQUENCES}");
+            return Err(ApiError::invalid("prompt", message));
+        }
+        let seed = self.seed.unwrap_or_else(|| {
+            rand::rngs::SysRng
+                .try_next_u64()
+                .unwrap_or_else(|_| uuid::Uuid::now_v7().as_u128() as u64)
+        });
+        let mut requests = Vec::with_capacity(prompts.len() * self.n);
+        for prompt in prompts {
+            check_length(served, prompt.len(), max_tokens)?;
+            for choice in 0..self.n {
+                let mut sampling = self.sampling;
+                sampling.seed = seed.wrapping_add(choice as u64);
+                requests.push(Request {
+                    id: 0,
+                    prompt: prompt.clone(),
+                    max_tokens,
+                    min_tokens: self.min_tokens.min(max_tokens),
+                    sampling,
+                    stop_ids: match self.ignore_eos {
+                        true => Vec::new(),
+                        false => served.tokenizer.eos_ids().to_vec(),
+                    },
+                    prompt_logprobs,
+                    logprobs,
+                });
+            }
+        }
+        Ok(requests)
+    }
+}
+
+/// The last token that is drawn is never run, so one more than the context fits.
+fn check_length(served: &Served, prompt: usize, max_tokens: usize) -> Result<(), ApiError> {
+    let longest = served.max_model_len();
+    let total = prompt + max_tokens.saturating_sub(1);
+    if total <= longest {
+        return Ok(());
+    }
+    let message = format!(
+        "the model's context is {longest} tokens; this request has {prompt} in the prompt and asks for {max_tokens}"
+    );
+    let mut error = ApiError::invalid("prompt", message);
+    error.code = Some("context_length_exceeded");
+    Err(error)
+}
+
+fn stops(value: Option<Value>) -> Result<Vec<String>, ApiError> {
+    let bad = |message: String| ApiError::invalid("stop", message);
+    let items = match value {
+        None => return Ok(Vec::new()),
+        Some(Value::String(stop)) => vec![Value::String(stop)],
+        Some(Value::Array(items)) => items,
+        Some(_) => return Err(bad("must be a string or a list of strings".into())),
+    };
+    if items.len() > MAX_STOPS {
+        return Err(bad(format!("at most {MAX_STOPS} stop strings")));
+    }
+    let mut stops = Vec::with_capacity(items.len());
+    for item in items {
+        match item {
+            Value::String(stop) if stop.len() <= MAX_STOP_BYTES => stops.push(stop),
+            Value::String(_) => return Err(bad(format!("a stop string has at most {MAX_STOP_BYTES} bytes"))),
+            _ => return Err(bad("must be a string or a list of strings".into())),
+        }
+    }
+    stops.retain(|stop| !stop.is_empty());
+    Ok(stops)
+}
+
+/// A token of an answer with the text that became certain with it.
+#[derive(Debug, Clone)]
+pub struct Piece {
+    pub text: String,
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// What an answer does next.
+#[derive(Debug, Clone)]
+pub enum Step {
+    Prompt(Vec<Option<TokenLogprobs>>),
+    Piece(Piece),
+    /// The rest of the text, and why it ended.
+    End {
+        text: String,
+        reason: &'static str,
+    },
+}
+
+/// One choice while it is generated: events in, text out. Dropping it cancels the work.
+#[derive(Debug)]
+pub struct Answer {
+    generation: Option<Generation>,
+    text: TextStream,
+    /// A stop string ended it; the end has not been handed out yet.
+    stopped: bool,
+    pub tokens: usize,
+    started: Instant,
+    last: Option<Instant>,
+}
+
+impl Answer {
+    pub fn new(served: &Served, generation: Generation, stops: &[String]) -> Self {
+        Self {
+            generation: Some(generation),
+            text: TextStream::new(served.tokenizer.clone(), stops.to_vec()),
+            stopped: false,
+            tokens: 0,
+            started: Instant::now(),
+            last: None,
+        }
+    }
+
+    /// The next step; None after the end.
+    pub async fn next(&mut self) -> Result<Option<Step>, ApiError> {
+        let Some(generation) = &mut self.generation else {
+            let end = std::mem::take(&mut self.stopped).then(|| Step::End {
+                text: String::new(),
+                reason: "stop",
+            });
+            return Ok(end);
+        };
+        let event = generation.next().await;
+        match event {
+            Some(Event::PromptLogprobs { tokens, .. }) => Ok(Some(Step::Prompt(tokens))),
+            Some(Event::Token { token, logprobs, .. }) => self.token(token, logprobs).map(Some),
+            Some(Event::Finished { reason, .. }) => self.end(reason).map(Some),
+            Some(Event::Failed { error, .. }) => Err(ApiError::failed(error)),
+            None => Err(ApiError::failed("the model was stopped")),
+        }
+    }
+
+    fn token(&mut self, token: u32, logprobs: Option<TokenLogprobs>) -> Result<Step, ApiError> {
+        self.tokens += 1;
+        self.measure();
+        let chunk = self.text.push(token)?;
+        if chunk.stopped {
+            // What the engine would still draw is of no use.
+            self.generation = None;
+            self.finish_metrics();
+            self.stopped = true;
+        }
+        Ok(Step::Piece(Piece {
+            text: chunk.text,
+            logprobs,
+        }))
+    }
+
+    fn end(&mut self, reason: FinishReason) -> Result<Step, ApiError> {
+        let text = self.text.finish()?;
+        self.generation = None;
+        self.finish_metrics();
+        let reason = match reason {
+            _ if self.text.is_stopped() => "stop",
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Cancelled => return Err(ApiError::failed("the request was cancelled")),
+        };
+        Ok(Step::End { text, reason })
+    }
+
+    fn measure(&mut self) {
+        let now = Instant::now();
+        match self.last.replace(now) {
+            None => metrics::histogram!(telemetry::TIME_TO_FIRST_TOKEN).record(now - self.started),
+            Some(last) => metrics::histogram!(telemetry::INTER_TOKEN_LATENCY).record(now - last),
+        }
+    }
+
+    fn finish_metrics(&self) {
+        metrics::counter!(telemetry::GENERATION_TOKENS).increment(self.tokens as u64);
+        metrics::histogram!(telemetry::E2E_LATENCY).record(self.started.elapsed());
+    }
+}
+
+/// A finished choice.
+#[derive(Debug, Clone, Default)]
+pub struct Finished {
+    pub text: String,
+    pub reason: &'static str,
+    pub tokens: usize,
+    pub prompt_logprobs: Vec<Option<TokenLogprobs>>,
+    pub logprobs: Vec<TokenLogprobs>,
+}
+
+/// Runs requests to their ends. Answers come in the order of the requests.
+pub async fn collect(
+    served: &Arc<Served>,
+    requests: Vec<Request>,
+    stops: &[String],
+) -> Result<Vec<Finished>, ApiError> {
+    let generations = served.submit(requests)?;
+    let mut answers: Vec<Answer> = generations
+        .into_iter()
+        .map(|generation| Answer::new(served, generation, stops))
+        .collect();
+    let mut finished = Vec::with_capacity(answers.len());
+    for answer in &mut answers {
+        let mut out = Finished::default();
+        while let Some(step) = answer.next().await? {
+            match step {
+                Step::Prompt(logprobs) => out.prompt_logprobs = logprobs,
+                Step::Piece(piece) => {
+                    out.text.push_str(&piece.text);
+                    out.logprobs.extend(piece.logprobs);
+                }
+                Step::End { text, reason } => {
+                    out.text.push_str(&text);
+                    out.reason = reason;
+                }
+            }
+        }
+        out.tokens = answer.tokens;
+        finished.push(out);
+    }
+    Ok(finished)
+}

@@ -1,0 +1,157 @@
+//! What handlers and workers share, and how it is put together.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use cauldron_merge::MergeOptions;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+use crate::cache::Cache;
+use crate::config::{ApiKeys, Config, ModelName};
+use crate::jobs::{Intake, Job, JobStore, Runner, SqliteJobs, Worker};
+use crate::serving::{LoadRequest, Serving, ServingLimits};
+use crate::sources::ModelSources;
+
+/// The state of every handler.
+#[derive(Debug, Clone)]
+pub struct AppState(pub Arc<App>);
+
+/// The service without its HTTP side.
+#[derive(Debug)]
+pub struct App {
+    pub config: Config,
+    pub keys: ApiKeys,
+    pub jobs: Arc<dyn JobStore>,
+    pub cache: Cache,
+    pub sources: Arc<ModelSources>,
+    pub intake: Intake,
+    pub worker: Arc<Worker>,
+    pub serving: Arc<Serving>,
+    /// Cancelled once the service begins to drain.
+    pub shutdown: CancellationToken,
+    _lock: File,
+}
+
+impl App {
+    /// Opens everything. Nothing runs yet.
+    pub async fn open(config: Config) -> anyhow::Result<Arc<Self>> {
+        config.engine.device.resolve()?;
+        let keys = match &config.http.api_key_file {
+            Some(path) => ApiKeys::read(path)?,
+            None => ApiKeys::default(),
+        };
+        let data_dir = config.storage.data_dir.clone();
+        std::fs::create_dir_all(&data_dir).context("creating --data-dir")?;
+        let lock = lock(&data_dir)?;
+        let jobs = open_jobs(&config, &data_dir).await?;
+        let recovered = jobs.recover().await?;
+        if recovered > 0 {
+            info!(jobs = recovered, "jobs of the last run are back in the queue");
+        }
+        let cache = Cache::open(&data_dir).context("opening the cache in --data-dir")?;
+        let models_dir = config.storage.models_dir.clone();
+        let sources = Arc::new(ModelSources::new(
+            models_dir,
+            cache.clone(),
+            jobs.clone(),
+            Handle::current(),
+        ));
+        let limits = ServingLimits {
+            max_batch_tokens: config.engine.max_batch_tokens as usize,
+            max_running: config.engine.max_running as usize,
+            max_waiting: config.engine.max_waiting as usize,
+            hold: config.engine.hold(),
+        };
+        let serving = Serving::start(cache.clone(), limits).context("starting the engine thread")?;
+        let runner = Runner {
+            sources: sources.clone(),
+            cache: cache.clone(),
+            options: MergeOptions {
+                max_shard_bytes: config.storage.max_shard_bytes,
+            },
+        };
+        let (to_load, from) = (serving.clone(), cache.clone());
+        let on_success = Box::new(move |job: &Job, names: Vec<String>| {
+            for name in names {
+                load_result(&to_load, &from, job, &name);
+            }
+        });
+        let worker = Arc::new(Worker::new(jobs.clone(), runner, on_success));
+        let intake = Intake {
+            store: jobs.clone(),
+            sources: sources.clone(),
+            cache: cache.clone(),
+            max_queued: config.storage.max_queued_jobs,
+        };
+        Ok(Arc::new(Self {
+            config,
+            keys,
+            jobs,
+            cache,
+            sources,
+            intake,
+            worker,
+            serving,
+            shutdown: CancellationToken::new(),
+            _lock: lock,
+        }))
+    }
+
+    /// Starts the worker; it ends when `shutdown` is cancelled.
+    pub fn start_worker(self: &Arc<Self>) -> tokio::task::JoinHandle<()> {
+        tokio::spawn(self.worker.clone().run(self.shutdown.clone()))
+    }
+
+    /// Loads the result of a job that is done under a name.
+    pub fn serve_result(&self, job: &Job, name: &str) {
+        load_result(&self.serving, &self.cache, job, name);
+    }
+}
+
+fn load_result(serving: &Arc<Serving>, cache: &Cache, job: &Job, name: &str) {
+    let Some(digest) = job.digest else { return };
+    let Ok(name) = name.parse::<ModelName>() else {
+        error!(job = %job.id, "the job's name to serve under is no model name");
+        return;
+    };
+    let request = LoadRequest {
+        folder: cache.path(&digest),
+        adapter: None,
+        source: format!("merge:{}", job.id),
+        cached: Some(digest),
+    };
+    if let Err(e) = serving.load(name, request) {
+        error!(job = %job.id, error = %e, "a loading thread cannot be started");
+    }
+}
+
+/// One process a data folder: two would clean up each other's drafts.
+fn lock(data_dir: &Path) -> anyhow::Result<File> {
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(data_dir.join("lock"))
+        .context("opening the lock in --data-dir")?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => anyhow::bail!("--data-dir is in use by another process"),
+        Err(std::fs::TryLockError::Error(e)) => Err(e).context("locking --data-dir"),
+    }
+}
+
+async fn open_jobs(config: &Config, data_dir: &Path) -> anyhow::Result<Arc<dyn JobStore>> {
+    let jobs = match &config.storage.database_url {
+        None => {
+            let path: PathBuf = data_dir.join("cauldron.db");
+            SqliteJobs::open(&path).await
+        }
+        Some(url) if url.starts_with("sqlite:") => SqliteJobs::open_url(url).await,
+        Some(_) => anyhow::bail!("--database-url: only sqlite: is supported"),
+    };
+    Ok(Arc::new(jobs.context("opening the job database")?))
+}

@@ -1,0 +1,183 @@
+//! What an operator may set: one documented struct a concern, each value a flag and a `CAULDRON_*` variable.
+
+mod keys;
+mod names;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+pub use keys::{ApiKeys, Scope};
+pub use names::{ModelName, NameError};
+
+const DEFAULT_BATCH_TOKENS: u32 = 2048;
+const DEFAULT_RUNNING: u32 = 64;
+const DEFAULT_WAITING: u32 = 4096;
+const DEFAULT_HOLD_SECONDS: u64 = 60;
+
+/// Everything `cauldron serve` needs.
+#[derive(Debug, Clone, Args)]
+pub struct Config {
+    #[command(flatten)]
+    pub http: HttpConfig,
+    #[command(flatten)]
+    pub storage: StorageConfig,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub log: LogConfig,
+}
+
+impl Config {
+    /// For commands without a server: the defaults of everything that listens or serves.
+    pub fn for_storage(storage: StorageConfig, log: LogConfig) -> Self {
+        Self {
+            http: HttpConfig {
+                listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
+                api_key_file: None,
+                allowed_hosts: Vec::new(),
+                allow_unauthenticated: false,
+            },
+            storage,
+            engine: EngineArgs {
+                device: DeviceChoice::Auto,
+                max_batch_tokens: DEFAULT_BATCH_TOKENS,
+                max_running: DEFAULT_RUNNING,
+                max_waiting: DEFAULT_WAITING,
+                hold_seconds: DEFAULT_HOLD_SECONDS,
+            },
+            log,
+        }
+    }
+}
+
+/// Where the service listens and whom it answers.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "HTTP")]
+pub struct HttpConfig {
+    /// Address to listen on. Anything but loopback needs --api-key-file.
+    #[arg(long, env = "CAULDRON_LISTEN", default_value_t = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080))]
+    pub listen: SocketAddr,
+    /// File of API keys, one a line: `KEY`, `admin KEY` or `inference KEY`. Empty lines and # comments are skipped.
+    #[arg(long, env = "CAULDRON_API_KEY_FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Host names that requests may carry besides loopback names (with keys set: none given means any).
+    #[arg(long = "allowed-host", env = "CAULDRON_ALLOWED_HOSTS", value_delimiter = ',')]
+    pub allowed_hosts: Vec<String>,
+    /// Listen beyond loopback without API keys, for networks where something else keeps strangers out.
+    #[arg(long, env = "CAULDRON_ALLOW_UNAUTHENTICATED")]
+    pub allow_unauthenticated: bool,
+}
+
+/// Where models, results and the queue lie.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Storage")]
+pub struct StorageConfig {
+    /// Folder of the queue and of merged checkpoints; created if missing, used by one process at a time.
+    #[arg(long, env = "CAULDRON_DATA_DIR", default_value = "data")]
+    pub data_dir: PathBuf,
+    /// Folder whose subfolders are the models and adapters that recipes may name.
+    #[arg(long, env = "CAULDRON_MODELS_DIR", default_value = "models")]
+    pub models_dir: PathBuf,
+    /// The queue's database; default: sqlite file cauldron.db in the data folder.
+    #[arg(long, env = "CAULDRON_DATABASE_URL")]
+    pub database_url: Option<String>,
+    /// Merged checkpoints are cut into files of at most this many bytes.
+    #[arg(long, env = "CAULDRON_MAX_SHARD_BYTES", default_value_t = 5_000_000_000, value_parser = clap::value_parser!(u64).range(1 << 20..))]
+    pub max_shard_bytes: u64,
+    /// Jobs that may wait; more are answered 429.
+    #[arg(long, env = "CAULDRON_MAX_QUEUED_JOBS", default_value_t = 1000)]
+    pub max_queued_jobs: u32,
+}
+
+/// How models are served.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Serving")]
+pub struct EngineArgs {
+    /// Where merges run and models are served. `auto` takes a GPU if this build and machine have one.
+    #[arg(long, env = "CAULDRON_DEVICE", default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Tokens of one forward pass over all its sequences.
+    #[arg(long, env = "CAULDRON_MAX_BATCH_TOKENS", default_value_t = DEFAULT_BATCH_TOKENS, value_parser = clap::value_parser!(u32).range(16..=1 << 20))]
+    pub max_batch_tokens: u32,
+    /// Sequences that generate at the same time, a model.
+    #[arg(long, env = "CAULDRON_MAX_RUNNING", default_value_t = DEFAULT_RUNNING, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_running: u32,
+    /// Sequences that may wait, a model; more are answered 429.
+    #[arg(long, env = "CAULDRON_MAX_WAITING", default_value_t = DEFAULT_WAITING)]
+    pub max_waiting: u32,
+    /// Seconds that requests for a model that is loading are held.
+    #[arg(long, env = "CAULDRON_HOLD_SECONDS", default_value_t = DEFAULT_HOLD_SECONDS)]
+    pub hold_seconds: u64,
+}
+
+impl EngineArgs {
+    pub fn hold(&self) -> Duration {
+        Duration::from_secs(self.hold_seconds)
+    }
+}
+
+/// What is written to standard error.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Logs")]
+pub struct LogConfig {
+    /// `text` or `json`.
+    #[arg(long, env = "CAULDRON_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+    /// Filter in the syntax of tracing's EnvFilter.
+    #[arg(long, env = "CAULDRON_LOG", default_value = "info,sqlx=warn")]
+    pub log: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// A device: the CPU, or a GPU by number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            other => other
+                .strip_prefix("cuda:")
+                .and_then(|index| index.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| "must be auto, cpu or cuda:N".to_owned()),
+        }
+    }
+}
+
+impl std::fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+impl DeviceChoice {
+    /// This build computes on the CPU only: a GPU that is asked for by name is an error, not a silent fallback.
+    pub fn resolve(self) -> anyhow::Result<Self> {
+        match self {
+            Self::Auto | Self::Cpu => Ok(Self::Cpu),
+            Self::Cuda(_) => anyhow::bail!("--device {self}: this build has no CUDA support"),
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! The durable queue of merges: what a job is, where it is kept, and the worker that runs it. Knows nothing of HTTP.
+
+mod intake;
+mod runner;
+mod sqlite;
+mod store;
+mod worker;
+
+use cauldron_checkpoint::Digest;
+use serde_json::Value;
+use uuid::Uuid;
+
+pub use intake::{Intake, IntakeError, Taken};
+pub use runner::{Progress, Runner};
+pub use sqlite::SqliteJobs;
+pub use store::{
+    Beat, BoxFuture, Cancelled, JobPage, JobStore, Lease, NewJob, Outcome, StoreError, Submission, Submitted,
+};
+pub use worker::Worker;
+
+/// Claims of one job before it is given up.
+pub const MAX_ATTEMPTS: i64 = 3;
+
+/// States of a job. queued -> running -> succeeded | failed | cancelled; running -> queued when its worker goes away;
+/// queued -> cancelled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum JobStatus {
+    Queued,
+    Running,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+impl JobStatus {
+    pub const ALL: [Self; 5] = [
+        Self::Queued,
+        Self::Running,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|status| status.as_str() == text)
+    }
+
+    /// Whether nothing will change any more.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// One merge, as the queue knows it. Times are milliseconds since the Unix epoch, for display.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Job {
+    pub id: Uuid,
+    pub status: JobStatus,
+    /// The resolved recipe.
+    pub recipe: Value,
+    pub lambda: Option<f64>,
+    pub digest: Option<Digest>,
+    pub bytes_done: u64,
+    pub bytes_total: u64,
+    pub error: Option<JobError>,
+    pub cancel_requested: bool,
+    pub attempt: i64,
+    pub epoch: i64,
+    pub created_at: i64,
+    pub started_at: Option<i64>,
+    pub finished_at: Option<i64>,
+}
+
+/// Why a job failed: a stable slug and a sentence.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, utoipa::ToSchema)]
+pub struct JobError {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub detail: String,
+}

@@ -1,0 +1,143 @@
+//! What the queue can do, whatever database it lies in. Every write of a worker names the lease it holds.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use cauldron_checkpoint::Digest;
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::{Job, JobError, JobStatus};
+
+/// A future that a trait object can return.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// The database failed; the caller answers 503.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("the job database failed")]
+    Database(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("a row of the job database cannot be read: {0}")]
+    Row(String),
+    #[error("no space left for the job database")]
+    Full,
+}
+
+/// A merge to be queued.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    pub recipe: Value,
+    pub lambda: Option<f64>,
+    pub dedupe_key: String,
+    pub bytes_total: u64,
+    pub serve_as: Option<String>,
+    /// Idempotency-Key of the request and the digest of its body.
+    pub idempotency: Option<(String, String)>,
+    pub max_queued: u32,
+}
+
+/// What became of a submission.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Submission {
+    /// Durable when this is returned.
+    Created(Job),
+    /// The same work is queued, running or done.
+    Existing(Job),
+    QueueFull,
+    /// The idempotency key came before with another body.
+    KeyReused,
+}
+
+/// [`Submission`] for callers that only want the job.
+pub type Submitted = Result<Submission, StoreError>;
+
+/// A worker's hold on a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    pub job: Uuid,
+    pub owner: String,
+    pub epoch: i64,
+}
+
+/// The answer to a heartbeat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beat {
+    Held,
+    CancelRequested,
+    /// Another worker has the job, or it is finished: stop and write nothing.
+    Lost,
+}
+
+/// How a worker leaves a job.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    Succeeded(Digest),
+    Failed(JobError),
+    Cancelled,
+    /// Back to the queue, uncounted: the worker is draining.
+    Released,
+}
+
+/// What a cancel request met.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Cancelled {
+    Unknown,
+    /// It was queued and is cancelled now.
+    Done(Job),
+    /// It runs; its worker has been told.
+    Requested(Job),
+    /// It was finished already.
+    TooLate(Job),
+}
+
+/// One page of jobs, newest first.
+#[derive(Debug, Clone, PartialEq)]
+pub struct JobPage {
+    pub jobs: Vec<Job>,
+    pub next: Option<Uuid>,
+}
+
+/// The queue.
+pub trait JobStore: Send + Sync + std::fmt::Debug {
+    /// Adds a job unless the same work is there. One transaction.
+    fn submit(&self, job: NewJob) -> BoxFuture<'_, Submitted>;
+
+    fn get(&self, id: Uuid) -> BoxFuture<'_, Result<Option<Job>, StoreError>>;
+
+    /// Jobs older than `after`, newest first.
+    fn list(
+        &self,
+        status: Option<JobStatus>,
+        after: Option<Uuid>,
+        limit: u32,
+    ) -> BoxFuture<'_, Result<JobPage, StoreError>>;
+
+    /// Takes the oldest job that is queued or whose lease ran out. Attempts are counted here.
+    fn claim<'a>(&'a self, owner: &'a str) -> BoxFuture<'a, Result<Option<(Job, Lease)>, StoreError>>;
+
+    /// Renews the lease and records progress.
+    fn heartbeat<'a>(
+        &'a self,
+        lease: &'a Lease,
+        bytes_done: u64,
+        bytes_total: u64,
+        digest: Option<Digest>,
+    ) -> BoxFuture<'a, Result<Beat, StoreError>>;
+
+    /// Ends a claim. False if the lease was lost; then nothing was written.
+    fn finish<'a>(&'a self, lease: &'a Lease, outcome: Outcome) -> BoxFuture<'a, Result<bool, StoreError>>;
+
+    fn cancel(&self, id: Uuid) -> BoxFuture<'_, Result<Cancelled, StoreError>>;
+
+    /// Names that a job's result is to be loaded under.
+    fn names(&self, id: Uuid) -> BoxFuture<'_, Result<Vec<String>, StoreError>>;
+
+    /// Frees the key of a succeeded job whose result is gone.
+    fn retire(&self, id: Uuid) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// Puts running jobs back. Only for a store that one process uses at a time: then they are a dead process's.
+    fn recover(&self) -> BoxFuture<'_, Result<u64, StoreError>>;
+
+    /// Jobs by state.
+    fn counts(&self) -> BoxFuture<'_, Result<Vec<(JobStatus, u64)>, StoreError>>;
+}

@@ -1,0 +1,55 @@
+//! Logs to standard error and the Prometheus registry. Each metric name is written once, here.
+
+use std::sync::OnceLock;
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{LogConfig, LogFormat};
+
+pub const REQUESTS_RUNNING: &str = "cauldron_num_requests_running";
+pub const REQUESTS_WAITING: &str = "cauldron_num_requests_waiting";
+pub const PROMPT_TOKENS: &str = "cauldron_prompt_tokens";
+pub const GENERATION_TOKENS: &str = "cauldron_generation_tokens";
+pub const TIME_TO_FIRST_TOKEN: &str = "cauldron_time_to_first_token_seconds";
+pub const INTER_TOKEN_LATENCY: &str = "cauldron_inter_token_latency_seconds";
+pub const E2E_LATENCY: &str = "cauldron_e2e_request_latency_seconds";
+pub const HTTP_REQUESTS: &str = "cauldron_http_requests_total";
+pub const MERGES: &str = "cauldron_merges_total";
+pub const JOBS: &str = "cauldron_jobs";
+pub const CACHE_ENTRIES: &str = "cauldron_cache_entries";
+pub const CACHE_BYTES: &str = "cauldron_cache_bytes";
+pub const MODELS: &str = "cauldron_models";
+
+/// Starts logging. A second call leaves the first in place.
+pub fn init_logs(config: &LogConfig) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.log)?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    let started = match config.log_format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+    // Already started: by an embedding program or another test.
+    drop(started);
+    Ok(())
+}
+
+/// The process's registry, installed on first use.
+pub fn metrics_handle() -> anyhow::Result<&'static PrometheusHandle> {
+    static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
+    HANDLE
+        .get_or_init(|| install().ok())
+        .as_ref()
+        .ok_or_else(|| anyhow::anyhow!("the metrics registry cannot be installed"))
+}
+
+fn install() -> anyhow::Result<PrometheusHandle> {
+    let seconds = [
+        0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+    ];
+    let builder = PrometheusBuilder::new();
+    let builder = builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &seconds)?;
+    Ok(builder.install_recorder()?)
+}

@@ -1,0 +1,13 @@
+//! The service as a client sees it: the real router, queue, cache, engine and files, in one process without a port.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)] // helpers of tests, outside #[test] functions
+
+mod chat_api;
+mod checkpoints_api;
+mod common;
+mod completions_api;
+mod merge_api;
+mod models_api;
+mod openapi;
+mod queue;
+mod security;

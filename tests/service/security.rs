@@ -1,0 +1,147 @@
+//! Who may ask, under which host, and what answers show.
+
+use axum::body::Body;
+use axum::http::Request;
+use cauldron::api::OPEN_ROUTES;
+use serde_json::Value;
+
+use crate::common::TestApp;
+
+async fn with_keys() -> (TestApp, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("keys");
+    std::fs::write(&path, "admin root-key-1\ninference ask-key-1\n").unwrap();
+    let app = TestApp::with(|config| config.http.api_key_file = Some(path)).await;
+    (app, dir)
+}
+
+fn request(verb: &str, path: &str, key: Option<&str>) -> Request<Body> {
+    let mut builder = Request::builder().method(verb).uri(path);
+    if let Some(key) = key {
+        builder = builder.header("authorization", format!("Bearer {key}"));
+    }
+    builder.body(Body::empty()).unwrap()
+}
+
+#[tokio::test]
+async fn every_route_but_the_health_checks_needs_a_key() {
+    let (app, _dir) = with_keys().await;
+    let document: Value = serde_json::from_str(&cauldron::api::openapi().unwrap()).unwrap();
+    let mut checked = 0;
+    let mut paths: Vec<(String, String)> = Vec::new();
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for verb in item.as_object().unwrap().keys() {
+            paths.push((verb.to_uppercase(), path.replace(['{', '}'], "")));
+        }
+    }
+    for extra in ["/docs", "/openapi.json", "/", "/nowhere", "/livez/", "/v1/livez"] {
+        paths.push(("GET".into(), extra.into()));
+    }
+    for (verb, path) in paths {
+        let open = OPEN_ROUTES.contains(&path.as_str());
+        for key in [None, Some("wrong-key-1"), Some(""), Some("root-key-1 ")] {
+            let status = app.send(request(&verb, &path, key)).await.status.as_u16();
+            let valid = key.is_some_and(|key| key.trim() == "root-key-1");
+            assert_eq!(status == 401, !open && !valid, "{verb} {path} {key:?}: {status}");
+            checked += 1;
+        }
+    }
+    assert!(checked > 60);
+}
+
+#[tokio::test]
+async fn an_inference_key_asks_models_and_nothing_else() {
+    let (app, _dir) = with_keys().await;
+    for (path, allowed) in [
+        ("/v1/models", true),
+        ("/m/x/v1/models", true),
+        ("/tokenizer_info", true),
+        ("/models", false),
+        ("/merge", false),
+        ("/checkpoints", false),
+        ("/metrics", false),
+        ("/v1", false),
+        ("/mm", false),
+    ] {
+        let status = app
+            .send(request("GET", path, Some("ask-key-1")))
+            .await
+            .status
+            .as_u16();
+        assert_eq!(status != 401, allowed, "{path}: {status}");
+    }
+}
+
+#[tokio::test]
+async fn foreign_and_double_hosts_are_refused() {
+    let app = TestApp::start().await;
+    for (hosts, allowed) in [
+        (vec!["localhost"], true),
+        (vec!["LOCALHOST:8080"], true),
+        (vec!["127.0.0.1:9"], true),
+        (vec!["[::1]:8080"], true),
+        (vec!["evil.example"], false),
+        (vec!["localhost.evil.example"], false),
+        (vec!["127.0.0.1.evil.example"], false),
+        (vec!["localhost", "evil.example"], false),
+        (vec!["localhost", "localhost"], false),
+        (vec![""], false),
+    ] {
+        let mut builder = Request::get("/livez");
+        for host in &hosts {
+            builder = builder.header("host", *host);
+        }
+        let status = app
+            .send(builder.body(Body::empty()).unwrap())
+            .await
+            .status
+            .as_u16();
+        assert_eq!(status, if allowed { 200 } else { 421 }, "{hosts:?}");
+    }
+    let named = TestApp::with(|config| config.http.allowed_hosts = vec!["merge.lan".into()]).await;
+    let request = Request::get("/livez")
+        .header("host", "merge.lan:80")
+        .body(Body::empty())
+        .unwrap();
+    named.send(request).await.expect(200);
+}
+
+#[tokio::test]
+async fn other_origins_get_no_leave() {
+    let app = TestApp::start().await;
+    let request = Request::builder()
+        .method("OPTIONS")
+        .uri("/merge")
+        .header("origin", "http://evil.example")
+        .header("access-control-request-method", "POST")
+        .body(Body::empty())
+        .unwrap();
+    let answer = app.send(request).await;
+    assert!(!answer.headers.contains_key("access-control-allow-origin"));
+    assert!(answer.headers.contains_key("x-request-id"));
+}
+
+#[tokio::test]
+async fn health_and_metrics_answer_and_draining_is_seen() {
+    let app = TestApp::start().await;
+    app.get("/livez").await.expect(200);
+    app.get("/readyz").await.expect(200);
+    app.merge(crate::common::average()).await;
+    let metrics = app.get("/metrics").await.expect(200).text();
+    for name in [
+        "cauldron_jobs",
+        "cauldron_num_requests_running",
+        "cauldron_num_requests_waiting",
+        "cauldron_cache_bytes",
+        "cauldron_merges_total",
+        "cauldron_http_requests_total",
+    ] {
+        assert!(metrics.contains(name), "{name} is not in {metrics}");
+    }
+    app.app.shutdown.cancel();
+    app.get("/readyz").await.expect_problem(503, None);
+    app.get("/livez").await.expect(200);
+    app.post("/merge", crate::common::average())
+        .await
+        .expect_problem(503, None);
+}
