@@ -13,7 +13,7 @@ use tracing::{error, info};
 use crate::cache::Cache;
 use crate::config::{ApiKeys, Config, ModelName};
 use crate::jobs::{Intake, Job, JobStore, Runner, SqliteJobs, Worker};
-use crate::serving::{LoadRequest, Serving, ServingLimits};
+use crate::serving::{self, LoadRequest, Serving, ServingLimits};
 use crate::sources::ModelSources;
 
 /// The state of every handler.
@@ -39,7 +39,7 @@ pub struct App {
 impl App {
     /// Opens everything. Nothing runs yet.
     pub async fn open(config: Config) -> anyhow::Result<Arc<Self>> {
-        config.engine.device.resolve()?;
+        let device = serving::open_device(config.engine.device)?;
         let keys = match &config.http.api_key_file {
             Some(path) => ApiKeys::read(path)?,
             None => ApiKeys::default(),
@@ -66,7 +66,7 @@ impl App {
             max_waiting: config.engine.max_waiting as usize,
             hold: config.engine.hold(),
         };
-        let serving = Serving::start(cache.clone(), limits).context("starting the engine thread")?;
+        let serving = Serving::start(cache.clone(), device, limits).context("starting the engine thread")?;
         let runner = Runner {
             sources: sources.clone(),
             cache: cache.clone(),

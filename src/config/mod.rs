@@ -171,13 +171,3 @@ impl std::fmt::Display for DeviceChoice {
         }
     }
 }
-
-impl DeviceChoice {
-    /// This build computes on the CPU only: a GPU that is asked for by name is an error, not a silent fallback.
-    pub fn resolve(self) -> anyhow::Result<Self> {
-        match self {
-            Self::Auto | Self::Cpu => Ok(Self::Cpu),
-            Self::Cuda(_) => anyhow::bail!("--device {self}: this build has no CUDA support"),
-        }
-    }
-}

@@ -32,6 +32,7 @@ pub(super) fn load(
     name: &ModelName,
     request: LoadRequest,
     pin: Option<Pin>,
+    device: &Device,
     engine: &Arc<EngineThread>,
     limits: ServingLimits,
 ) -> Result<Served, String> {
@@ -50,7 +51,7 @@ pub(super) fn load(
     let config = ModelConfig::from_json(expert.checkpoint().config()).map_err(|e| e.to_string())?;
     let tokenizer = TextTokenizer::load(expert.checkpoint(), config.vocab_size).map_err(|e| e.to_string())?;
     let template = chat_template(name, &tokenizer);
-    let decoder = Decoder::load(config, &ExpertWeights(&expert), &Device::Cpu).map_err(|e| e.to_string())?;
+    let decoder = Decoder::load(config, &ExpertWeights(&expert), device).map_err(|e| e.to_string())?;
     let parts = Parts {
         fingerprint,
         source: request.source,

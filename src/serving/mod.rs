@@ -3,6 +3,7 @@
 //! A slot is one state in one map. A request takes an `Arc<Served>` once and keeps it to its end, so a swap or an unload
 //! under load never mixes weights; the model goes when its last request has gone.
 
+mod device;
 mod engine;
 mod load;
 mod served;
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use candle_core::Device;
 use cauldron_checkpoint::Digest;
 use tokio::sync::Notify;
 use tracing::{info, warn};
@@ -19,6 +21,7 @@ use tracing::{info, warn};
 use crate::cache::Cache;
 use crate::config::ModelName;
 
+pub use device::open as open_device;
 pub use engine::EngineThread;
 pub use served::{Generation, Served};
 
@@ -85,17 +88,19 @@ pub struct Serving {
     changed: Notify,
     engine: Arc<EngineThread>,
     cache: Cache,
+    device: Device,
     limits: ServingLimits,
     tickets: std::sync::atomic::AtomicU64,
 }
 
 impl Serving {
-    pub fn start(cache: Cache, limits: ServingLimits) -> std::io::Result<Arc<Self>> {
+    pub fn start(cache: Cache, device: Device, limits: ServingLimits) -> std::io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             slots: Mutex::default(),
             changed: Notify::new(),
             engine: Arc::new(EngineThread::start(limits)?),
             cache,
+            device,
             limits,
             tickets: std::sync::atomic::AtomicU64::new(1),
         }))
@@ -122,7 +127,7 @@ impl Serving {
         let source = request.source.clone();
         let pin = request.cached.map(|digest| self.cache.pin(&digest));
         let attempt =
-            std::panic::AssertUnwindSafe(|| load::load(&name, request, pin, &self.engine, self.limits));
+            std::panic::AssertUnwindSafe(|| load::load(&name, request, pin, &self.device, &self.engine, self.limits));
         let loaded = std::panic::catch_unwind(attempt).unwrap_or_else(|_| Err("loading panicked".to_owned()));
         let slot = match loaded {
             Ok(served) => {

@@ -1,0 +1,41 @@
+//! The device that models are served on, opened once and shared: each opening would be a device of its own to candle.
+
+use candle_core::Device;
+
+use crate::config::DeviceChoice;
+
+/// Opens what `--device` names. `auto` takes the first GPU that this build and machine have, else the CPU; a GPU that is
+/// asked for by name and is not there is an error, not a silent fallback.
+pub fn open(choice: DeviceChoice) -> anyhow::Result<Device> {
+    match choice {
+        DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Auto if cfg!(feature = "cuda") => Ok(cuda(0).unwrap_or(Device::Cpu)),
+        DeviceChoice::Auto => Ok(Device::Cpu),
+        DeviceChoice::Cuda(_) if !cfg!(feature = "cuda") => {
+            anyhow::bail!("--device {choice}: this build has no CUDA support (feature `cuda`)")
+        }
+        DeviceChoice::Cuda(index) => cuda(index).map_err(|e| anyhow::anyhow!("--device {choice}: {e}")),
+    }
+}
+
+/// With a stream of its own, so that the thread that loads a model and the engine thread may share it. A missing driver
+/// library is a panic inside cudarc; here it is an error.
+fn cuda(index: usize) -> Result<Device, String> {
+    let opened = std::panic::catch_unwind(|| Device::new_cuda_with_stream(index));
+    match opened {
+        Ok(device) => device.map_err(|e| e.to_string()),
+        Err(_) => Err("the CUDA libraries cannot be loaded".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_that_is_not_there_is_an_error_that_names_the_flag() {
+        assert!(matches!(open(DeviceChoice::Cpu), Ok(Device::Cpu)));
+        let refused = open(DeviceChoice::Cuda(99)).unwrap_err().to_string();
+        assert!(refused.starts_with("--device cuda:99"), "{refused}");
+    }
+}
