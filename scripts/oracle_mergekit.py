@@ -5,6 +5,10 @@
 
 Run with the packages of requirements-mergekit.txt; scripts/oracles.sh installs them and runs this. In float32 the result
 must be equal, element for element; in bfloat16 it may differ by one unit in the last place, and where it does is printed.
+
+torch's kernels for AVX2 and AVX-512 contract the multiplication and the addition of mergekit's `addcmul_` into one rounding,
+its baseline kernels do not, so mergekit's own result depends on the machine. The service never contracts; the baseline is
+what it is compared with. `--contracted` shows the difference that torch's choice makes (reported, not judged).
 """
 import os
 import pathlib
@@ -29,7 +33,7 @@ CASES = {
 }
 
 
-def mergekit(parents, dtype):
+def mergekit(parents, dtype, capability):
     config = {
         "merge_method": "linear",
         "dtype": dtype,
@@ -40,7 +44,8 @@ def mergekit(parents, dtype):
     recipe = OUT / "config.yaml"
     recipe.write_text(yaml.safe_dump(config))
     tool = pathlib.Path(sys.executable).parent / "mergekit-yaml"
-    subprocess.run([tool, recipe, OUT / "merged", "--quiet"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([tool, recipe, OUT / "merged", "--quiet"], check=True,
+                   stdout=subprocess.DEVNULL, env=os.environ | capability)
     return OUT / "merged"
 
 
@@ -75,6 +80,8 @@ def compare(ours, theirs, dtype):
 
 def main():
     service = Service(sys.argv[1])
+    contracted = "--contracted" in sys.argv
+    capability = {} if contracted else {"ATEN_CPU_CAPABILITY": "default"}
     failed = False
     print(f"{'case':<20}{'dtype':<10}{'elements':>12}{'differ':>9}{'largest':>12}  where")
     for case, parents in CASES.items():
@@ -82,12 +89,12 @@ def main():
             recipe = {"method": "average", "dtype": dtype,
                       "models": [{"model": name, "weight": weight} for name, weight in parents]}
             folder, _ = service.merge(recipe)
-            total, differing, worst, where = compare(tensors(folder), tensors(mergekit(parents, dtype)), dtype)
+            total, differing, worst, where = compare(tensors(folder), tensors(mergekit(parents, dtype, capability)), dtype)
             failed |= worst > (1 if dtype == "bfloat16" else 0)
             unit = " ulp" if dtype == "bfloat16" else ""
             print(f"{case:<20}{dtype:<10}{total:>12}{differing:>9}{worst:>8.3g}{unit:<4}  {where}")
     shutil.rmtree(OUT, ignore_errors=True)
-    sys.exit(failed)
+    sys.exit(failed and not contracted)
 
 
 if __name__ == "__main__":
