@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::files::{identity, open_regular, read_exact_at, read_small};
 use crate::header::read_header;
-use crate::{CheckpointError, Digest, dtype_size, is_float, widen};
+use crate::{CheckpointError, Chunks, Digest, dtype_size, is_float, widen};
 
 /// The files beside the weights that a checkpoint may carry; nothing else is read or copied.
 pub const SIDECAR_FILES: &[&str] = &[
@@ -152,10 +153,14 @@ impl Checkpoint {
     }
 
     /// Digest of what the checkpoint means, whatever its shard layout: config, sidecar files, and every
-    /// tensor's name, dtype, shape and bytes in order of name. `advance` is told the bytes read and returns
-    /// false to cancel.
-    pub fn content_digest(&self, advance: &dyn Fn(u64) -> bool) -> Result<Digest, CheckpointError> {
-        let mut hasher = blake3::Hasher::new_derive_key("cauldron checkpoint content v1");
+    /// tensor's name, dtype, shape and bytes. Tensors in `known` are not read again. `advance` is told the bytes
+    /// read and returns false to cancel.
+    pub fn content_digest(
+        &self,
+        known: &BTreeMap<String, Digest>,
+        advance: &(dyn Fn(u64) -> bool + Sync),
+    ) -> Result<Digest, CheckpointError> {
+        let mut hasher = blake3::Hasher::new_derive_key("cauldron checkpoint content v2");
         let config = Value::Object(self.config.clone()).to_string();
         hash_part(&mut hasher, "config.json", config.as_bytes());
         for file in SIDECAR_FILES {
@@ -163,25 +168,56 @@ impl Checkpoint {
                 hash_part(&mut hasher, file, &bytes);
             }
         }
-        let mut block = vec![0u8; READ_BLOCK];
         for (name, tensor) in &self.tensors {
+            let digest = match known.get(name) {
+                Some(digest) => *digest,
+                None => self.digest_of(name, tensor, advance)?,
+            };
             hash_part(
                 &mut hasher,
                 name,
                 format!("{:?}{:?}", tensor.dtype, tensor.shape).as_bytes(),
             );
-            let mut at = 0;
-            while at < tensor.len {
-                let n = (tensor.len - at).min(READ_BLOCK as u64) as usize;
-                self.read_into(name, at, &mut block[..n])?;
-                hasher.update_rayon(&block[..n]);
-                at += n as u64;
-                if !advance(n as u64) {
-                    return Err(CheckpointError::Cancelled);
-                }
-            }
+            hasher.update(digest.as_bytes());
         }
         Ok(hasher.finalize().into())
+    }
+
+    /// Reads one tensor on all threads.
+    fn digest_of(
+        &self,
+        name: &str,
+        tensor: &TensorInfo,
+        advance: &(dyn Fn(u64) -> bool + Sync),
+    ) -> Result<Digest, CheckpointError> {
+        let chunks = Chunks::of(&tensor.shape);
+        let numel = tensor.numel().max(1);
+        let at = |element: usize| (tensor.len as u128 * element as u128 / numel as u128) as u64;
+        let hashes: Result<Vec<Digest>, CheckpointError> = (0..chunks.count())
+            .into_par_iter()
+            .map_init(Vec::new, |block: &mut Vec<u8>, index| {
+                let range = chunks.range(index);
+                let (from, to) = (at(range.start), at(range.end));
+                block.resize((to - from) as usize, 0);
+                self.read_into(name, from, block)?;
+                match advance(to - from) {
+                    true => Ok(Digest::of(block)),
+                    false => Err(CheckpointError::Cancelled),
+                }
+            })
+            .collect();
+        Ok(tensor_digest(&hashes?))
+    }
+
+    /// Tells the kernel that bytes of a tensor will be read soon; a hint, so nothing depends on it.
+    pub fn prefetch(&self, name: &str, byte_offset: u64, len: u64) {
+        if let Some(tensor) = self.tensors.get(name)
+            && let Some(len) = std::num::NonZeroU64::new(len)
+        {
+            let file = &self.files[tensor.file].file;
+            let advice = rustix::fs::Advice::WillNeed;
+            let _ = rustix::fs::fadvise(file, tensor.offset + byte_offset, Some(len), advice);
+        }
     }
 
     /// A cheap fingerprint of the files: equal while nothing was written to them.
@@ -207,6 +243,15 @@ impl Checkpoint {
         };
         self.tensors.get(name).ok_or_else(missing)
     }
+}
+
+/// Digest of a tensor's bytes from the digests of its chunks, in order (see [`Chunks::of`]).
+pub fn tensor_digest(chunks: &[Digest]) -> Digest {
+    let mut hasher = blake3::Hasher::new_derive_key("cauldron tensor content v2");
+    for chunk in chunks {
+        hasher.update(chunk.as_bytes());
+    }
+    hasher.finalize().into()
 }
 
 pub(crate) fn hash_part(hasher: &mut blake3::Hasher, name: &str, bytes: &[u8]) {

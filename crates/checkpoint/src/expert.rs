@@ -1,6 +1,7 @@
 //! A model as it is named by a reference `checkpoint[+adapter]`: the adapter's delta is folded in while
 //! reading, so no merged copy has to exist.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -66,8 +67,8 @@ impl Expert {
     }
 
     /// Digest of checkpoint and adapter; that of the checkpoint alone where there is no adapter.
-    pub fn content_digest(&self, advance: &dyn Fn(u64) -> bool) -> Result<Digest, CheckpointError> {
-        let checkpoint = self.checkpoint.content_digest(advance)?;
+    pub fn content_digest(&self, advance: &(dyn Fn(u64) -> bool + Sync)) -> Result<Digest, CheckpointError> {
+        let checkpoint = self.checkpoint.content_digest(&BTreeMap::new(), advance)?;
         self.with_adapter_digest(checkpoint)
     }
 

@@ -5,16 +5,19 @@
 
 mod adapter;
 mod checkpoint;
+mod chunks;
 mod digest;
 mod error;
 mod expert;
 mod files;
 mod header;
+pub mod simd;
 mod widen;
 mod writer;
 
 pub use adapter::{Adapter, LoraFactors};
-pub use checkpoint::{Checkpoint, SIDECAR_FILES, TensorInfo};
+pub use checkpoint::{Checkpoint, SIDECAR_FILES, TensorInfo, tensor_digest};
+pub use chunks::{CHUNK_ELEMENTS, Chunks, row_len};
 pub use digest::{Digest, ParseDigestError};
 pub use error::CheckpointError;
 pub use expert::Expert;

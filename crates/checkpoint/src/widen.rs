@@ -3,6 +3,11 @@
 use half::{bf16, f16};
 use safetensors::Dtype;
 
+use crate::simd::{Loop, widest};
+
+/// The bits of an f32's exponent: all set in infinities and NaN.
+const EXPONENT: u32 = 0x7f80_0000;
+
 /// Widens little-endian elements of `dtype` (BF16, F16 or F32) into `out`; exact for every finite value.
 ///
 /// # Panics
@@ -11,21 +16,15 @@ pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         Dtype::BF16 => {
             assert_eq!(bytes.len(), out.len() * 2);
-            for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *o = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
-            }
+            widest(Widen16(bytes, out, |b| f32::from_bits(u32::from(b) << 16)));
         }
         Dtype::F16 => {
             assert_eq!(bytes.len(), out.len() * 2);
-            for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *o = f16::from_le_bytes([b[0], b[1]]).to_f32();
-            }
+            widest(Widen16(bytes, out, f16_to_f32));
         }
         Dtype::F32 => {
             assert_eq!(bytes.len(), out.len() * 4);
-            for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            }
+            widest(Widen32(bytes, out));
         }
         other => panic!("widen takes float tensors, not {other:?}"),
     }
@@ -40,34 +39,15 @@ pub fn narrow(dtype: Dtype, values: &[f32], out: &mut [u8]) -> bool {
     match dtype {
         Dtype::BF16 => {
             assert_eq!(out.len(), values.len() * 2);
-            let mut finite = true;
-            for (o, &v) in out.chunks_exact_mut(2).zip(values) {
-                let bits = v.to_bits();
-                // Adding 0x7fff plus the kept lowest bit rounds to nearest even; NaN payloads are caught below.
-                let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
-                finite &= (rounded & 0x7f80) != 0x7f80 && (bits & 0x7f80_0000) != 0x7f80_0000;
-                o.copy_from_slice(&rounded.to_le_bytes());
-            }
-            finite
+            widest(Narrow16(values, out, f32_to_bf16, 0x7f80))
         }
         Dtype::F16 => {
             assert_eq!(out.len(), values.len() * 2);
-            let mut finite = true;
-            for (o, &v) in out.chunks_exact_mut(2).zip(values) {
-                let rounded = f16::from_f32(v);
-                finite &= rounded.is_finite();
-                o.copy_from_slice(&rounded.to_le_bytes());
-            }
-            finite
+            widest(Narrow16(values, out, f32_to_f16, 0x7c00))
         }
         Dtype::F32 => {
             assert_eq!(out.len(), values.len() * 4);
-            let mut finite = true;
-            for (o, &v) in out.chunks_exact_mut(4).zip(values) {
-                finite &= (v.to_bits() & 0x7f80_0000) != 0x7f80_0000;
-                o.copy_from_slice(&v.to_le_bytes());
-            }
-            finite
+            widest(Narrow32(values, out))
         }
         other => panic!("narrow makes float tensors, not {other:?}"),
     }
@@ -82,6 +62,100 @@ pub fn narrow_one_is_finite(dtype: Dtype, value: f32) -> bool {
     }
 }
 
+struct Widen16<'a, F: Fn(u16) -> f32>(&'a [u8], &'a mut [f32], F);
+
+impl<F: Fn(u16) -> f32> Loop for Widen16<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (o, b) in self.1.iter_mut().zip(self.0.as_chunks::<2>().0) {
+            *o = (self.2)(u16::from_le_bytes(*b));
+        }
+    }
+}
+
+struct Widen32<'a>(&'a [u8], &'a mut [f32]);
+
+impl Loop for Widen32<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (o, b) in self.1.iter_mut().zip(self.0.as_chunks::<4>().0) {
+            *o = f32::from_le_bytes(*b);
+        }
+    }
+}
+
+/// The last field masks the exponent of the narrow type.
+struct Narrow16<'a, F: Fn(u32) -> u16>(&'a [f32], &'a mut [u8], F, u16);
+
+impl<F: Fn(u32) -> u16> Loop for Narrow16<'_, F> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run(self) -> bool {
+        let mut bad = 0u32;
+        for (o, v) in self.1.as_chunks_mut::<2>().0.iter_mut().zip(self.0) {
+            let bits = v.to_bits();
+            let rounded = (self.2)(bits);
+            bad |= u32::from(rounded & self.3 == self.3) | u32::from(bits & EXPONENT == EXPONENT);
+            *o = rounded.to_le_bytes();
+        }
+        bad == 0
+    }
+}
+
+struct Narrow32<'a>(&'a [f32], &'a mut [u8]);
+
+impl Loop for Narrow32<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run(self) -> bool {
+        let mut bad = 0u32;
+        for (o, v) in self.1.as_chunks_mut::<4>().0.iter_mut().zip(self.0) {
+            bad |= u32::from(v.to_bits() & EXPONENT == EXPONENT);
+            *o = v.to_le_bytes();
+        }
+        bad == 0
+    }
+}
+
+/// Adding 0x7fff plus the kept lowest bit rounds to nearest even. NaN may come out as anything: it is reported.
+#[inline(always)]
+fn f32_to_bf16(bits: u32) -> u16 {
+    (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+}
+
+/// Without branches: the exponent is moved by a multiplication, which is exact, subnormals included.
+#[inline(always)]
+fn f16_to_f32(half: u16) -> f32 {
+    let sign = u32::from(half & 0x8000) << 16;
+    let magnitude = u32::from(half & 0x7fff) << 13;
+    let special = if magnitude >= 0x0f80_0000 { EXPONENT } else { 0 };
+    // 2^112
+    let scaled = f32::from_bits(magnitude) * f32::from_bits(0x7780_0000);
+    f32::from_bits(scaled.to_bits() | special | sign)
+}
+
+/// Without branches, so that it vectorises; NaN becomes a NaN.
+#[inline(always)]
+fn f32_to_f16(bits: u32) -> u16 {
+    let sign = (bits >> 16) & 0x8000;
+    let magnitude = bits & 0x7fff_ffff;
+    // Below 2^-14: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the addition itself.
+    let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0x3f00_0000);
+    let odd = (magnitude >> 13) & 1;
+    let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + odd) >> 13;
+    let special = if magnitude > EXPONENT { 0x7e00 } else { 0x7c00 };
+    let rounded = if magnitude < 0x3880_0000 { subnormal } else { normal };
+    // 65536 and above
+    let rounded = if magnitude >= 0x4780_0000 { special } else { rounded };
+    (rounded | sign) as u16
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,6 +166,11 @@ mod tests {
             for dtype in [Dtype::BF16, Dtype::F16] {
                 let mut wide = [0f32];
                 widen(dtype, &bits.to_le_bytes(), &mut wide);
+                let exact = match dtype {
+                    Dtype::BF16 => bf16::from_bits(bits).to_f32(),
+                    _ => f16::from_bits(bits).to_f32(),
+                };
+                assert!(wide[0].to_bits() == exact.to_bits() || exact.is_nan() && wide[0].is_nan());
                 let mut back = [0u8; 2];
                 let finite = narrow(dtype, &wide, &mut back);
                 assert_eq!(finite, wide[0].is_finite(), "{bits:#x}");
@@ -103,20 +182,23 @@ mod tests {
     }
 
     #[test]
-    fn bf16_rounding_is_to_nearest_even_as_in_the_half_crate() {
+    fn rounding_is_to_nearest_even_as_in_the_half_crate() {
         let mut state = 1u32;
-        for _ in 0..1_000_000 {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let value = f32::from_bits(state);
-            if value.is_finite() {
-                let mut out = [0u8; 2];
-                narrow(Dtype::BF16, &[value], &mut out);
-                assert_eq!(
-                    u16::from_le_bytes(out),
-                    bf16::from_f32(value).to_bits(),
-                    "{value}"
-                );
-            }
+        let mut values: Vec<f32> = (0..1_000_000)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                f32::from_bits(state)
+            })
+            .collect();
+        // The range of f16, with every halfway point of its subnormals.
+        values.extend((0..4096).map(|i| i as f32 * 2f32.powi(-25)));
+        values.extend((0..40_000).map(|i| (i as f32 - 20_000.0) * 3.3));
+        for value in values.into_iter().filter(|v| v.is_finite()) {
+            let mut out = [0u8; 2];
+            narrow(Dtype::BF16, &[value], &mut out);
+            assert_eq!(u16::from_le_bytes(out), bf16::from_f32(value).to_bits(), "{value}");
+            narrow(Dtype::F16, &[value], &mut out);
+            assert_eq!(u16::from_le_bytes(out), f16::from_f32(value).to_bits(), "{value}");
         }
     }
 
@@ -124,6 +206,7 @@ mod tests {
     fn overflow_is_reported() {
         let mut out = [0u8; 2];
         assert!(!narrow(Dtype::F16, &[70_000.0], &mut out));
+        assert!(!narrow(Dtype::F16, &[f32::NAN], &mut out));
         assert!(!narrow(Dtype::BF16, &[f32::MAX], &mut out));
         assert!(!narrow(Dtype::BF16, &[f32::NAN], &mut out));
         assert!(narrow(Dtype::BF16, &[70_000.0], &mut out));

@@ -1,6 +1,7 @@
 //! What the strict safetensors layer reads and refuses.
 
 #![allow(clippy::unwrap_used)] // helpers of tests, outside #[test] functions
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -101,13 +102,13 @@ fn the_content_digest_ignores_the_shard_layout_but_not_the_bytes() {
     fs::write(two.path().join("b.safetensors"), single("v", 2)).unwrap();
     let index = r#"{"weight_map":{"w":"a.safetensors","v":"b.safetensors"}}"#;
     fs::write(two.path().join("model.safetensors.index.json"), index).unwrap();
-    let digest = |c: &Checkpoint| c.content_digest(&|_| true).unwrap();
+    let digest = |c: &Checkpoint| c.content_digest(&BTreeMap::new(), &|_| true).unwrap();
     let sharded = Checkpoint::open(two.path()).unwrap();
     assert_eq!(digest(&a), digest(&sharded));
     fs::write(two.path().join("b.safetensors"), single("v", 3)).unwrap();
     assert_ne!(digest(&a), digest(&Checkpoint::open(two.path()).unwrap()));
     assert!(matches!(
-        a.content_digest(&|_| false),
+        a.content_digest(&BTreeMap::new(), &|_| false),
         Err(CheckpointError::Cancelled)
     ));
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use cauldron_merge::{
-    MergeOptions, Observer, ParentResolver, Parents, Recipe, merge_digest, merge_to_folder, parse_recipe,
+    MergeOptions, Observer, ParentResolver, Parents, Recipe, merge_to_folder, parse_recipe,
 };
 
 struct Folder(PathBuf);
@@ -39,13 +39,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let parents = Parents::open(&recipe, &Folder(models.into()))?;
     let bytes = Bytes::default();
     let start = Instant::now();
-    let digest = merge_digest(&recipe, &parents, &bytes)?;
-    let digested = start.elapsed();
     std::fs::create_dir_all(out)?;
     let options = MergeOptions::default();
-    let manifest = merge_to_folder(&recipe, &parents, &digest, Path::new(out), &options, &bytes)?;
+    let manifest = merge_to_folder(&recipe, &parents, Path::new(out), &options, &bytes)?;
     println!(
-        "{digest} lambda {:?}: digest {digested:?}, all {:?}, {} of {} bytes; {:?}",
+        "{} lambda {:?}: {:?}, {} of {} bytes; {:?}",
+        manifest.digest,
         recipe.lambda(),
         start.elapsed(),
         bytes.0.into_inner(),

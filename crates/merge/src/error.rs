@@ -31,6 +31,8 @@ pub enum MergeError {
     NonFiniteInput { tensor: String, parent: String },
     #[error("tensor {tensor} has dtype {dtype}, which is copied only if all parents agree, and they differ")]
     IntegerTensor { tensor: String, dtype: String },
+    #[error("tensor {tensor}: the method has no result: {detail}")]
+    Undefined { tensor: String, detail: String },
     #[error("{parent}: {source}")]
     Parent { parent: String, source: CheckpointError },
     #[error("a parent's files were changed while they were being merged")]
@@ -50,6 +52,7 @@ impl MergeError {
             Self::Cancelled => "cancelled",
             Self::NonFinite { .. } => "non-finite",
             Self::NonFiniteInput { .. } => "non-finite-input",
+            Self::Undefined { .. } => "undefined-result",
             Self::IntegerTensor { .. } => "integer-tensor-differs",
             Self::Parent { source, .. } | Self::Output { source } => source.slug(),
             Self::ParentChanged => "parent-changed",

@@ -8,6 +8,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visi
 use serde_json::{Map, Number, Value};
 
 use crate::RecipeError;
+use crate::setting::Setting;
 
 /// Parses one JSON value; a key that comes twice is an error, as is anything after the value.
 pub(crate) fn parse_strict(body: &[u8]) -> Result<Value, RecipeError> {
@@ -156,6 +157,16 @@ impl Fields {
 
     pub fn number(&mut self, key: &str) -> Result<Option<f64>, RecipeError> {
         self.typed(key, "a number", Value::as_f64)
+    }
+
+    pub fn boolean(&mut self, key: &str) -> Result<Option<bool>, RecipeError> {
+        self.typed(key, "true or false", Value::as_bool)
+    }
+
+    /// A parameter that may differ by tensor.
+    pub fn setting(&mut self, key: &str) -> Result<Option<Setting>, RecipeError> {
+        let field = self.path(key);
+        self.take(key).map(|value| Setting::read(&field, value)).transpose()
     }
 
     pub fn seed(&mut self, key: &str) -> Result<Option<u64>, RecipeError> {

@@ -6,10 +6,13 @@
 //! threads. This crate knows nothing of HTTP, jobs or serving.
 
 mod card;
+mod contents;
 mod error;
 mod family;
+mod geometry;
 mod json;
 mod kernel;
+mod layout;
 mod manifest;
 mod mixup;
 mod output;
@@ -18,18 +21,26 @@ mod point;
 mod recipe;
 mod rng;
 mod select;
+mod selection;
+mod setting;
+mod sparsify;
 mod spec;
 mod stream;
+mod vocab;
 
 pub use error::{MergeError, RecipeError};
+pub use family::Family;
 pub use manifest::{
     MANIFEST_FILE, Manifest, ParentEntry, Summary, TensorStats, read_manifest, verify_folder,
     verify_folder_full,
 };
-pub use mixup::draw_lambda;
+pub use mixup::{draw_lambda, draw_shares};
 pub use output::{ARITHMETIC_VERSION, MergeOptions, Observer, merge_digest, merge_to_folder};
 pub use parents::{ParentResolver, Parents};
-pub use recipe::{MAX_MODELS, Method, Mixup, ModelRef, Recipe, Rescale, Sparsify};
+pub use point::Point;
+pub use recipe::{MAX_MODELS, Method, Mixup, ModelRef, Recipe};
+pub use setting::{Place, Setting};
 pub use spec::{
-    MixupSpec, ModelEntry, RecipeSpec, SparsifySpec, WeightedModel, parse_recipe, recipe_from_value,
+    MixupSpec, ModelEntry, RecipeSpec, SliceSource, SliceSpec, SparsifySpec, WeightedModel, parse_recipe,
+    recipe_from_value,
 };

@@ -59,6 +59,9 @@ pub struct TensorStats {
     pub delta_norm: Vec<f64>,
     /// L2 norm of the base's tensor; 0 where it was not read.
     pub base_norm: f64,
+    /// Inner product of the first two models' deltas after the sparsifier.
+    #[serde(default)]
+    pub delta_product: f64,
 }
 
 /// [`TensorStats`] over all merged tensors.
@@ -69,6 +72,9 @@ pub struct Summary {
     pub conflicting: f64,
     /// Norm of each parent's delta over the norm of the base.
     pub relative_delta_norm: Vec<f64>,
+    /// Cosine of the angle between the first two models' deltas; None with one model or without deltas.
+    #[serde(default)]
+    pub cosine: Option<f64>,
 }
 
 impl Manifest {

@@ -11,15 +11,16 @@ use cauldron_checkpoint::{
 use serde_json::{Map, Value};
 
 use crate::card;
-use crate::family::{Family, Role};
+use crate::family::Family;
+use crate::layout::{OutTensor, Role};
 use crate::manifest::{MANIFEST_FILE, Manifest, ParentEntry, Summary, TensorStats};
 use crate::point::{ChunkStats, Point};
 use crate::recipe::{Recipe, dtype_name};
-use crate::stream::{Chunk, Stream};
+use crate::stream::Chunk;
 use crate::{MergeError, Parents};
 
 /// Version of the arithmetic. It is part of every digest: change it when any bit of any result changes.
-pub const ARITHMETIC_VERSION: u32 = 1;
+pub const ARITHMETIC_VERSION: u32 = 2;
 /// A delta larger than this share of the base is not what fine-tuning does.
 const UNRELATED_NORM: f64 = 0.5;
 /// Config entries that could run foreign code or name a local path.
@@ -48,11 +49,11 @@ impl Default for MergeOptions {
 }
 
 /// Digest of all that decides the result's bytes: the recipe with each reference replaced by the digest of its content,
-/// and the arithmetic version. Reads all parents.
+/// and the arithmetic version. Reads of the parents what nothing has read yet, so it costs least after a merge.
 pub fn merge_digest(recipe: &Recipe, parents: &Parents, obs: &dyn Observer) -> Result<Digest, MergeError> {
     let contents = parents.contents(obs)?;
     let canonical = recipe.canonical_with(&|reference| {
-        let found = contents.digests.iter().find(|(known, _)| known == reference);
+        let found = contents.iter().find(|(known, _)| known == reference);
         found.map_or_else(String::new, |(_, digest)| digest.to_string())
     });
     let mut hasher = blake3::Hasher::new_derive_key("cauldron merge result v1");
@@ -66,30 +67,30 @@ pub fn merge_digest(recipe: &Recipe, parents: &Parents, obs: &dyn Observer) -> R
 pub fn merge_to_folder(
     recipe: &Recipe,
     parents: &Parents,
-    digest: &Digest,
     out: &Path,
     options: &MergeOptions,
     obs: &dyn Observer,
 ) -> Result<Manifest, MergeError> {
-    let family = Family::prepare(recipe, parents, options.max_shard_bytes, obs)?;
-    let point = Point::new(&family, recipe.weights());
-    let metadata = metadata(recipe, digest);
-    let (mut files, tensors) = write_weights(&family, &point, out, metadata, obs)?;
+    let family = Family::prepare(recipe, parents, obs)?;
+    let point = family.point(None)?;
+    let shards = ShardPlan::new(parents.layout.plans(), options.max_shard_bytes);
+    let (mut files, tensors) = write_weights(&family, &point, &shards, out, metadata(recipe), obs)?;
     files.extend(write_sidecars(recipe, parents, out).map_err(MergeError::output)?);
 
+    let digest = merge_digest(recipe, parents, obs)?;
+    parents.check_unchanged()?;
     let contents = parents.contents(obs)?;
-    parents.check_unchanged(contents)?;
-    let summary = summarise(&tensors, &family.shards);
+    let summary = summarise(&tensors, &shards);
     let mut manifest = Manifest {
         format: 1,
         arithmetic: ARITHMETIC_VERSION,
         cauldron: env!("CARGO_PKG_VERSION").to_owned(),
-        digest: *digest,
+        digest,
         recipe: recipe_without_name(recipe),
         lambda: recipe.lambda(),
         parents: recipe
             .references()
-            .zip(&contents.digests)
+            .zip(contents)
             .map(|((role, reference), (_, content))| ParentEntry {
                 role,
                 reference: reference.to_string(),
@@ -121,10 +122,10 @@ fn recipe_without_name(recipe: &Recipe) -> Value {
     json
 }
 
-fn metadata(recipe: &Recipe, digest: &Digest) -> BTreeMap<String, String> {
+fn metadata(recipe: &Recipe) -> BTreeMap<String, String> {
     BTreeMap::from([
         ("format".to_owned(), "pt".to_owned()),
-        ("cauldron.digest".to_owned(), digest.to_string()),
+        ("cauldron.arithmetic".to_owned(), ARITHMETIC_VERSION.to_string()),
         (
             "cauldron.recipe".to_owned(),
             recipe_without_name(recipe).to_string(),
@@ -136,30 +137,33 @@ fn metadata(recipe: &Recipe, digest: &Digest) -> BTreeMap<String, String> {
 fn write_weights(
     family: &Family<'_>,
     point: &Point<'_, '_>,
+    shards: &ShardPlan,
     out: &Path,
     metadata: BTreeMap<String, String>,
     obs: &dyn Observer,
 ) -> Result<(Vec<FileEntry>, Vec<TensorStats>), MergeError> {
-    let plan = family.shards.tensors();
-    let mut totals = vec![ChunkStats::default(); plan.len()];
+    let tensors = family.tensors();
+    let mut totals = vec![ChunkStats::default(); tensors.len()];
     let (sender, receiver) = sync_channel::<Vec<u8>>(2);
-    let writer = ShardedWriter::new(out, family.shards.clone(), metadata);
+    let writer = ShardedWriter::new(out, shards.clone(), metadata);
+    let all: Vec<usize> = (0..tensors.len()).collect();
     let files = std::thread::scope(|scope| {
         let writing = scope.spawn(move || drain(writer, receiver));
-        let stream = Stream::new(family, (0..plan.len()).collect());
-        let merged = stream.write_each(
-            obs,
-            &point.needs(),
-            |scratch, chunk, bytes| point.merge(scratch, chunk, bytes),
-            |chunks: &[Chunk], stats, bytes| {
-                chunks
-                    .iter()
-                    .zip(stats)
-                    .for_each(|(chunk, part)| add(&mut totals[chunk.tensor], part));
-                // The writer hangs up only when it failed; its own error is reported below.
-                sender.send(bytes).map_err(|_| MergeError::Cancelled)
-            },
-        );
+        let merged = point.stream(|stream| {
+            stream.write_each(
+                &all,
+                obs,
+                |work, scratch, chunk, bytes| point.merge(work, scratch, chunk, bytes),
+                |chunks: &[Chunk], stats, bytes| {
+                    chunks
+                        .iter()
+                        .zip(stats)
+                        .for_each(|(chunk, part)| add(&mut totals[chunk.tensor], part));
+                    // The writer hangs up only when it failed; its own error is reported below.
+                    sender.send(bytes).map_err(|_| MergeError::Cancelled)
+                },
+            )
+        });
         drop(sender);
         let written = writing.join().map_err(|_| MergeError::Internal {
             detail: "the writer panicked".into(),
@@ -171,13 +175,9 @@ fn write_weights(
             (Ok(()), Ok(files)) => Ok(files),
         }
     })?;
-    let stats = plan
-        .iter()
-        .zip(totals)
-        .zip(&family.roles)
-        .map(|((tensor, total), role)| tensor_stats(&tensor.name, tensor.numel(), *role, total))
-        .collect();
-    Ok((files, stats))
+    let models = family.recipe.models.len();
+    let stats = tensors.iter().zip(totals);
+    Ok((files, stats.map(|(tensor, total)| tensor_stats(tensor, models, total)).collect()))
 }
 
 fn drain(mut writer: ShardedWriter, windows: Receiver<Vec<u8>>) -> Result<Vec<FileEntry>, CheckpointError> {
@@ -197,22 +197,33 @@ fn add(total: &mut ChunkStats, part: ChunkStats) {
     sum(&mut total.delta_squares, &part.delta_squares);
     total.conflicting += part.conflicting;
     total.base_squares += part.base_squares;
+    total.product += part.product;
 }
 
-fn tensor_stats(name: &str, numel: usize, role: Role, total: ChunkStats) -> TensorStats {
-    let share = |count: u64| count as f64 / numel.max(1) as f64;
+/// Statistics of the members become lists over all models; one that takes no part has zeros.
+fn tensor_stats(tensor: &OutTensor, models: usize, total: ChunkStats) -> TensorStats {
+    let share = |count: u64| count as f64 / tensor.plan.numel().max(1) as f64;
+    let by_model = |values: Vec<f64>| match values.is_empty() {
+        true => Vec::new(),
+        false => {
+            let mut all = vec![0.0; models];
+            tensor.members.iter().zip(values).for_each(|((model, _), value)| all[*model] = value);
+            all
+        }
+    };
     TensorStats {
-        name: name.to_owned(),
-        role: match role {
+        name: tensor.plan.name.clone(),
+        role: match tensor.role {
             Role::Merge => "merged",
             Role::Excluded => "excluded",
             Role::Copied => "copied",
         }
         .to_owned(),
-        kept: total.kept.iter().map(|k| share(*k)).collect(),
+        kept: by_model(total.kept.iter().map(|k| share(*k)).collect()),
         conflicting: share(total.conflicting),
-        delta_norm: total.delta_squares.iter().map(|s| s.sqrt()).collect(),
+        delta_norm: by_model(total.delta_squares.iter().map(|s| s.sqrt()).collect()),
         base_norm: total.base_squares.sqrt(),
+        delta_product: total.product,
     }
 }
 
@@ -242,7 +253,19 @@ fn summarise(tensors: &[TensorStats], shards: &ShardPlan) -> Summary {
             .collect(),
         conflicting: merged.iter().map(|(s, n)| s.conflicting * n).sum::<f64>() / elements,
         relative_delta_norm: (0..parents).map(relative).collect(),
+        cosine: cosine(&merged, parents),
     }
+}
+
+/// Cosine of the angle between the deltas of the first two models over all merged tensors.
+fn cosine(merged: &[(&TensorStats, f64)], parents: usize) -> Option<f64> {
+    let square = |k: usize| -> f64 {
+        let norms = merged.iter().filter_map(|(s, _)| s.delta_norm.get(k));
+        norms.map(|n| n * n).sum()
+    };
+    let lengths = (square(0) * square(1)).sqrt();
+    let product: f64 = merged.iter().map(|(s, _)| s.delta_product).sum();
+    (parents >= 2 && lengths > 0.0).then(|| product / lengths)
 }
 
 fn warnings(parents: &Parents, summary: &Summary) -> Vec<String> {
@@ -267,12 +290,17 @@ fn write_sidecars(recipe: &Recipe, parents: &Parents, out: &Path) -> Result<Vec<
         }
         config.insert("torch_dtype".into(), dtype_name(dtype).into());
     }
+    reshape(&mut config, recipe, parents);
     let mut files = vec![write_small(out, "config.json", &pretty("config.json", &config)?)?];
     for name in SIDECAR_FILES {
         let owner = match *name {
             "generation_config.json" => parents.reference(),
             _ => parents.tokenizer_owner(recipe),
         };
+        if let (Some(tokenizer), "tokenizer.json") = (&parents.vocab.tokenizer, *name) {
+            files.push(write_small(out, name, &pretty(name, tokenizer)?)?);
+            continue;
+        }
         let Some(mut bytes) = owner.expert.checkpoint().read_sidecar(name)? else {
             continue;
         };
@@ -289,6 +317,25 @@ fn write_sidecars(recipe: &Recipe, parents: &Parents, out: &Path) -> Result<Vec<
         files.push(write_small(out, name, &bytes)?);
     }
     Ok(files)
+}
+
+/// What the config says of sizes that the recipe changes.
+fn reshape(config: &mut Map<String, Value>, recipe: &Recipe, parents: &Parents) {
+    if let Some(rows) = parents.vocab.rows() {
+        config.insert("vocab_size".into(), rows.into());
+    }
+    let Some(layers) = parents.layout.layers else { return };
+    config.insert("num_hidden_layers".into(), layers.into());
+    // One entry a layer (attention kinds): each layer keeps that of the layer it came from.
+    let Some(kinds) = config.get("layer_types").and_then(Value::as_array).cloned() else {
+        return;
+    };
+    let from = recipe.slices.iter().flat_map(|slice| {
+        let first = slice.sources.first().map_or(0, |(_, from)| *from);
+        first..first + slice.layers
+    });
+    let kinds = from.map(|layer| kinds.get(layer).or(kinds.last()).cloned().unwrap_or_default());
+    config.insert("layer_types".into(), kinds.collect());
 }
 
 /// Whether anything was taken out.

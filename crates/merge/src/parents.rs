@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use cauldron_checkpoint::{
-    Checkpoint, CheckpointError, Digest, Dtype, Expert, TensorPlan, dtype_size, is_float,
-};
+use cauldron_checkpoint::{Checkpoint, CheckpointError, Digest, Dtype, Expert, dtype_size, is_float};
 use serde_json::Value;
 
-use crate::recipe::{ModelRef, Recipe};
+use crate::contents::ChunkLog;
+use crate::layout::{Layout, OutTensor, layer_of};
+use crate::recipe::{ModelRef, Recipe, Vocab};
+use crate::vocab::{VocabMaps, is_vocabulary};
 use crate::{MergeError, Observer, RecipeError};
 
 /// Finds the folder of one part of a model reference: `math` of `math`, `base` and then `lora` of `base+lora`.
@@ -35,15 +36,12 @@ pub struct Parents {
     pub(crate) base: Option<Parent>,
     pub(crate) models: Vec<Parent>,
     warnings: Vec<String>,
-    contents: OnceLock<Contents>,
-}
-
-/// What the parents hold, and the state of their files when it was read.
-#[derive(Debug)]
-pub(crate) struct Contents {
-    /// Of base and models, in that order.
-    pub digests: Vec<(ModelRef, Digest)>,
+    pub(crate) layout: Layout,
+    pub(crate) vocab: VocabMaps,
+    /// State of the files when they were opened.
     identity: String,
+    pub(crate) log: ChunkLog,
+    contents: OnceLock<Vec<(ModelRef, Digest)>>,
 }
 
 /// Config fields that two models of one architecture must share for their weights to mean the same.
@@ -72,17 +70,32 @@ impl Parents {
             None => None,
         };
         let mut models = Vec::new();
-        for (index, (reference, _)) in recipe.models.iter().enumerate() {
-            models.push(sources.open(&format!("models[{index}]"), reference, resolver)?);
+        for (index, model) in recipe.models.iter().enumerate() {
+            models.push(sources.open(&format!("models[{index}]"), &model.reference, resolver)?);
         }
         let mut parents = Self {
             sources: sources.open,
             base,
             models,
             warnings: Vec::new(),
+            layout: Layout {
+                tensors: Vec::new(),
+                layers: None,
+            },
+            vocab: VocabMaps::default(),
+            identity: String::new(),
+            log: ChunkLog::default(),
             contents: OnceLock::new(),
         };
-        parents.check_fit()?;
+        parents.identity = parents
+            .identity()
+            .map_err(|e| RecipeError::new("models", e.to_string()))?;
+        parents.check_fit(recipe)?;
+        let checkpoints: Vec<&Checkpoint> = parents.sources.iter().map(|s| &**s).collect();
+        let base = parents.base.as_ref().map(|b| b.source);
+        parents.vocab = VocabMaps::new(recipe, &checkpoints, parents.reference().source, base)?;
+        parents.check_adapters()?;
+        parents.layout = Layout::new(recipe, &parents, &parents.vocab)?;
         Ok(parents)
     }
 
@@ -116,44 +129,34 @@ impl Parents {
     }
 
     /// Bytes of the result's tensors.
-    pub fn output_bytes(&self, recipe: &Recipe) -> u64 {
-        self.plan(recipe).iter().map(TensorPlan::byte_len).sum()
+    pub fn output_bytes(&self) -> u64 {
+        self.layout.tensors.iter().map(|t| t.plan.byte_len()).sum()
     }
 
-    /// Total of all `advance` calls of [`crate::merge_digest`] and [`crate::merge_to_folder`] together.
+    /// Total of all `advance` calls of [`crate::merge_to_folder`].
     pub fn bytes_total(&self, recipe: &Recipe) -> u64 {
-        self.source_bytes() * (1 + crate::family::passes(recipe))
+        let once: u64 = self
+            .layout
+            .tensors
+            .iter()
+            .map(|t| self.bytes_per_element(t) * t.plan.numel() as u64)
+            .sum();
+        once * crate::family::passes(recipe)
     }
 
-    /// Bytes of the distinct checkpoints: what one pass over the parents reads.
-    pub(crate) fn source_bytes(&self) -> u64 {
-        self.sources.iter().map(|s| s.total_bytes()).sum()
+    /// Bytes that the distinct inputs of a tensor hold for one element.
+    pub(crate) fn bytes_per_element(&self, tensor: &OutTensor) -> u64 {
+        let inputs = tensor.inputs().into_iter();
+        let sizes = inputs.filter_map(|input| dtype_size(self.sources[input.source].get(&input.name)?.dtype));
+        sizes.sum()
     }
 
-    /// The result's tensors.
-    pub(crate) fn plan(&self, recipe: &Recipe) -> Vec<TensorPlan> {
-        let tensors = self.reference().expert.checkpoint().tensors();
-        let plan = tensors.iter().map(|(name, info)| TensorPlan {
-            name: name.clone(),
-            dtype: match recipe.dtype {
-                Some(dtype) if is_float(info.dtype) => dtype,
-                _ => info.dtype,
-            },
-            shape: info.shape.clone(),
-        });
-        plan.collect()
-    }
-
-    /// Content digests of the parents, read once; each distinct checkpoint once.
-    pub(crate) fn contents(&self, obs: &dyn Observer) -> Result<&Contents, MergeError> {
+    /// Content digests of base and models, in that order. What a merge has read is not read again.
+    pub(crate) fn contents(&self, obs: &dyn Observer) -> Result<&[(ModelRef, Digest)], MergeError> {
         if let Some(contents) = self.contents.get() {
             return Ok(contents);
         }
-        let advance = |bytes| {
-            obs.advance(bytes);
-            !obs.cancelled()
-        };
-        let identity = self.identity().map_err(|e| MergeError::parent("a parent", e))?;
+        let go_on = |_| !obs.cancelled();
         let mut of_source = HashMap::new();
         let mut digests = Vec::new();
         for parent in self.all() {
@@ -161,8 +164,9 @@ impl Parents {
             let checkpoint = match of_source.get(&parent.source) {
                 Some(digest) => *digest,
                 None => {
+                    let known = self.log.tensors(parent.source);
                     let digest = self.sources[parent.source]
-                        .content_digest(&advance)
+                        .content_digest(&known, &go_on)
                         .map_err(failed)?;
                     of_source.insert(parent.source, digest);
                     digest
@@ -171,20 +175,52 @@ impl Parents {
             let digest = parent.expert.with_adapter_digest(checkpoint).map_err(failed)?;
             digests.push((parent.reference.clone(), digest));
         }
-        Ok(self.contents.get_or_init(|| Contents { digests, identity }))
+        Ok(self.contents.get_or_init(|| digests))
     }
 
-    /// The files must be the ones that were digested: a parent that is rewritten under a merge would give a result
-    /// that its recipe does not name.
-    pub(crate) fn check_unchanged(&self, contents: &Contents) -> Result<(), MergeError> {
+    pub(crate) fn has_contents(&self) -> bool {
+        self.contents.get().is_some()
+    }
+
+    /// The digests, if they have been made.
+    pub fn known_contents(&self) -> Option<Vec<Digest>> {
+        Some(self.contents.get()?.iter().map(|(_, digest)| *digest).collect())
+    }
+
+    /// Takes over digests that were made of the same files before (equal [`Self::identity`]).
+    pub fn adopt_contents(&self, digests: Vec<Digest>) {
+        if digests.len() == self.all().count() {
+            let named = self.all().map(|p| p.reference.clone()).zip(digests).collect();
+            let _ = self.contents.set(named);
+        }
+    }
+
+    /// The files must be the ones that were opened and digested: a parent that is rewritten under a merge would give a
+    /// result that its recipe does not name.
+    pub(crate) fn check_unchanged(&self) -> Result<(), MergeError> {
         let identity = self.identity().map_err(|e| MergeError::parent("a parent", e))?;
-        match identity == contents.identity {
+        match identity == self.identity {
             true => Ok(()),
             false => Err(MergeError::ParentChanged),
         }
     }
 
-    fn check_fit(&mut self) -> Result<(), RecipeError> {
+    /// An adapter of a vocabulary's rows knows only the rows it was made for.
+    fn check_adapters(&self) -> Result<(), RecipeError> {
+        let base = self.base.iter().map(|p| ("base".to_owned(), p));
+        let models = self.models.iter().enumerate().map(|(i, p)| (format!("models[{i}]"), p));
+        for (field, parent) in base.chain(models) {
+            let mapped = self.vocab.map(parent.source).is_some();
+            let target = parent.expert.adapter().and_then(|a| a.targets().find(|t| is_vocabulary(t)));
+            if let (true, Some(target)) = (mapped, target) {
+                let detail = format!("its adapter changes {target}, whose rows the vocabulary policy moves");
+                return Err(RecipeError::new(field, detail));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_fit(&mut self, recipe: &Recipe) -> Result<(), RecipeError> {
         let reference = self.reference();
         let reference_field = if self.base.is_some() { "base" } else { "models[0]" };
         check_dtypes(reference_field, reference.expert.checkpoint())?;
@@ -201,6 +237,7 @@ impl Parents {
                 ours,
                 theirs,
                 other: reference_field,
+                recipe,
             };
             fit.config(&mut warnings)?;
             fit.tensors()?;
@@ -288,6 +325,7 @@ struct Fit<'a> {
     ours: &'a Checkpoint,
     theirs: &'a Checkpoint,
     other: &'a str,
+    recipe: &'a Recipe,
 }
 
 impl Fit<'_> {
@@ -304,7 +342,7 @@ impl Fit<'_> {
                 .unwrap_or_default()
         };
         let (ours, theirs) = (vocab(self.ours), vocab(self.theirs));
-        if ours != theirs && ours.get(1) == theirs.get(1) {
+        if self.strict() && ours != theirs && ours.get(1) == theirs.get(1) {
             return self.refuse(format!(
                 "vocab strict: model.embed_tokens.weight is {ours:?}, that of {} is {theirs:?}",
                 self.other
@@ -332,18 +370,33 @@ impl Fit<'_> {
         Ok(())
     }
 
-    /// Names the first difference of each kind.
+    fn may_lack(&self, name: &str) -> bool {
+        !self.recipe.slices.is_empty() && layer_of(name).is_some()
+    }
+
+    fn strict(&self) -> bool {
+        self.recipe.vocab == Vocab::Strict
+    }
+
+    /// Whether shapes are the same for all that the vocabulary policy does not decide.
+    fn same_shape(&self, name: &str, ours: &[usize], theirs: &[usize]) -> bool {
+        let from = usize::from(!self.strict() && is_vocabulary(name) && ours.len() == theirs.len() && !ours.is_empty());
+        ours[from..] == theirs[from..]
+    }
+
+    /// Names the first difference of each kind. Where layers are cut and joined, the numbers of layers may differ.
     fn tensors(&self) -> Result<(), RecipeError> {
         let (ours, theirs) = (self.ours.tensors(), self.theirs.tensors());
         let mut found: BTreeMap<&str, String> = BTreeMap::new();
         for (name, info) in theirs {
             match ours.get(name) {
+                None if self.may_lack(name) => {}
                 None => {
                     found
                         .entry("lacks")
                         .or_insert_with(|| format!("lacks tensor {name}"));
                 }
-                Some(own) if own.shape != info.shape => {
+                Some(own) if !self.same_shape(name, &own.shape, &info.shape) => {
                     found.entry("shape").or_insert_with(|| {
                         format!(
                             "tensor {name} is {:?}, that of {} is {:?}",
@@ -365,7 +418,10 @@ impl Fit<'_> {
                 Some(_) => {}
             }
         }
-        if let Some(extra) = ours.keys().find(|name| !theirs.contains_key(*name)) {
+        let extra = ours
+            .keys()
+            .find(|name| !theirs.contains_key(*name) && !self.may_lack(name));
+        if let Some(extra) = extra {
             found.insert("extra", format!("has tensor {extra}, which {} lacks", self.other));
         }
         match found.is_empty() {

@@ -1,158 +1,444 @@
 //! Family -> point: with the weights known, one fused pass gives every merged element.
 
-use cauldron_checkpoint::{Dtype, dtype_size, narrow};
+use cauldron_checkpoint::{Digest, Dtype, dtype_size, narrow, row_len};
 
-use crate::MergeError;
-use crate::family::{Family, Role};
-use crate::kernel::{self, TiesWeights};
-use crate::recipe::{Method, dtype_name};
-use crate::stream::{Chunk, Needs, Scratch};
+use crate::family::Family;
+use crate::geometry::{coefficients, granularity, operands};
+use crate::kernel::{self, TiesInput, TiesMean};
+use crate::layout::{OutTensor, Role};
+use crate::recipe::{Granularity, Method, Trim, dtype_name, lambda_weights};
+use crate::selection::{erase, importance};
+use crate::stream::{Chunk, Needs, Scratch, Stream, Tile, Work};
+use crate::{MergeError, Observer};
 
 /// One model of a family.
 #[derive(Debug)]
-pub(crate) struct Point<'f, 'a> {
+pub struct Point<'f, 'a> {
     family: &'f Family<'a>,
-    weights: Vec<f32>,
-    mixed: bool,
+    tensors: Vec<Combination>,
 }
 
-/// What was seen while one chunk was merged.
+/// What one tensor is made of, by member.
+#[derive(Debug, Default)]
+struct Combination {
+    weights: Vec<f32>,
+    /// Methods on angles: the coefficients of the tensor, of each row, or of each column.
+    coefficients: Vec<Vec<f32>>,
+    scaling: f32,
+    /// nearswap.
+    t: f32,
+}
+
+/// What was seen while one chunk was merged. Lists follow the members of its tensor.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ChunkStats {
-    /// For each parent the elements whose delta went into the result.
+    /// Elements whose delta went into the result.
     pub kept: Vec<u64>,
     /// Elements where kept deltas of both signs met.
     pub conflicting: u64,
-    /// For each parent the sum of squares of its delta, before anything is dropped by the method.
+    /// Sums of squares of the deltas, before anything is dropped by the method.
     pub delta_squares: Vec<f64>,
+    /// Products of the deltas with the base's values, for the angle between them.
     pub base_squares: f64,
+    /// Product of the first two deltas.
+    pub product: f64,
 }
 
-impl<'f, 'a> Point<'f, 'a> {
-    /// `weights` are lambda and 1 - lambda with mixup, else the recipe's.
-    pub fn new(family: &'f Family<'a>, weights: Vec<f32>) -> Self {
-        let mixed = family.recipe.lambda().is_some();
-        Self {
-            family,
+impl<'a> Family<'a> {
+    /// The model at the recipe's own weights, or at `lambda` of the first of two parents.
+    pub fn point(&self, lambda: Option<f64>) -> Result<Point<'_, 'a>, MergeError> {
+        let mut tensors = Vec::new();
+        for (index, tensor) in self.tensors().iter().enumerate() {
+            let mut combination = Combination::default();
+            if tensor.role == Role::Merge {
+                combination = self.combination(index, tensor, lambda)?;
+            }
+            tensors.push(combination);
+        }
+        Ok(Point { family: self, tensors })
+    }
+
+    fn combination(
+        &self,
+        index: usize,
+        tensor: &OutTensor,
+        lambda: Option<f64>,
+    ) -> Result<Combination, MergeError> {
+        let place = tensor.place();
+        let all = match lambda {
+            Some(lambda) => lambda_weights(lambda),
+            None => self.recipe.weights_at(&place),
+        };
+        let mut weights = tensor.weights(&all);
+        let at = |setting: &crate::setting::Setting, default: f64| setting.at(&place).unwrap_or(default);
+        let mixed = lambda.is_some() || self.recipe.mixup.is_some();
+        let (scaling, t) = match &self.recipe.method {
+            Method::TaskArithmetic { scaling, .. } | Method::Ties { scaling, .. } => (at(scaling, 1.0), 0.0),
+            Method::NearSwap { t } => (1.0, at(t, 0.0)),
+            Method::Slerp { .. } if mixed => (1.0, 1.0 - lambda_at(&weights, lambda, self, &place)),
+            Method::Slerp { t } => (1.0, at(t, 0.5)),
+            _ => (1.0, 0.0),
+        };
+        if let Method::Sce { .. } = self.recipe.method {
+            weights = self.prepared[index].weights.clone();
+        }
+        let grams = &self.prepared[index].grams;
+        let coefficients: Option<Vec<Vec<f32>>> = grams
+            .iter()
+            .map(|gram| coefficients(&self.recipe.method, gram, &weights, t))
+            .collect();
+        Ok(Combination {
+            coefficients: coefficients.ok_or_else(|| MergeError::Undefined {
+                tensor: tensor.plan.name.clone(),
+                detail: "the weighted sum of the parents' directions is 0".into(),
+            })?,
             weights,
-            mixed,
+            scaling: scaling as f32,
+            t: t as f32,
+        })
+    }
+}
+
+fn lambda_at(
+    weights: &[f32],
+    lambda: Option<f64>,
+    family: &Family<'_>,
+    place: &crate::setting::Place<'_>,
+) -> f64 {
+    use crate::recipe::Shares;
+    match (lambda, family.recipe.mixup.as_ref().map(|m| &m.shares)) {
+        (Some(lambda), _) => lambda,
+        (None, Some(Shares::Lambda(lambda))) => lambda.at(place).unwrap_or(0.5),
+        (None, Some(Shares::Each(shares))) => shares[0],
+        (None, None) => weights.first().copied().map_or(0.5, f64::from),
+    }
+}
+
+impl Point<'_, '_> {
+    /// What the pass has to read: without deltas neither the base nor a parent of weight 0.
+    pub(crate) fn needs(&self, tensor: usize) -> Needs {
+        let out = &self.family.tensors()[tensor];
+        match out.role {
+            Role::Merge => {}
+            Role::Excluded => {
+                return Needs {
+                    base: true,
+                    members: vec![false; out.members.len()],
+                };
+            }
+            Role::Copied => {
+                return Needs {
+                    base: false,
+                    members: vec![false; out.members.len()],
+                };
+            }
+        }
+        let recipe = self.family.recipe;
+        let by_weight = matches!(recipe.method, Method::Average { .. }) && !recipe.on_deltas();
+        let base = recipe.on_deltas() || matches!(recipe.method, Method::NearSwap { .. } | Method::ArceeFusion);
+        let weights = &self.tensors[tensor].weights;
+        Needs {
+            base: base && out.base.is_some(),
+            members: weights.iter().map(|w| !by_weight || *w != 0.0).collect(),
         }
     }
 
-    /// What the pass has to read: without deltas neither the base nor a parent of weight 0.
-    pub fn needs(&self) -> Needs {
-        let on_deltas = self.family.on_deltas();
-        Needs {
-            base: on_deltas,
-            models: self.weights.iter().map(|w| on_deltas || *w != 0.0).collect(),
-        }
+    /// Runs `run` with the pass that merges.
+    pub(crate) fn stream<T>(&self, run: impl FnOnce(&Stream<'_>) -> T) -> T {
+        run(&Stream {
+            parents: self.family.parents,
+            tensors: self.family.tensors(),
+            means: &self.family.means,
+            cut: self.family.cut,
+            needs: &|tensor| self.needs(tensor),
+        })
+    }
+
+    /// Names of the result's tensors, in writing order.
+    pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.family.tensors().iter().map(|t| t.plan.name.as_str())
+    }
+
+    /// One tensor as the merged checkpoint has it: its dtype, its shape and its little-endian bytes.
+    pub fn tensor(&self, index: usize, obs: &dyn Observer) -> Result<(Dtype, Vec<usize>, Vec<u8>), MergeError> {
+        let plan = &self.family.tensors()[index].plan;
+        let mut all = Vec::with_capacity(plan.byte_len() as usize);
+        self.stream(|stream| {
+            stream.write_each(
+                &[index],
+                obs,
+                |work, scratch, chunk, out| self.merge(work, scratch, chunk, out),
+                |_, _, bytes| {
+                    all.extend(bytes);
+                    Ok(())
+                },
+            )
+        })?;
+        Ok((plan.dtype, plan.shape.clone(), all))
     }
 
     /// Merges one loaded chunk into `out`, rounding once.
-    pub fn merge(
+    pub(crate) fn merge(
         &self,
+        work: &Work<'_>,
         scratch: &mut Scratch,
         chunk: Chunk,
         out: &mut [u8],
     ) -> Result<ChunkStats, MergeError> {
-        let plan = &self.family.shards.tensors()[chunk.tensor];
-        let (values, stats) = match self.family.roles[chunk.tensor] {
-            Role::Copied => {
-                self.copy(chunk, &plan.name, plan.dtype, out)?;
-                return Ok(ChunkStats::default());
-            }
-            Role::Excluded => (&scratch.theta0, ChunkStats::default()),
-            Role::Merge => {
-                let stats = self.compute(scratch, chunk);
-                (&scratch.merged, stats)
-            }
-        };
-        if !narrow(plan.dtype, values, out) {
-            return Err(MergeError::NonFinite {
-                tensor: plan.name.clone(),
-                dtype: dtype_name(plan.dtype).to_owned(),
-            });
+        let tensor = &self.family.tensors()[chunk.tensor];
+        let plan = &tensor.plan;
+        let mut stats = ChunkStats::default();
+        if tensor.role == Role::Copied {
+            self.copy(chunk, tensor, out)?;
+            return Ok(stats);
         }
+        let item = plan.item_bytes();
+        let mut rest = out;
+        work.tiles(scratch, chunk, |tile| {
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(tile.len * item);
+            rest = later;
+            let values = match tensor.role {
+                Role::Excluded => &tile.theta0,
+                _ => {
+                    self.compute(chunk.tensor, tensor, tile, &mut stats);
+                    &tile.merged
+                }
+            };
+            match narrow(plan.dtype, &values[..tile.len], now) {
+                true => Ok(()),
+                false => Err(MergeError::NonFinite {
+                    tensor: plan.name.clone(),
+                    dtype: dtype_name(plan.dtype).to_owned(),
+                }),
+            }
+        })?;
         Ok(stats)
     }
 
-    fn compute(&self, scratch: &mut Scratch, chunk: Chunk) -> ChunkStats {
-        let mut stats = ChunkStats::default();
-        if !self.family.on_deltas() {
-            scratch.merged.resize(chunk.len, 0.0);
-            self.average(&scratch.thetas, &mut scratch.merged);
-            return stats;
-        }
-        self.family.sparse_deltas(chunk.tensor, chunk.start, scratch);
-        let Scratch {
-            theta0,
-            deltas,
-            merged,
-            ..
-        } = scratch;
-        merged.resize(chunk.len, 0.0);
-        stats.base_squares = kernel::sum_squares(theta0);
-        stats.delta_squares = deltas.iter().map(|d| kernel::sum_squares(d)).collect();
-        if let Method::Ties { scaling, .. } = self.family.recipe.method {
-            let weights = match self.mixed {
-                true => TiesWeights::Mixup(&self.weights),
-                false => TiesWeights::Mean(&self.weights),
-            };
-            let counts = kernel::ties(weights, deltas, &self.family.taus, self.family.majority, merged);
-            stats.kept = counts.kept;
-            stats.conflicting = counts.conflicting;
-            kernel::add_to_base(theta0, scaling as f32, merged);
-            return stats;
-        }
-        stats.kept = deltas
-            .iter()
-            .map(|d| d.iter().map(|v| u64::from(*v != 0.0)).sum())
-            .collect();
-        stats.conflicting = kernel::conflicting(deltas, chunk.len);
-        match self.family.recipe.method {
-            Method::TaskArithmetic { scaling } => {
-                kernel::weighted_sum(&self.weights, deltas, merged);
-                kernel::add_to_base(theta0, scaling as f32, merged);
+    fn compute(&self, index: usize, tensor: &OutTensor, tile: &mut Tile, stats: &mut ChunkStats) {
+        let family = self.family;
+        let combination = &self.tensors[index];
+        tile.merged.resize(tile.len, 0.0);
+        match &family.recipe.method {
+            Method::Ties { trim, normalize, .. } => {
+                family.form_trimmed(index, tile);
+                measure(tile, stats);
+                self.ties(tensor, tile, combination, trim, *normalize, stats);
+                kernel::add_to_base(&tile.theta0, combination.scaling, &mut tile.merged);
             }
-            // A sparsified average: the method runs on theta0 + sparse delta.
-            _ => {
-                for delta in deltas.iter_mut() {
-                    kernel::add_to_base(theta0, 1.0, delta);
+            Method::Sce { .. } => {
+                family.form_selected(index, tile);
+                observe(tile, stats);
+                sce(tile, &combination.weights);
+                kernel::add_to_base(&tile.theta0, 1.0, &mut tile.merged);
+            }
+            Method::NearSwap { .. } | Method::ArceeFusion => {
+                family.form(index, tile);
+                if family.recipe.on_deltas() {
+                    observe(tile, stats);
+                    kernel::add_to_base(&tile.theta0, 1.0, &mut tile.deltas[0]);
+                    std::mem::swap(&mut tile.deltas[0], &mut tile.thetas[0]);
                 }
-                self.average(deltas, merged);
+                match family.recipe.method {
+                    Method::NearSwap { .. } => {
+                        kernel::nearswap(combination.t, &tile.theta0, &tile.thetas[0], &mut tile.merged);
+                    }
+                    _ => self.fuse(index, tensor, tile),
+                }
+            }
+            method => {
+                family.form(index, tile);
+                if family.recipe.on_deltas() {
+                    observe(tile, stats);
+                }
+                let (start, len) = (tile.start, tile.len);
+                let mut merged = std::mem::take(&mut tile.merged);
+                let inputs = operands(family, tile);
+                match combination.coefficients.as_slice() {
+                    [] => kernel::weighted_sum(&combination.weights, inputs, &mut merged),
+                    coefficients => {
+                        let row = row_len(&tensor.plan.shape).max(1);
+                        combine(granularity(method), coefficients, row, start, len, inputs, &mut merged);
+                    }
+                }
+                tile.merged = merged;
+                let divisor = divisor(method, &combination.weights, family.recipe.mixup.is_some());
+                kernel::divide(&mut tile.merged, divisor);
+                if family.over_deltas() {
+                    kernel::add_to_base(&tile.theta0, combination.scaling, &mut tile.merged);
+                }
             }
         }
-        stats
     }
 
-    /// Mixup: lambda theta1 + (1 - lambda) theta2. Plain: sum of w theta over sum of w.
-    fn average(&self, thetas: &[Vec<f32>], out: &mut [f32]) {
-        kernel::weighted_sum(&self.weights, thetas, out);
-        if !self.mixed {
-            kernel::divide(out, self.weights.iter().sum());
+    fn ties(
+        &self,
+        tensor: &OutTensor,
+        tile: &mut Tile,
+        combination: &Combination,
+        trim: &Trim,
+        normalize: bool,
+        stats: &mut ChunkStats,
+    ) {
+        let weights = &combination.weights;
+        let mixed = self.family.recipe.mixup.is_some();
+        let (mean, majority) = match trim {
+            _ if mixed => (TiesMean::Mixup(weights), self.majority(trim)),
+            Trim::Global { .. } => (TiesMean::Weighted(weights), self.majority(trim)),
+            Trim::Tensor { .. } => {
+                for (delta, w) in tile.deltas.iter_mut().zip(weights) {
+                    let unscaled = std::mem::take(&mut tile.extra);
+                    let mut scaled = unscaled;
+                    scaled.resize(tile.len, 0.0);
+                    kernel::scale_into(*w, delta, &mut scaled);
+                    tile.extra = std::mem::replace(delta, scaled);
+                }
+                match normalize {
+                    true => (TiesMean::PremultipliedMean(weights), 1),
+                    false => (TiesMean::Premultiplied, 1),
+                }
+            }
+        };
+        let input = TiesInput {
+            deltas: &tile.deltas[..tensor.members.len()],
+            majority,
+        };
+        let counts = kernel::ties(&input, mean, &mut tile.merged, &mut tile.ties);
+        stats.kept.resize(counts.kept.len(), 0);
+        stats.kept.iter_mut().zip(&counts.kept).for_each(|(s, k)| *s += k);
+        stats.conflicting += counts.conflicting;
+    }
+
+    fn majority(&self, trim: &Trim) -> i8 {
+        match trim {
+            Trim::Global { .. } => self.family.majority,
+            Trim::Tensor { .. } => 1,
         }
+    }
+
+    /// theta0 where the importance of the change lies below the threshold, else theta.
+    fn fuse(&self, index: usize, tensor: &OutTensor, tile: &mut Tile) {
+        let row = row_len(&tensor.plan.shape).max(1);
+        let mut scores = std::mem::take(&mut tile.extra);
+        importance(&tile.theta0, &tile.thetas[0], row, &mut scores);
+        kernel::delta(&tile.theta0, &tile.thetas[0], &mut tile.merged);
+        if let Some(edge) = self.family.prepared[index].select {
+            erase(&scores, edge, tile.start, std::slice::from_mut(&mut tile.merged));
+        }
+        kernel::add_to_base(&tile.theta0, 1.0, &mut tile.merged);
+        tile.extra = scores;
     }
 
     /// Integers and bools: the bytes of the reference, if all parents have the same.
-    fn copy(&self, chunk: Chunk, name: &str, dtype: Dtype, out: &mut [u8]) -> Result<(), MergeError> {
+    fn copy(&self, chunk: Chunk, tensor: &OutTensor, out: &mut [u8]) -> Result<(), MergeError> {
         let parents = self.family.parents;
+        let dtype = tensor.plan.dtype;
         let at = (chunk.start * dtype_size(dtype).unwrap_or(1) as usize) as u64;
+        let first = tensor.first_input();
+        let label = |source: usize| {
+            let found = parents.all().find(|p| p.source == source);
+            found.map_or_else(String::new, |p| p.reference.to_string())
+        };
         let mut other = vec![0u8; out.len()];
-        let reference = parents.reference();
-        parents.sources[reference.source]
-            .read_into(name, at, out)
-            .map_err(|e| MergeError::parent(&reference.reference.to_string(), e))?;
-        for parent in parents.all().filter(|p| p.source != reference.source) {
-            parents.sources[parent.source]
-                .read_into(name, at, &mut other)
-                .map_err(|e| MergeError::parent(&parent.reference.to_string(), e))?;
-            if other != out {
+        for input in tensor.inputs() {
+            let target = if input == first { &mut *out } else { &mut other };
+            parents.sources[input.source]
+                .read_into(&input.name, at, target)
+                .map_err(|e| MergeError::parent(&label(input.source), e))?;
+            if input != first && other != out {
                 return Err(MergeError::IntegerTensor {
-                    tensor: name.to_owned(),
+                    tensor: tensor.plan.name.clone(),
                     dtype: format!("{dtype:?}"),
                 });
             }
         }
+        if !parents.has_contents() {
+            let shape = &tensor.plan.shape;
+            for input in tensor.inputs() {
+                parents.log.note(input.source, &input.name, shape, chunk.index, Digest::of(out));
+            }
+        }
         Ok(())
     }
+}
+
+/// What the sum is divided by; 1 where it is not.
+fn divisor(method: &Method, weights: &[f32], mixed: bool) -> f32 {
+    let sum: f32 = weights.iter().sum();
+    match method {
+        Method::Average { normalize: true } if !mixed => sum,
+        Method::TaskArithmetic { normalize: true, .. } if !mixed && sum.abs() >= 1e-8 => sum,
+        _ => 1.0,
+    }
+}
+
+/// `merged` = the combination of the inputs with coefficients that differ by row or by column.
+fn combine(
+    granularity: Granularity,
+    coefficients: &[Vec<f32>],
+    row: usize,
+    start: usize,
+    len: usize,
+    inputs: &[Vec<f32>],
+    merged: &mut [f32],
+) {
+    merged.fill(0.0);
+    match (granularity, coefficients) {
+        (Granularity::Tensor, [one]) | (Granularity::Column, [one]) => kernel::weighted_sum(one, inputs, merged),
+        (Granularity::Column, columns) => {
+            for (k, input) in inputs.iter().enumerate() {
+                for i in 0..len {
+                    merged[i] += columns[(start + i) % row][k] * input[i];
+                }
+            }
+        }
+        (_, rows) => {
+            for from in (0..len).step_by(row) {
+                let to = (from + row).min(len);
+                for (c, input) in rows[(start + from) / row].iter().zip(inputs) {
+                    kernel::add_scaled(*c, &input[from..to], &mut merged[from..to]);
+                }
+            }
+        }
+    }
+}
+
+/// SCE: the selected deltas that have the sign of their sum, weighted; over the sum of those weights.
+fn sce(tile: &mut Tile, weights: &[f32]) {
+    for i in 0..tile.len {
+        let sum: f32 = tile.deltas.iter().map(|d| d[i]).sum();
+        let positive = sum >= 0.0;
+        let (mut merged, mut total) = (0f32, 0f32);
+        for (d, w) in tile.deltas.iter().zip(weights) {
+            let d = d[i];
+            if (d > 0.0 && positive) || (d < 0.0 && !positive) {
+                merged += d * w;
+                total += w;
+            }
+        }
+        tile.merged[i] = merged / total.max(1e-6);
+    }
+}
+
+/// Norms of what the method starts from.
+fn measure(tile: &Tile, stats: &mut ChunkStats) {
+    let count = tile.deltas.len();
+    stats.delta_squares.resize(count, 0.0);
+    for (sum, delta) in stats.delta_squares.iter_mut().zip(&tile.deltas) {
+        *sum += kernel::sum_squares(&delta[..tile.len]);
+    }
+    if let [a, b, ..] = tile.deltas.as_slice() {
+        stats.product += kernel::dot_f32(&a[..tile.len], &b[..tile.len]);
+    }
+    stats.base_squares += kernel::sum_squares(&tile.theta0[..tile.len]);
+}
+
+/// As [`measure`], with what is kept and where signs conflict.
+fn observe(tile: &Tile, stats: &mut ChunkStats) {
+    measure(tile, stats);
+    stats.kept.resize(tile.deltas.len(), 0);
+    for (kept, delta) in stats.kept.iter_mut().zip(&tile.deltas) {
+        *kept += kernel::count_nonzero(&delta[..tile.len]);
+    }
+    stats.conflicting += kernel::conflicting(&tile.deltas, tile.len);
 }

@@ -3,13 +3,16 @@
 //!
 //! Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), Random123.
 
+use crate::kernel::wide;
+
 const M0: u32 = 0xD251_1F53;
 const M1: u32 = 0xCD9E_8D57;
 const W0: u32 = 0x9E37_79B9;
 const W1: u32 = 0xBB67_AE85;
 
-/// Ten rounds of Philox4x32.
-pub(crate) fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+/// Ten rounds of Philox4x32, one counter: the oracle of [`MaskWords::fill`].
+#[cfg(test)]
+fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let p0 = u64::from(M0) * u64::from(counter[0]);
         let p1 = u64::from(M1) * u64::from(counter[2]);
@@ -24,17 +27,15 @@ pub(crate) fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// The drop mask of one tensor of one parent.
+/// The random words of one tensor of one parent: one u32 an element.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct DropMask {
+pub(crate) struct MaskWords {
     key: [u32; 2],
-    /// An element is dropped where its u32 is below this.
-    threshold: u64,
 }
 
-impl DropMask {
+impl MaskWords {
     /// The key comes from (seed, index of the parent in the recipe, tensor name).
-    pub fn new(seed: u64, parent: usize, tensor: &str, drop_rate: f64) -> Self {
+    pub fn new(seed: u64, parent: usize, tensor: &str) -> Self {
         let mut hasher = blake3::Hasher::new_derive_key("cauldron drop mask v1");
         hasher.update(&seed.to_le_bytes());
         hasher.update(&(parent as u64).to_le_bytes());
@@ -43,26 +44,63 @@ impl DropMask {
         let word = |at: usize| u32::from_le_bytes([hash[at], hash[at + 1], hash[at + 2], hash[at + 3]]);
         Self {
             key: [word(0), word(4)],
-            // u < p * 2^32 for an integer u is u < ceil(p * 2^32).
-            threshold: (drop_rate * 4_294_967_296.0).ceil() as u64,
         }
     }
 
-    /// Calls `each(i, dropped)` for elements `start..start + len` of the flattened tensor.
-    pub fn visit(&self, start: usize, len: usize, mut each: impl FnMut(usize, bool)) {
-        let mut index = start as u64;
-        let end = index + len as u64;
-        while index < end {
-            let block = index / 4;
-            let bits = philox([block as u32, (block >> 32) as u32, 0, 0], self.key);
-            let stop = end.min((block + 1) * 4);
-            while index < stop {
-                let dropped = u64::from(bits[(index % 4) as usize]) < self.threshold;
-                each((index - start as u64) as usize, dropped);
-                index += 1;
+    /// Words of elements `start..start + len` of the flattened tensor: `words[skip + i]` is that of element `start + i`.
+    /// Returns `skip`.
+    pub fn fill(&self, start: usize, len: usize, words: &mut Vec<u32>) -> usize {
+        let first = (start / 4) as u64;
+        let blocks = ((start + len).div_ceil(4) as u64 - first) as usize;
+        words.resize(blocks.next_multiple_of(LANES) * 4, 0);
+        philox_blocks(self.key, first, words);
+        start % 4
+    }
+}
+
+/// Counters that are computed side by side.
+const LANES: usize = 16;
+
+wide! {
+    /// Four words for each counter from `first` on.
+    fn philox_blocks<'a>(key: [u32; 2], first: u64, words: &'a mut [u32]) {
+        for (group, out) in words.as_chunks_mut::<{ LANES * 4 }>().0.iter_mut().enumerate() {
+            let mut c = [[0u32; LANES]; 4];
+            for lane in 0..LANES {
+                let counter = first + (group * LANES + lane) as u64;
+                c[0][lane] = counter as u32;
+                c[1][lane] = (counter >> 32) as u32;
+            }
+            let mut k = key;
+            for _ in 0..10 {
+                for lane in 0..LANES {
+                    let p0 = u64::from(M0) * u64::from(c[0][lane]);
+                    let p1 = u64::from(M1) * u64::from(c[2][lane]);
+                    let next = [
+                        (p1 >> 32) as u32 ^ c[1][lane] ^ k[0],
+                        p1 as u32,
+                        (p0 >> 32) as u32 ^ c[3][lane] ^ k[1],
+                        p0 as u32,
+                    ];
+                    c[0][lane] = next[0];
+                    c[1][lane] = next[1];
+                    c[2][lane] = next[2];
+                    c[3][lane] = next[3];
+                }
+                k = [k[0].wrapping_add(W0), k[1].wrapping_add(W1)];
+            }
+            for lane in 0..LANES {
+                for (word, c) in c.iter().enumerate() {
+                    out[lane * 4 + word] = c[lane];
+                }
             }
         }
     }
+}
+
+/// An element is dropped where its word is below this: u < p * 2^32 for an integer u is u < ceil(p * 2^32).
+pub(crate) fn drop_threshold(drop_rate: f64) -> u64 {
+    (drop_rate * 4_294_967_296.0).ceil() as u64
 }
 
 #[cfg(test)]
@@ -88,25 +126,34 @@ mod tests {
         );
     }
 
+    fn words(mask: MaskWords, start: usize, len: usize) -> Vec<u32> {
+        let mut words = Vec::new();
+        let skip = mask.fill(start, len, &mut words);
+        words[skip..skip + len].to_vec()
+    }
+
     #[test]
     fn a_mask_does_not_depend_on_where_it_is_cut() {
-        let mask = DropMask::new(3, 1, "w", 0.3);
-        let mut whole = vec![false; 1001];
-        mask.visit(0, 1001, |i, d| whole[i] = d);
+        let mask = MaskWords::new(3, 1, "w");
+        let whole = words(mask, 0, 1001);
         for cut in [1, 2, 3, 4, 5, 500] {
-            let mut parts = vec![false; 1001];
-            mask.visit(0, cut, |i, d| parts[i] = d);
-            mask.visit(cut, 1001 - cut, |i, d| parts[cut + i] = d);
+            let mut parts = words(mask, 0, cut);
+            parts.extend(words(mask, cut, 1001 - cut));
             assert_eq!(parts, whole);
         }
+        for (index, word) in whole.iter().enumerate() {
+            assert_eq!(*word, philox([(index / 4) as u32, 0, 0, 0], mask.key)[index % 4]);
+        }
+        let far = (1usize << 34) + 2;
+        assert_eq!(words(mask, far, 1)[0], philox([0, 1, 0, 0], mask.key)[2]);
     }
 
     #[test]
     fn the_drop_rate_is_met_and_parents_and_tensors_have_masks_of_their_own() {
-        let bits = |seed, parent, name| {
-            let mut out = vec![false; 100_000];
-            DropMask::new(seed, parent, name, 0.2).visit(0, 100_000, |i, d| out[i] = d);
-            out
+        let bits = |seed, parent, name| -> Vec<bool> {
+            let threshold = drop_threshold(0.2);
+            let words = words(MaskWords::new(seed, parent, name), 0, 100_000);
+            words.into_iter().map(|word| u64::from(word) < threshold).collect()
         };
         let first = bits(0, 0, "w");
         let dropped = first.iter().filter(|d| **d).count() as f64 / 1e5;

@@ -1,27 +1,43 @@
-//! Streaming over the parents: windows of fixed chunks, read and computed on all threads, handed on in order.
-//! Memory is a window and a scratch a thread, whatever the size of the models.
+//! Streaming over the parents: windows of chunks, read and computed on all threads, handed on in order. A chunk is read at
+//! once and computed tile by tile, so that what a thread works on stays in its caches.
+//!
+//! Memory is a window of output and a scratch a thread, whatever the size of the models (docs/METHODS.md, "Memory").
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use cauldron_checkpoint::{LoraFactors, widen};
+use cauldron_checkpoint::{CheckpointError, Chunks, Digest, Dtype, LoraFactors, dtype_size, row_len, widen};
 use rayon::prelude::*;
 
-use crate::family::{Family, Role};
-use crate::kernel::{all_finite, delta};
+use crate::kernel::{TiesScratch, all_finite, delta};
+use crate::layout::{Input, OutTensor, Role};
+use crate::parents::{Parent, Parents};
+use crate::sparsify::DropScratch;
+use crate::vocab::Row;
 use crate::{MergeError, Observer};
 
-/// Elements of a chunk: what one thread holds of each parent at a time fits in its L2 cache.
-pub(crate) const CHUNK: usize = 32 << 10;
-/// Chunks of a window: 8 Mi elements.
-const WINDOW: usize = 256;
+/// Elements of a tile: eight buffers of f32 fit in a first-level cache, or nearly.
+pub(crate) const TILE: usize = 2048;
+/// Output elements of a window.
+const WINDOW: usize = 8 << 20;
 
-/// A run of elements of one flattened tensor.
+/// A run of elements of one flattened tensor of the result.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Chunk {
     pub tensor: usize,
+    pub index: usize,
     pub start: usize,
     pub len: usize,
+}
+
+/// How a pass cuts tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cut {
+    /// Tiles of any elements.
+    Elements,
+    /// Tiles of whole rows; a vector is one row.
+    Rows,
 }
 
 /// One value a thread of the pool, without contention.
@@ -45,72 +61,117 @@ impl<T> PerThread<T> {
         })?;
         Ok(run(&mut slot.lock().unwrap_or_else(PoisonError::into_inner)))
     }
+}
 
-    pub fn into_inner(self) -> impl Iterator<Item = T> {
-        self.0
-            .into_iter()
-            .map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner))
+/// The values of one tile. Lists follow the members of its tensor.
+#[derive(Debug, Default)]
+pub(crate) struct Tile {
+    /// Index of its first element in the flattened tensor.
+    pub start: usize,
+    pub len: usize,
+    pub theta0: Vec<f32>,
+    pub thetas: Vec<Vec<f32>>,
+    pub deltas: Vec<Vec<f32>>,
+    pub merged: Vec<f32>,
+    pub extra: Vec<f32>,
+    pub ties: TiesScratch,
+    pub drops: DropScratch,
+}
+
+impl Tile {
+    /// `deltas[k] = thetas[k] - theta0`.
+    pub fn fill_deltas(&mut self) {
+        self.deltas.resize_with(self.thetas.len(), Vec::new);
+        for (d, theta) in self.deltas.iter_mut().zip(&self.thetas) {
+            d.resize(self.len, 0.0);
+            delta(&self.theta0, theta, d);
+        }
     }
 }
 
 /// What one thread holds of one chunk.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    bytes: Vec<u8>,
-    /// Widened values of each distinct checkpoint.
-    sources: Vec<Vec<f32>>,
-    /// Values of each parent, adapter folded in.
-    pub thetas: Vec<Vec<f32>>,
-    pub theta0: Vec<f32>,
-    pub deltas: Vec<Vec<f32>>,
-    pub merged: Vec<f32>,
+    /// By input of the tensor.
+    raw: Vec<Raw>,
+    tile: Tile,
 }
 
-impl Scratch {
-    /// `deltas[k] = thetas[k] - theta0`.
-    pub fn fill_deltas(&mut self) {
-        self.deltas.resize_with(self.thetas.len(), Vec::new);
-        for (d, theta) in self.deltas.iter_mut().zip(&self.thetas) {
-            d.resize(theta.len(), 0.0);
-            delta(&self.theta0, theta, d);
+/// The bytes of one input's chunk.
+#[derive(Debug)]
+struct Raw {
+    bytes: Vec<u8>,
+    dtype: Dtype,
+}
+
+impl Default for Raw {
+    fn default() -> Self {
+        Self {
+            bytes: Vec::new(),
+            dtype: Dtype::F32,
         }
     }
 }
 
-/// LoRA factors of the tensors of a window, by (tensor, parent); the base comes after the models.
+/// Means of the rows of vocabulary tensors, by source and tensor.
+pub(crate) type RowMeans = HashMap<(usize, String), Vec<f32>>;
+
+/// LoRA factors of the tensors of a window, by (tensor, member); the base comes after the members.
 type Factors = HashMap<(usize, usize), LoraFactors>;
 
-/// A pass over some tensors of a family, in their order.
-pub(crate) struct Stream<'f, 'a> {
-    family: &'f Family<'a>,
-    tensors: Vec<usize>,
+/// What a pass works on: the parents, the result's tensors, and which of them, in order.
+pub(crate) struct Stream<'a> {
+    pub parents: &'a Parents,
+    pub tensors: &'a [OutTensor],
+    pub means: &'a RowMeans,
+    pub cut: Cut,
+    /// Which members and whether the base are read, by tensor.
+    pub needs: &'a (dyn Fn(usize) -> Needs + Sync),
 }
 
-impl<'f, 'a> Stream<'f, 'a> {
-    pub fn new(family: &'f Family<'a>, tensors: Vec<usize>) -> Self {
-        Self { family, tensors }
-    }
+/// Which values a pass reads of one tensor.
+#[derive(Debug, Clone)]
+pub(crate) struct Needs {
+    pub base: bool,
+    pub members: Vec<bool>,
+}
 
-    /// Reads every chunk, calls `compute` on it on some thread, and `consume` with the results in order.
+impl Needs {
+    pub fn all(tensor: &OutTensor) -> Self {
+        Self {
+            base: tensor.base.is_some(),
+            members: vec![true; tensor.members.len()],
+        }
+    }
+}
+
+impl Stream<'_> {
+    /// Reads every chunk of some tensors, calls `compute` on each on some thread, and `consume` with the results in order.
     pub fn for_each<T: Send>(
         &self,
+        which: &[usize],
         obs: &dyn Observer,
-        compute: impl Fn(&mut Scratch, Chunk) -> Result<T, MergeError> + Sync,
+        compute: impl Fn(&Work<'_>, &mut Scratch, Chunk) -> Result<T, MergeError> + Sync,
         mut consume: impl FnMut(Chunk, T),
     ) -> Result<(), MergeError> {
-        let needs = Needs::of_prepare(self.family);
         let pool = PerThread::new(Scratch::default);
-        self.windows(|window| {
+        self.windows(which, |window, next| {
+            self.prefetch(next);
             let factors = self.factors(window)?;
+            let work = Work {
+                stream: self,
+                factors: &factors,
+            };
             let results: Vec<T> = window
                 .par_iter()
                 .map(|&chunk| {
-                    self.guard(obs, chunk, || {
-                        pool.with(|scratch| {
-                            self.load(scratch, chunk, &factors, &needs)?;
-                            compute(scratch, chunk)
-                        })?
-                    })
+                    if obs.cancelled() {
+                        return Err(MergeError::Cancelled);
+                    }
+                    pool.with(|scratch| {
+                        work.load(scratch, chunk)?;
+                        compute(&work, scratch, chunk)
+                    })?
                 })
                 .collect::<Result<_, _>>()?;
             window
@@ -124,87 +185,125 @@ impl<'f, 'a> Stream<'f, 'a> {
     /// As [`Self::for_each`], where each chunk also fills its bytes of the output. `consume` gets whole windows.
     pub fn write_each<T: Send>(
         &self,
+        which: &[usize],
         obs: &dyn Observer,
-        needs: &Needs,
-        compute: impl Fn(&mut Scratch, Chunk, &mut [u8]) -> Result<T, MergeError> + Sync,
+        compute: impl Fn(&Work<'_>, &mut Scratch, Chunk, &mut [u8]) -> Result<T, MergeError> + Sync,
         mut consume: impl FnMut(&[Chunk], Vec<T>, Vec<u8>) -> Result<(), MergeError>,
     ) -> Result<(), MergeError> {
         let pool = PerThread::new(Scratch::default);
-        let plan = self.family.shards.tensors();
-        self.windows(|window| {
+        self.windows(which, |window, next| {
+            self.prefetch(next);
             let factors = self.factors(window)?;
-            let size = |chunk: &Chunk| chunk.len * plan[chunk.tensor].item_bytes();
+            let work = Work {
+                stream: self,
+                factors: &factors,
+            };
+            let size = |chunk: &Chunk| chunk.len * self.tensors[chunk.tensor].plan.item_bytes();
             let mut bytes = vec![0u8; window.iter().map(size).sum()];
             let mut rest = bytes.as_mut_slice();
-            let mut work = Vec::with_capacity(window.len());
+            let mut jobs = Vec::with_capacity(window.len());
             for chunk in window {
                 let (part, later) = rest.split_at_mut(size(chunk));
-                work.push((*chunk, part));
+                jobs.push((*chunk, part));
                 rest = later;
             }
-            let results: Vec<T> = work
+            let results: Vec<T> = jobs
                 .into_par_iter()
                 .map(|(chunk, out)| {
-                    self.guard(obs, chunk, || {
-                        pool.with(|scratch| {
-                            if self.family.roles[chunk.tensor] != Role::Copied {
-                                self.load(scratch, chunk, &factors, needs)?;
-                            }
-                            compute(scratch, chunk, out)
-                        })?
-                    })
+                    if obs.cancelled() {
+                        return Err(MergeError::Cancelled);
+                    }
+                    let result = pool.with(|scratch| {
+                        if self.tensors[chunk.tensor].role != Role::Copied {
+                            work.load(scratch, chunk)?;
+                        }
+                        compute(&work, scratch, chunk, out)
+                    })??;
+                    obs.advance(self.parents.bytes_per_element(&self.tensors[chunk.tensor]) * chunk.len as u64);
+                    Ok(result)
                 })
                 .collect::<Result<_, _>>()?;
             consume(window, results, bytes)
         })
     }
 
-    fn guard<T>(
-        &self,
-        obs: &dyn Observer,
-        chunk: Chunk,
-        run: impl FnOnce() -> Result<T, MergeError>,
-    ) -> Result<T, MergeError> {
-        if obs.cancelled() {
-            return Err(MergeError::Cancelled);
+    fn chunks_of(&self, tensor: &OutTensor) -> Chunks {
+        let shape = &tensor.plan.shape;
+        match self.cut == Cut::Rows && shape.len() < 2 {
+            true => Chunks::whole(shape),
+            false => Chunks::of(shape),
         }
-        let result = run()?;
-        obs.advance(self.family.bytes_per_element(chunk.tensor) * chunk.len as u64);
-        Ok(result)
     }
 
-    fn windows(&self, mut run: impl FnMut(&[Chunk]) -> Result<(), MergeError>) -> Result<(), MergeError> {
-        let mut window = Vec::with_capacity(WINDOW);
-        for &tensor in &self.tensors {
-            let numel = self.family.shards.tensors()[tensor].numel();
-            for start in (0..numel).step_by(CHUNK) {
-                let len = CHUNK.min(numel - start);
-                window.push(Chunk { tensor, start, len });
-                if window.len() == WINDOW {
-                    run(&window)?;
-                    window.clear();
+    /// Calls `run` with each window and the one after it.
+    fn windows(
+        &self,
+        which: &[usize],
+        mut run: impl FnMut(&[Chunk], &[Chunk]) -> Result<(), MergeError>,
+    ) -> Result<(), MergeError> {
+        let mut ready: Vec<Chunk> = Vec::new();
+        let mut window: Vec<Chunk> = Vec::new();
+        let mut filled = 0;
+        for &tensor in which {
+            let chunks = self.chunks_of(&self.tensors[tensor]);
+            for index in 0..chunks.count() {
+                let range = chunks.range(index);
+                if filled > 0 && filled + range.len() > WINDOW {
+                    if !ready.is_empty() {
+                        run(&ready, &window)?;
+                    }
+                    ready = std::mem::take(&mut window);
+                    filled = 0;
                 }
+                filled += range.len();
+                window.push(Chunk {
+                    tensor,
+                    index,
+                    start: range.start,
+                    len: range.len(),
+                });
             }
+        }
+        if !ready.is_empty() {
+            run(&ready, &window)?;
         }
         match window.is_empty() {
             true => Ok(()),
-            false => run(&window),
+            false => run(&window, &[]),
+        }
+    }
+
+    /// Runs of the next window are read by the kernel while this one is computed.
+    fn prefetch(&self, window: &[Chunk]) {
+        let mut at = 0;
+        while at < window.len() {
+            let tensor = window[at].tensor;
+            let run = window[at..].iter().take_while(|c| c.tensor == tensor).count();
+            let (start, last) = (window[at].start, window[at + run - 1]);
+            for input in self.tensors[tensor].inputs() {
+                let source = &self.parents.sources[input.source];
+                let item = source.get(&input.name).and_then(|info| dtype_size(info.dtype)).unwrap_or(0);
+                let len = (last.start + last.len - start) as u64 * item;
+                source.prefetch(&input.name, start as u64 * item, len);
+            }
+            at += run;
         }
     }
 
     fn factors(&self, window: &[Chunk]) -> Result<Factors, MergeError> {
-        let parents = self.family.parents;
         let mut factors = Factors::new();
         let mut last = None;
         for chunk in window {
             if last.replace(chunk.tensor) == Some(chunk.tensor) {
                 continue;
             }
-            let name = &self.family.shards.tensors()[chunk.tensor].name;
-            for (index, parent) in parents.models.iter().chain(&parents.base).enumerate() {
+            let tensor = &self.tensors[chunk.tensor];
+            let members = tensor.members.iter().map(|(model, input)| (&self.parents.models[*model], input));
+            let base = self.parents.base.iter().zip(&tensor.base);
+            for (index, (parent, input)) in members.chain(base).enumerate() {
                 let found = parent
                     .expert
-                    .factors(name)
+                    .factors(&input.name)
                     .map_err(|e| MergeError::parent(&parent.reference.to_string(), e))?;
                 if let Some(found) = found {
                     factors.insert((chunk.tensor, index), found);
@@ -214,89 +313,209 @@ impl<'f, 'a> Stream<'f, 'a> {
         Ok(factors)
     }
 
-    /// Fills `thetas` and `theta0` with the chunk's values: each distinct checkpoint is read once.
-    fn load(
+    /// A few elements of a tensor as one tile, without the rest of its chunk: for samples.
+    pub fn peek(
+        &self,
+        scratch: &mut Scratch,
+        tensor: usize,
+        range: Range<usize>,
+        run: impl FnOnce(&mut Tile) -> Result<(), MergeError>,
+    ) -> Result<(), MergeError> {
+        let chunk = Chunk {
+            tensor,
+            index: usize::MAX,
+            start: range.start,
+            len: range.len(),
+        };
+        let factors = self.factors(&[chunk])?;
+        let work = Work {
+            stream: self,
+            factors: &factors,
+        };
+        work.load(scratch, chunk)?;
+        work.fill_tile(scratch, chunk, 0, chunk.len)?;
+        run(&mut scratch.tile)
+    }
+}
+
+/// A window's view of a pass.
+pub(crate) struct Work<'a> {
+    stream: &'a Stream<'a>,
+    factors: &'a Factors,
+}
+
+impl Work<'_> {
+    /// Calls `run` with each tile of a loaded chunk, in order.
+    pub fn tiles(
         &self,
         scratch: &mut Scratch,
         chunk: Chunk,
-        factors: &Factors,
-        needs: &Needs,
+        mut run: impl FnMut(&mut Tile) -> Result<(), MergeError>,
     ) -> Result<(), MergeError> {
-        let parents = self.family.parents;
-        let name = &self.family.shards.tensors()[chunk.tensor].name;
-        scratch.sources.resize_with(parents.sources.len(), Vec::new);
-        scratch.thetas.resize_with(parents.models.len(), Vec::new);
-        let excluded = self.family.roles[chunk.tensor] == Role::Excluded;
-        let mut have = vec![false; parents.sources.len()];
-        for (index, parent) in parents.models.iter().chain(&parents.base).enumerate() {
-            let is_base = index == parents.models.len();
-            let needed = match is_base {
-                true => needs.base || excluded,
-                false => needs.models[index] && !excluded,
-            };
-            if !needed {
+        let row = row_len(&self.stream.tensors[chunk.tensor].plan.shape).max(1);
+        let step = match self.stream.cut {
+            Cut::Elements => TILE,
+            Cut::Rows => row * (TILE / row).max(1),
+        };
+        for from in (0..chunk.len).step_by(step) {
+            self.fill_tile(scratch, chunk, from, step.min(chunk.len - from))?;
+            run(&mut scratch.tile)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the chunk of every input that is needed; each once.
+    fn load(&self, scratch: &mut Scratch, chunk: Chunk) -> Result<(), MergeError> {
+        let stream = self.stream;
+        let tensor = &stream.tensors[chunk.tensor];
+        let inputs = tensor.inputs();
+        let needed = self.needed(chunk.tensor);
+        scratch.raw.resize_with(scratch.raw.len().max(inputs.len()), Raw::default);
+        for (raw, input) in scratch.raw.iter_mut().zip(&inputs) {
+            let wants_digest = || stream.wants_digest(tensor, input, chunk);
+            if !needed.contains(input) && !wants_digest() {
                 continue;
             }
-            let label = || parent.reference.to_string();
-            if !have[parent.source] {
-                self.read(scratch, parent.source, name, chunk)
-                    .map_err(|e| MergeError::parent(&label(), e))?;
-                have[parent.source] = true;
+            let label = || stream.label(input);
+            read_input(stream, raw, input, tensor, chunk).map_err(|e| MergeError::parent(&label(), e))?;
+            if wants_digest() {
+                let info = stream.parents.sources[input.source].get(&input.name);
+                let shape = info.map(|info| info.shape.as_slice()).unwrap_or_default();
+                let digest = Digest::of(&raw.bytes);
+                stream.parents.log.note(input.source, &input.name, shape, chunk.index, digest);
+            }
+        }
+        Ok(())
+    }
+
+    fn needed(&self, tensor: usize) -> Vec<&Input> {
+        let needs = (self.stream.needs)(tensor);
+        let tensor = &self.stream.tensors[tensor];
+        let base = tensor.base.iter().filter(|_| needs.base);
+        let members = tensor.members.iter().zip(&needs.members).filter(|(_, need)| **need);
+        base.chain(members.map(|((_, input), _)| input)).collect()
+    }
+
+    /// Fills `thetas` and `theta0` of the tile; what the pass does not need is left as it was.
+    fn fill_tile(&self, scratch: &mut Scratch, chunk: Chunk, from: usize, len: usize) -> Result<(), MergeError> {
+        let tensor = &self.stream.tensors[chunk.tensor];
+        let inputs = tensor.inputs();
+        let needs = (self.stream.needs)(chunk.tensor);
+        let Scratch { raw, tile } = scratch;
+        tile.start = chunk.start + from;
+        tile.len = len;
+        tile.thetas.resize_with(tensor.members.len(), Vec::new);
+        let members = tensor.members.iter().map(|(model, input)| (&self.stream.parents.models[*model], input));
+        let base = self.stream.parents.base.iter().zip(&tensor.base);
+        for (index, (parent, input)) in members.chain(base).enumerate() {
+            let is_base = index == tensor.members.len();
+            if !(if is_base { needs.base } else { needs.members[index] }) {
+                continue;
             }
             let target = match is_base {
-                true => &mut scratch.theta0,
-                false => &mut scratch.thetas[index],
+                true => &mut tile.theta0,
+                false => &mut tile.thetas[index],
             };
-            target.clear();
-            target.extend_from_slice(&scratch.sources[parent.source]);
-            if let Some(factors) = factors.get(&(chunk.tensor, index)) {
-                factors.fold(chunk.start, target);
+            let slot = inputs.iter().position(|known| *known == input).unwrap_or_default();
+            let item = dtype_size(raw[slot].dtype).unwrap_or(1) as usize;
+            target.resize(len, 0.0);
+            widen(raw[slot].dtype, &raw[slot].bytes[from * item..(from + len) * item], target);
+            if let Some(factors) = self.factors.get(&(chunk.tensor, index)) {
+                factors.fold(tile.start, target);
             }
             if !all_finite(target) {
                 return Err(MergeError::NonFiniteInput {
-                    tensor: name.clone(),
-                    parent: label(),
+                    tensor: input.name.clone(),
+                    parent: parent.reference.to_string(),
                 });
             }
         }
         Ok(())
     }
-
-    fn read(
-        &self,
-        scratch: &mut Scratch,
-        source: usize,
-        name: &str,
-        chunk: Chunk,
-    ) -> Result<(), cauldron_checkpoint::CheckpointError> {
-        let checkpoint = &self.family.parents.sources[source];
-        let dtype = checkpoint
-            .get(name)
-            .map(|info| info.dtype)
-            .unwrap_or(cauldron_checkpoint::Dtype::F32);
-        let item = cauldron_checkpoint::dtype_size(dtype).unwrap_or(1) as usize;
-        scratch.bytes.resize(chunk.len * item, 0);
-        checkpoint.read_into(name, (chunk.start * item) as u64, &mut scratch.bytes)?;
-        let values = &mut scratch.sources[source];
-        values.resize(chunk.len, 0.0);
-        widen(dtype, &scratch.bytes, values);
-        Ok(())
-    }
 }
 
-/// Which models a pass reads.
-#[derive(Debug)]
-pub(crate) struct Needs {
-    pub base: bool,
-    pub models: Vec<bool>,
-}
-
-impl Needs {
-    /// The preparing passes work on deltas of all parents.
-    fn of_prepare(family: &Family<'_>) -> Self {
-        Self {
-            base: true,
-            models: vec![true; family.parents.models.len()],
+impl Stream<'_> {
+    /// Whether this chunk's bytes are still missing for the digest of the input's content.
+    fn wants_digest(&self, tensor: &OutTensor, input: &Input, chunk: Chunk) -> bool {
+        let parents = self.parents;
+        if chunk.index == usize::MAX || parents.has_contents() {
+            return false;
         }
+        let Some(info) = parents.sources[input.source].get(&input.name) else {
+            return false;
+        };
+        let canonical = info.shape == tensor.plan.shape
+            && parents.vocab.map(input.source).is_none_or(|_| !tensor.is_vocabulary)
+            && Chunks::of(&info.shape) == self.chunks_of(tensor);
+        canonical && parents.log.wants(input.source, &input.name, chunk.index)
     }
+
+    fn label(&self, input: &Input) -> String {
+        let found = self.parents.all().find(|p: &&Parent| p.source == input.source);
+        found.map_or_else(String::new, |parent| parent.reference.to_string())
+    }
+}
+
+fn read_input(
+    stream: &Stream<'_>,
+    raw: &mut Raw,
+    input: &Input,
+    tensor: &OutTensor,
+    chunk: Chunk,
+) -> Result<(), CheckpointError> {
+    let checkpoint = &stream.parents.sources[input.source];
+    let dtype = checkpoint.get(&input.name).map_or(Dtype::F32, |info| info.dtype);
+    let item = dtype_size(dtype).unwrap_or(1) as usize;
+    let map = stream.parents.vocab.map(input.source).filter(|_| tensor.is_vocabulary);
+    let Some(map) = map else {
+        raw.dtype = dtype;
+        raw.bytes.resize(chunk.len * item, 0);
+        return checkpoint.read_into(&input.name, (chunk.start * item) as u64, &mut raw.bytes);
+    };
+    // Rows that come from several places are gathered as f32.
+    let width = row_len(&tensor.plan.shape).max(1);
+    let first = chunk.start / width;
+    raw.dtype = Dtype::F32;
+    raw.bytes.clear();
+    for row in &map[first..(chunk.start + chunk.len).div_ceil(width)] {
+        let values = match row {
+            Row::Own(id) => row_values(stream, input.source, &input.name, *id, width)?,
+            Row::OwnMean => {
+                let mean = stream.means.get(&(input.source, input.name.clone()));
+                mean.cloned().unwrap_or_else(|| vec![0.0; width])
+            }
+            Row::MeanOf(rows) => {
+                let mut sum = vec![0f64; width];
+                for (source, id) in rows {
+                    let values = row_values(stream, *source, &input.name, *id, width)?;
+                    sum.iter_mut().zip(values).for_each(|(s, v)| *s += f64::from(v));
+                }
+                sum.iter().map(|s| (s / rows.len().max(1) as f64) as f32).collect()
+            }
+        };
+        raw.bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+    }
+    // A chunk that begins or ends inside a row, where rows are very long.
+    let from = (chunk.start - first * width) * 4;
+    raw.bytes.drain(..from);
+    raw.bytes.truncate(chunk.len * 4);
+    Ok(())
+}
+
+/// One row of a vocabulary tensor, exact in f32.
+pub(crate) fn row_values(
+    stream: &Stream<'_>,
+    source: usize,
+    name: &str,
+    row: u32,
+    width: usize,
+) -> Result<Vec<f32>, CheckpointError> {
+    let checkpoint = &stream.parents.sources[source];
+    let dtype = checkpoint.get(name).map_or(Dtype::F32, |info| info.dtype);
+    let item = dtype_size(dtype).unwrap_or(1) as usize;
+    let mut bytes = vec![0u8; width * item];
+    checkpoint.read_into(name, (row as usize * width * item) as u64, &mut bytes)?;
+    let mut values = vec![0f32; width];
+    widen(dtype, &bytes, &mut values);
+    Ok(values)
 }

@@ -175,9 +175,13 @@ impl Models {
         let recipe = checked(recipe).map_err(Refused::Recipe)?;
         let parents = Parents::open(&recipe, self).map_err(Refused::Recipe)?;
         let dir = tempfile::tempdir().unwrap();
+        let manifest =
+            merge_to_folder(&recipe, &parents, dir.path(), options, counter).map_err(Refused::Merge)?;
         let digest = merge_digest(&recipe, &parents, counter).map_err(Refused::Merge)?;
-        let manifest = merge_to_folder(&recipe, &parents, &digest, dir.path(), options, counter)
-            .map_err(Refused::Merge)?;
+        // What was digested while merging is what a reading of its own finds.
+        let again = Parents::open(&recipe, self).map_err(Refused::Recipe)?;
+        assert_eq!(merge_digest(&recipe, &again, &Counter::default()).unwrap(), digest);
+        assert_eq!(manifest.digest, digest);
         Ok(Merged {
             total: parents.bytes_total(&recipe),
             seen: *counter.seen.lock().unwrap(),
