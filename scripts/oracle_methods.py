@@ -783,7 +783,7 @@ def run(arguments, table, dtype, cases, random):
 def run_refused(arguments, table):
     configs = {name: in_dtype(config, "float32") for name, (config, _) in REFUSED.items() if arguments.only in name}
     theirs = mergekit(arguments.mergekit, "float32", configs)
-    mine = theirs if arguments.self_check else other_side(arguments, "float32", configs)
+    mine = dict.fromkeys(configs, "not asked") if arguments.self_check else other_side(arguments, "float32", configs)
     for name in configs:
         table.refused(name, REFUSED[name][1], theirs[name], mine[name])
 

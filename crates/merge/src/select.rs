@@ -8,6 +8,8 @@ use crate::kernel::{count_below, magnitude_bits};
 
 /// Bins of a counting pass.
 const BINS: usize = 1 << 18;
+/// Values that are looked at together.
+const BLOCK: usize = 128;
 const LAST_BITS: u32 = 0x7fff_ffff;
 /// How far around the wanted share of a sample its bracket reaches.
 const MARGIN: f64 = 0.005;
@@ -98,17 +100,30 @@ impl Target {
 
     /// Counts some of the series' values; from any thread.
     pub fn count(&self, values: &[f32]) {
-        let (below, within) = count_below(values, self.low, self.last);
-        self.below.fetch_add(below, Ordering::Relaxed);
-        if within == 0 {
-            return;
-        }
-        for v in values {
-            let offset = magnitude_bits(*v).wrapping_sub(self.low);
-            if offset <= self.last - self.low {
-                self.bins[(offset >> self.shift) as usize].fetch_add(1, Ordering::Relaxed);
+        let mut all_below = 0;
+        // Where values are coarse, many are the same: they are counted together.
+        let (mut bin, mut run) = (0, 0);
+        for block in values.chunks(BLOCK) {
+            let (below, within) = count_below(block, self.low, self.last);
+            all_below += below;
+            if within == 0 {
+                continue;
+            }
+            for v in block {
+                let offset = magnitude_bits(*v).wrapping_sub(self.low);
+                if offset > self.last - self.low {
+                    continue;
+                }
+                let at = (offset >> self.shift) as usize;
+                if at != bin {
+                    self.bins[bin].fetch_add(run, Ordering::Relaxed);
+                    (bin, run) = (at, 0);
+                }
+                run += 1;
             }
         }
+        self.bins[bin].fetch_add(run, Ordering::Relaxed);
+        self.below.fetch_add(all_below, Ordering::Relaxed);
     }
 
     /// After a pass: found, or where to look next.

@@ -73,7 +73,10 @@ pub(crate) enum Survivors {
 pub(crate) struct DropScratch {
     words: Vec<u32>,
     buckets: Vec<u32>,
-    order: Vec<(u32, u32)>,
+    /// Magnitude above, index below.
+    order: Vec<u64>,
+    ranks: Vec<u32>,
+    chances: Chances,
 }
 
 impl Drop {
@@ -135,51 +138,65 @@ impl Survivors {
     }
 }
 
-/// Ranks without a sort of all: magnitudes are dealt to as many buckets as there are elements, by size, and sorted within
-/// their bucket. Equal magnitudes rank by falling index, as [`Edge`] has it.
+/// One row. Element by element: its rank from 0, in half steps, as equal magnitudes share the mean of their ranks; so its
+/// probability follows from its magnitude alone.
 fn magprune(retain: f64, epsilon: f64, divide: bool, words_at: usize, delta: &mut [f32], scratch: &mut DropScratch) {
     let n = delta.len();
-    let low = retain - epsilon;
-    let step = match n {
-        0 | 1 => 0.0,
-        n => 2.0 * epsilon / (n - 1) as f64,
-    };
-    let probability = |rank: usize| if n == 1 { retain } else { low + rank as f64 * step };
-    let largest = delta.iter().fold(0f32, |m, d| m.max(d.abs()));
-    let scale = if largest > 0.0 { (n as f32 - 0.5) / largest } else { 0.0 };
-    let bucket = |d: f32| ((d.abs() * scale) as usize).min(n - 1);
-    let DropScratch { words, buckets, order } = scratch;
-    buckets.clear();
-    buckets.resize(n + 1, 0);
-    for d in delta.iter() {
-        buckets[bucket(*d) + 1] += 1;
+    let DropScratch {
+        words,
+        buckets,
+        order,
+        ranks,
+        chances,
+    } = scratch;
+    if chances.of != (n, retain, epsilon) {
+        *chances = Chances::new(n, retain, epsilon);
     }
-    for b in 0..n {
-        buckets[b + 1] += buckets[b];
+    rank_row(delta, buckets, order, ranks);
+    let words = &words[words_at..words_at + n];
+    drop_by_rank(words, ranks, &chances.thresholds, delta);
+    if divide {
+        divide_by_rank(ranks, &chances.survival, delta);
     }
-    order.resize(n, (0, 0));
-    for (index, d) in delta.iter().enumerate() {
-        let at = &mut buckets[bucket(*d)];
-        order[*at as usize] = (magnitude_bits(*d), index as u32);
-        *at += 1;
-    }
-    // `buckets[b]` is now the end of bucket b.
-    let mut from = 0;
-    for b in 0..n {
-        let to = buckets[b] as usize;
-        if to > from + 1 {
-            order[from..to].sort_unstable_by(|a, b| a.0.cmp(&b.0).then(b.1.cmp(&a.1)));
+}
+
+/// Probabilities by doubled rank, of rows of one length.
+#[derive(Debug, Default)]
+struct Chances {
+    of: (usize, f64, f64),
+    /// Words below this drop.
+    thresholds: Vec<u32>,
+    survival: Vec<f32>,
+}
+
+impl Chances {
+    fn new(n: usize, retain: f64, epsilon: f64) -> Self {
+        let chance = |doubled: usize| match n {
+            0 | 1 => retain,
+            n => (retain - epsilon) + doubled as f64 / (2 * (n - 1)) as f64 * (2.0 * epsilon),
+        };
+        let chances: Vec<f64> = (0..2 * n.max(1)).map(chance).collect();
+        Self {
+            of: (n, retain, epsilon),
+            thresholds: chances.iter().map(|q| drop_threshold(1.0 - q).min(u64::from(u32::MAX)) as u32).collect(),
+            survival: chances.iter().map(|q| *q as f32).collect(),
         }
-        from = to;
     }
-    for (rank, &(_, index)) in order.iter().enumerate() {
-        let q = probability(rank);
-        let d = &mut delta[index as usize];
-        let word = words[words_at + index as usize];
-        if u64::from(word) < drop_threshold(1.0 - q) {
-            *d = 0.0;
-        } else if divide {
-            *d /= q as f32;
+}
+
+/// Ranks of a bucket whose first element has rank `first`.
+fn rank_bucket(bucket: &mut [u64], first: usize, ranks: &mut [u32]) {
+    let magnitude = |entry: u64| entry >> 32;
+    let leading = magnitude(bucket[0]);
+    if bucket.iter().any(|entry| magnitude(*entry) != leading) {
+        bucket.sort_unstable();
+    }
+    let mut before = first;
+    for equal in bucket.chunk_by(|a, b| magnitude(*a) == magnitude(*b)) {
+        let doubled = 2 * before + equal.len() - 1;
+        before += equal.len();
+        for entry in equal {
+            ranks[*entry as u32 as usize] = doubled as u32;
         }
     }
 }
@@ -209,6 +226,65 @@ fn keep(low: Edge, high: Edge, start: usize, delta: &mut [f32]) {
 }
 
 wide! {
+    /// Doubled ranks by magnitude, without a sort of all: magnitudes are dealt to as many buckets as there are elements, by
+    /// size, and sorted within their bucket.
+    fn rank_row<'a>(delta: &'a [f32], buckets: &'a mut Vec<u32>, order: &'a mut Vec<u64>, ranks: &'a mut Vec<u32>) {
+        let n = delta.len();
+        let mut largest = 0u32;
+        for d in delta {
+            largest = largest.max(magnitude_bits(*d));
+        }
+        let largest = f32::from_bits(largest);
+        let scale = if largest > 0.0 { (n as f32 - 0.5) / largest } else { 0.0 };
+        ranks.clear();
+        for d in delta {
+            // In range: n is far below 2^24, and a scale that overflowed makes the first bucket take all.
+            let place = d.abs() * scale;
+            let place = if place < n as f32 { place } else { 0.0 };
+            ranks.push(place as i32 as u32);
+        }
+        buckets.clear();
+        buckets.resize(n + 1, 0);
+        for bucket in ranks.iter() {
+            buckets[*bucket as usize + 1] += 1;
+        }
+        for b in 0..n {
+            buckets[b + 1] += buckets[b];
+        }
+        order.resize(n, 0);
+        for (index, (d, bucket)) in delta.iter().zip(ranks.iter()).enumerate() {
+            let at = &mut buckets[*bucket as usize];
+            order[*at as usize] = u64::from(magnitude_bits(*d)) << 32 | index as u64;
+            *at += 1;
+        }
+        // `buckets[b]` is now the end of bucket b.
+        let mut from = 0;
+        for b in 0..n {
+            let to = buckets[b] as usize;
+            match &mut order[from..to] {
+                [] => {}
+                [one] => ranks[*one as u32 as usize] = 2 * from as u32,
+                bucket => rank_bucket(bucket, from, ranks),
+            }
+            from = to;
+        }
+    }
+
+    fn drop_by_rank<'a>(words: &'a [u32], ranks: &'a [u32], thresholds: &'a [u32], delta: &'a mut [f32]) {
+        let last = thresholds.len() - 1;
+        for ((d, word), rank) in delta.iter_mut().zip(words).zip(ranks) {
+            let threshold = thresholds[(*rank as usize).min(last)];
+            *d = if *word < threshold { 0.0 } else { *d };
+        }
+    }
+
+    fn divide_by_rank<'a>(ranks: &'a [u32], survival: &'a [f32], delta: &'a mut [f32]) {
+        let last = survival.len() - 1;
+        for (d, rank) in delta.iter_mut().zip(ranks) {
+            *d /= survival[(*rank as usize).min(last)];
+        }
+    }
+
     fn drop_by_words<'a>(words: &'a [u32], threshold: u64, delta: &'a mut [f32]) {
         // A threshold of 2^32 cannot be: rates are below 1, but may round to it.
         let threshold = if threshold > 0xffff_ffff { 0xffff_ffff } else { threshold as u32 };

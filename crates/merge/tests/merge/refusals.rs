@@ -84,7 +84,7 @@ fn each_bad_value_names_its_field() {
         (with("dtype", json!("int8")), "dtype"),
         (with("exclude", json!(["("])), "exclude[0]"),
         (with("exclude", json!("w")), "exclude"),
-        (with("vocab", json!("union")), "vocab"),
+        (with("vocab", json!("onion")), "vocab"),
         (with("tokenizer", json!("elsewhere")), "tokenizer"),
         (with("scaling", json!("1")), "scaling"),
         (with("modles", json!(1)), "modles"),
