@@ -54,6 +54,8 @@ SCORE_ROUNDING = 1e-5
 # Of the divergence in Arcee Fusion, absolute; and the most elements that it may decide.
 FUSION_ROUNDING = 8 * 2.0 ** -24
 FUSION_SHARE = 0.03
+# torch's AVX kernels contract the multiplication and addition of `linear` into one rounding; its baseline does not, nor do we.
+MERGEKIT_ENVIRON = {"ATEN_CPU_CAPABILITY": "default", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 # Where equal scores lie across cuts in bfloat16, and what is tied cannot be told: the densities differ by layer, or what is
 # selected decides the weights of the whole tensor. Run in bfloat16 with --stable only.
 TIES_SPREAD = {"ties, density gradients", "ties, slices", "sce 2", "sce 3", "sce, int8_mask"}
@@ -428,7 +430,7 @@ def mergekit(environment, dtype, configs, seed=1, stable=False):
         (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         jobs.append({"name": name, "config": str((out / "config.yaml").absolute()), "out": str((out / "merged").absolute())})
     python = pathlib.Path(environment) / "bin/python"
-    environ = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+    environ = MERGEKIT_ENVIRON | os.environ
     command = [python, pathlib.Path(__file__).absolute(), "--run-mergekit", str(seed)] + ["stable"] * stable
     done = subprocess.run(command, input=json.dumps(jobs), text=True, stdout=subprocess.PIPE, cwd=ROOT / dtype, env=environ, check=True)
     results = json.loads(done.stdout.splitlines()[-1])

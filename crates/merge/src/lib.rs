@@ -14,6 +14,7 @@ mod json;
 mod kernel;
 mod layout;
 mod manifest;
+mod mergekit;
 mod mixup;
 mod output;
 mod parents;
@@ -34,6 +35,7 @@ pub use manifest::{
     MANIFEST_FILE, Manifest, ParentEntry, Summary, TensorStats, read_manifest, verify_folder,
     verify_folder_full,
 };
+pub use mergekit::parse_mergekit;
 pub use mixup::{draw_lambda, draw_shares};
 pub use output::{ARITHMETIC_VERSION, MergeOptions, Observer, merge_digest, merge_to_folder};
 pub use parents::{ParentResolver, Parents};
