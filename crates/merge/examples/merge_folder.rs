@@ -1,11 +1,11 @@
-//! Merges one recipe from a models folder, without a server: `merge_folder MODELS RECIPE.json OUT`.
+//! Merges one recipe from a models folder, without a server: `merge_folder MODELS RECIPE OUT` (JSON, or mergekit's YAML).
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use cauldron_merge::{
-    MergeOptions, Observer, ParentResolver, Parents, Recipe, merge_to_folder, parse_recipe,
+    MergeOptions, Observer, ParentResolver, Parents, Recipe, merge_to_folder, parse_mergekit, parse_recipe,
 };
 
 struct Folder(PathBuf);
@@ -34,7 +34,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let [_, models, recipe, out] = args.as_slice() else {
         return Err("usage: merge_folder MODELS RECIPE.json OUT".into());
     };
-    let spec = parse_recipe(&std::fs::read(recipe)?)?;
+    let body = std::fs::read(recipe)?;
+    let spec = match recipe.ends_with(".yaml") {
+        true => parse_mergekit(&body)?,
+        false => parse_recipe(&body)?,
+    };
     let recipe = Recipe::from_spec(&spec, &mut || 0)?;
     let parents = Parents::open(&recipe, &Folder(models.into()))?;
     let bytes = Bytes::default();

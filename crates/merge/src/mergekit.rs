@@ -154,6 +154,17 @@ impl Parameters {
         })
     }
 
+    /// Switches hold for the whole model; elsewhere they would be left out of account.
+    fn no_switches(&self, field: &str) -> Result<(), RecipeError> {
+        match self.0.iter().find(|(_, parameter)| matches!(parameter, Parameter::Switch(_))) {
+            None => Ok(()),
+            Some((key, _)) => {
+                let detail = "is supported for the whole model only, under the top-level parameters";
+                Err(RecipeError::new(format!("{field}.{key}"), detail))
+            }
+        }
+    }
+
     fn switch(&self, key: &str, default: bool) -> Result<bool, RecipeError> {
         match self.0.iter().find(|(name, _)| name == key) {
             None => Ok(default),
@@ -214,6 +225,7 @@ impl Inputs {
             fields.finish(&["model", "parameters"])?;
             let model = model.ok_or_else(|| RecipeError::new(format!("{field}.model"), "is required"))?;
             let parameters = Parameters::read(&format!("{field}.parameters"), parameters, known)?;
+            parameters.no_switches(&format!("{field}.parameters"))?;
             inputs.models.push((reference(&format!("{field}.model"), model)?, vec![parameters]));
         }
         Ok(inputs)
@@ -231,7 +243,9 @@ impl Inputs {
             let (sources, parameters) = (fields.array("sources")?, fields.take("parameters"));
             fields.finish(&["sources", "parameters"])?;
             let sources = sources.ok_or_else(|| RecipeError::new(format!("{field}.sources"), "is required"))?;
-            let of_slice = Parameters::read(&format!("{field}.parameters"), parameters, known)?.in_slice(index);
+            let of_slice = Parameters::read(&format!("{field}.parameters"), parameters, known)?;
+            of_slice.no_switches(&format!("{field}.parameters"))?;
+            let of_slice = of_slice.in_slice(index);
             let mut listed = Vec::new();
             for (k, value) in sources.into_iter().enumerate() {
                 let field = format!("{field}.sources[{k}]");
@@ -243,7 +257,9 @@ impl Inputs {
                 let model = reference(&format!("{field}.model"), model.ok_or_else(|| missing("model"))?)?;
                 let range = range.ok_or_else(|| missing("layer_range"))?;
                 let (from, to) = layer_range(&format!("{field}.layer_range"), &range)?;
-                let own = Parameters::read(&format!("{field}.parameters"), own, known)?.in_slice(index);
+                let own = Parameters::read(&format!("{field}.parameters"), own, known)?;
+                own.no_switches(&format!("{field}.parameters"))?;
+                let own = own.in_slice(index);
                 let at = match inputs.models.iter().position(|(name, _)| *name == model) {
                     Some(at) => at,
                     None => {
@@ -275,16 +291,12 @@ impl Inputs {
         let at_base = base.as_ref().and_then(|base| models.iter().position(|(name, _)| name == base));
         match known.method {
             // Methods to which the base is a model like any other.
-            "linear" | "passthrough" => {
-                if base.is_some() && at_base.is_none() && known.method == "linear" {
-                    return Err(RecipeError::new("base_model", "linear counts it as an input: give it a weight among models"));
-                }
-            }
-            "karcher" => {
+            "linear" | "karcher" => {
                 if let (Some(base), None) = (&base, at_base) {
                     models.push((base.clone(), Vec::new()));
                 }
             }
+            "passthrough" => {}
             "slerp" => {
                 let base = base.clone().ok_or_else(|| RecipeError::new("base_model", "is required"))?;
                 let first = match at_base {
