@@ -138,6 +138,11 @@ async fn health_and_metrics_answer_and_draining_is_seen() {
     ] {
         assert!(metrics.contains(name), "{name} is not in {metrics}");
     }
+    // A state without jobs is a zero, not a gap or a number of before.
+    for status in ["queued", "running", "succeeded", "failed", "cancelled"] {
+        let gauge = format!("cauldron_jobs{{status=\"{status}\"}}");
+        assert!(metrics.contains(&gauge), "{gauge} is not in {metrics}");
+    }
     app.app.shutdown.cancel();
     app.get("/readyz").await.expect_problem(503, None);
     app.get("/livez").await.expect(200);
