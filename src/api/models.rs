@@ -58,7 +58,9 @@ struct ModelList {
 /// run finish on the weights they began with. If a loaded name is loaded again and that fails, it keeps what it had, and
 /// `error` says why.
 #[utoipa::path(post, path = "/models", tag = "models", request_body = LoadBody,
-    responses((status = 202, body = ModelView), (status = 422, body = Problem, content_type = "application/problem+json")))]
+    responses((status = 202, body = ModelView, headers(("Location" = String, description = "The slot"))),
+        (status = 422, body = Problem, content_type = "application/problem+json"),
+        (status = 429, body = Problem, content_type = "application/problem+json")))]
 async fn load_model(
     State(AppState(app)): State<AppState>,
     JsonBytes(body): JsonBytes,

@@ -43,19 +43,14 @@ struct JobList {
 #[utoipa::path(post, path = "/merge", tag = "merge",
     request_body = cauldron_merge::RecipeSpec,
     params(("Idempotency-Key" = Option<String>, Header, description = "Repeating a request with its key gives the first one's job")),
-    responses((status = 202, body = JobView), (status = 200, body = JobView), (status = 422, body = Problem, content_type = "application/problem+json"),
+    responses((status = 202, body = JobView, headers(("Location" = String, description = "The job"))),
+        (status = 200, body = JobView, headers(("Location" = String, description = "The job"))), (status = 422, body = Problem, content_type = "application/problem+json"),
         (status = 429, body = Problem, content_type = "application/problem+json"), (status = 507, body = Problem, content_type = "application/problem+json")))]
 async fn post_merge(
     State(AppState(app)): State<AppState>,
     headers: HeaderMap,
     JsonBytes(body): JsonBytes,
 ) -> Result<Response, Problem> {
-    if app.shutdown.is_cancelled() {
-        return Err(Problem::unavailable(
-            "shutting-down",
-            "the service is shutting down",
-        ));
-    }
     let key = idempotency_key(&headers)?;
     let taken = app.intake.submit(body, key).await?;
     match taken.submission {
