@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::problem::Problem;
 use crate::config::ModelName;
+use crate::server::TooSlow;
 
 /// A path's last parameter as a typed value; anything else is the same 404.
 #[derive(Debug)]
@@ -77,6 +78,11 @@ impl<S: Send + Sync> FromRequest<S> for JsonBytes {
                 StatusCode::PAYLOAD_TOO_LARGE,
                 "body-too-large",
                 "the body is larger than this route takes",
+            )),
+            Err(rejection) if TooSlow::caused(&rejection) => Err(Problem::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "body-too-slow",
+                "the body did not come in time",
             )),
             Err(_) => Err(Problem::new(
                 StatusCode::BAD_REQUEST,

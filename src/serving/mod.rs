@@ -181,28 +181,36 @@ impl Serving {
 
     /// The model of a name; waits while it is loading.
     pub async fn get(&self, name: &str) -> Result<Arc<Served>, ServingError> {
-        let unknown = || ServingError::Unknown(name.chars().take(100).collect());
-        let key: ModelName = name.parse().map_err(|_| unknown())?;
+        let key: ModelName = name
+            .parse()
+            .map_err(|_| ServingError::Unknown(name.chars().take(100).collect()))?;
         let deadline = tokio::time::Instant::now() + self.limits.hold;
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             // Registered before looking, so that no change falls between.
             changed.as_mut().enable();
-            match self.slots().by_name.get(&key) {
-                None => return Err(unknown()),
-                Some(Slot::Ready { served, .. }) => return Ok(served.clone()),
-                Some(Slot::Failed { detail, .. }) => {
-                    return Err(ServingError::Failed {
-                        name: key.to_string(),
-                        detail: detail.clone(),
-                    });
-                }
-                Some(Slot::Loading(_)) => {}
+            if let Some(found) = self.look(&key) {
+                return found;
             }
             if tokio::time::timeout_at(deadline, changed).await.is_err() {
                 return Err(ServingError::StillLoading(key.to_string()));
             }
+        }
+    }
+
+    /// What a name gives; None while that is not known.
+    fn look(&self, name: &ModelName) -> Option<Result<Arc<Served>, ServingError>> {
+        let slots = self.slots();
+        match slots.by_name.get(name) {
+            None if slots.closed => Some(Err(ServingError::ShuttingDown)),
+            None => Some(Err(ServingError::Unknown(name.to_string()))),
+            Some(Slot::Ready { served, .. }) => Some(Ok(served.clone())),
+            Some(Slot::Failed { detail, .. }) => Some(Err(ServingError::Failed {
+                name: name.to_string(),
+                detail: detail.clone(),
+            })),
+            Some(Slot::Loading(_)) => None,
         }
     }
 

@@ -10,5 +10,7 @@ mod links;
 mod merge_api;
 mod models_api;
 mod openapi;
+mod process;
 mod queue;
 mod security;
+mod server;
