@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
-use crate::cache::Cache;
+use crate::cache::{Cache, sync_folder};
 use crate::config::{ApiKeys, Config, ModelName};
 use crate::jobs::{Intake, Job, JobStore, Runner, SqliteJobs, Worker};
 use crate::serving::{self, LoadRequest, Serving, ServingLimits};
@@ -46,6 +46,10 @@ impl App {
         };
         let data_dir = config.storage.data_dir.clone();
         std::fs::create_dir_all(&data_dir).context("creating --data-dir")?;
+        if let Some(parent) = data_dir.canonicalize().ok().as_deref().and_then(Path::parent) {
+            // A read-only or foreign parent cannot be synced, and then the folder was not made here either.
+            let _ = sync_folder(parent);
+        }
         let lock = lock(&data_dir)?;
         let jobs = open_jobs(&config, &data_dir).await?;
         let recovered = jobs.recover().await?;
@@ -64,6 +68,7 @@ impl App {
             max_batch_tokens: config.engine.max_batch_tokens as usize,
             max_running: config.engine.max_running as usize,
             max_waiting: config.engine.max_waiting as usize,
+            max_models: config.engine.max_models as usize,
             hold: config.engine.hold(),
         };
         let serving = Serving::start(cache.clone(), device, limits).context("starting the engine thread")?;
@@ -125,7 +130,7 @@ fn load_result(serving: &Arc<Serving>, cache: &Cache, job: &Job, name: &str) {
         cached: Some(digest),
     };
     if let Err(e) = serving.load(name, request) {
-        error!(job = %job.id, error = %e, "a loading thread cannot be started");
+        error!(job = %job.id, error = %e, "the result cannot be loaded");
     }
 }
 

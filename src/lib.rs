@@ -9,6 +9,7 @@ pub mod cache;
 pub mod cli;
 pub mod config;
 pub mod jobs;
+pub mod server;
 pub mod serving;
 pub mod sources;
 pub mod telemetry;

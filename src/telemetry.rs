@@ -1,6 +1,7 @@
 //! Logs to standard error and the Prometheus registry. Each metric name is written once, here.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
@@ -20,6 +21,8 @@ pub const JOBS: &str = "cauldron_jobs";
 pub const CACHE_ENTRIES: &str = "cauldron_cache_entries";
 pub const CACHE_BYTES: &str = "cauldron_cache_bytes";
 pub const MODELS: &str = "cauldron_models";
+
+const UPKEEP: Duration = Duration::from_secs(5);
 
 /// Starts logging. A second call leaves the first in place.
 pub fn init_logs(config: &LogConfig) -> anyhow::Result<()> {
@@ -43,6 +46,17 @@ pub fn metrics_handle() -> anyhow::Result<&'static PrometheusHandle> {
         .get_or_init(|| install().ok())
         .as_ref()
         .ok_or_else(|| anyhow::anyhow!("the metrics registry cannot be installed"))
+}
+
+/// Moves what histograms hold out of their buffers now and then: otherwise these grow until somebody scrapes.
+pub async fn upkeep() {
+    let mut tick = tokio::time::interval(UPKEEP);
+    loop {
+        tick.tick().await;
+        if let Ok(handle) = metrics_handle() {
+            handle.run_upkeep();
+        }
+    }
 }
 
 fn install() -> anyhow::Result<PrometheusHandle> {

@@ -54,8 +54,7 @@ struct CheckpointList {
 #[utoipa::path(get, path = "/checkpoints", tag = "checkpoints", responses((status = 200, body = CheckpointList)))]
 async fn list_checkpoints(State(AppState(app)): State<AppState>) -> Result<Json<CheckpointList>, Problem> {
     let cache = app.cache.clone();
-    let manifests = blocking(move || cache.list()).await?;
-    let manifests = manifests.map_err(|e| Problem::internal("cache", &e))?;
+    let manifests = blocking(move || cache.list()).await??;
     Ok(Json(CheckpointList {
         checkpoints: manifests.into_iter().map(view).collect(),
     }))
@@ -71,13 +70,13 @@ async fn get_checkpoint(
     Segment(digest): Segment<Digest>,
 ) -> Result<Json<Manifest>, Problem> {
     let cache = app.cache.clone();
-    let manifest = blocking(move || cache.lookup(&digest)).await?;
+    let manifest = blocking(move || cache.lookup(&digest)).await??;
     manifest.map(Json).ok_or_else(unknown)
 }
 
 /// Delete a merged checkpoint
 ///
-/// Refused while it is loaded for serving or being downloaded.
+/// Refused while it is loaded for serving, being downloaded, or a parent of the merge that runs.
 #[utoipa::path(delete, path = "/checkpoints/{digest}", tag = "checkpoints", params(("digest" = String, Path)),
     responses((status = 204), (status = 404, body = Problem, content_type = "application/problem+json"),
         (status = 409, body = Problem, content_type = "application/problem+json")))]
@@ -91,6 +90,8 @@ async fn delete_checkpoint(
 }
 
 /// Download a file of a merged checkpoint
+///
+/// The first download of a checkpoint waits while its bytes are checked.
 #[utoipa::path(get, path = "/checkpoints/{digest}/files/{name}", tag = "checkpoints",
     params(("digest" = String, Path), ("name" = String, Path)),
     responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>),
@@ -101,11 +102,9 @@ async fn download_file(
 ) -> Result<Response, Problem> {
     let Path((digest, name)) = path.map_err(|_| unknown())?;
     let digest = Digest::from_segment(&digest).ok_or_else(unknown)?;
-    let pin = app.cache.pin(&digest);
     let cache = app.cache.clone();
-    let manifest = blocking(move || cache.lookup(&digest))
-        .await?
-        .ok_or_else(unknown)?;
+    let entry = blocking(move || cache.verify(&digest)).await??;
+    let (manifest, pin) = entry.ok_or_else(unknown)?;
     // Names come from the manifest: what a client sends is only compared.
     let entry = manifest.files.iter().find(|file| file.name == name);
     let entry = entry.ok_or_else(|| Problem::not_found("no such file"))?;

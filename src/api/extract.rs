@@ -1,14 +1,19 @@
 //! Extractors whose refusals are problems: ids and digests of paths, JSON bodies, query strings.
 
+use std::collections::BTreeMap;
+
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use cauldron_checkpoint::Digest;
+use serde::de::{Deserializer, Error, MapAccess, Visitor};
+use serde_json::Value;
 use uuid::Uuid;
 
 use super::problem::Problem;
 use crate::config::ModelName;
+use crate::server::TooSlow;
 
 /// A path's last parameter as a typed value; anything else is the same 404.
 #[derive(Debug)]
@@ -74,12 +79,53 @@ impl<S: Send + Sync> FromRequest<S> for JsonBytes {
                 "body-too-large",
                 "the body is larger than this route takes",
             )),
+            Err(rejection) if TooSlow::caused(&rejection) => Err(Problem::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "body-too-slow",
+                "the body did not come in time",
+            )),
             Err(_) => Err(Problem::new(
                 StatusCode::BAD_REQUEST,
                 "unreadable-body",
                 "the body could not be read",
             )),
         }
+    }
+}
+
+/// The fields of a body that is a JSON object; a field that is given twice is refused by name.
+pub fn json_object(body: &[u8]) -> Result<BTreeMap<String, Value>, Problem> {
+    let mut twice = None;
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let read = deserializer
+        .deserialize_map(Fields { twice: &mut twice })
+        .and_then(|fields| deserializer.end().map(|()| fields));
+    read.map_err(|e| {
+        let field: String = twice.unwrap_or_default().chars().take(100).collect();
+        Problem::unprocessable("invalid-request", &field, e.to_string())
+    })
+}
+
+struct Fields<'a> {
+    twice: &'a mut Option<String>,
+}
+
+impl<'de> Visitor<'de> for Fields<'_> {
+    type Value = BTreeMap<String, Value>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut fields = BTreeMap::new();
+        while let Some((key, value)) = map.next_entry::<String, Value>()? {
+            if fields.insert(key.clone(), value).is_some() {
+                *self.twice = Some(key);
+                return Err(A::Error::custom("the key is given twice"));
+            }
+        }
+        Ok(fields)
     }
 }
 

@@ -3,10 +3,12 @@
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
+use tracing::warn;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::problem::Problem;
 use crate::app::{App, AppState};
+use crate::jobs::JobStatus;
 use crate::telemetry;
 
 pub fn routes() -> OpenApiRouter<AppState> {
@@ -42,26 +44,35 @@ async fn readyz(State(AppState(app)): State<AppState>) -> Result<&'static str, P
 #[utoipa::path(get, path = "/metrics", tag = "health", responses((status = 200, body = String)))]
 async fn metrics(State(AppState(app)): State<AppState>) -> Result<impl IntoResponse, Problem> {
     let handle = telemetry::metrics_handle().map_err(|e| Problem::internal("metrics", &e))?;
-    refresh(&app).await?;
+    refresh(&app).await;
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
     Ok((StatusCode::OK, kind, handle.render()))
 }
 
-/// Gauges are read when they are asked for.
-async fn refresh(app: &App) -> Result<(), Problem> {
-    for (status, count) in app.jobs.counts().await? {
-        metrics::gauge!(telemetry::JOBS, "status" => status.as_str()).set(count as f64);
+/// Gauges are read when they are asked for. What cannot be read keeps its last value: the other numbers are needed most
+/// when something does not answer.
+async fn refresh(app: &App) {
+    match app.jobs.counts().await {
+        Ok(counts) => {
+            for status in JobStatus::ALL {
+                let count = counts.iter().find(|(known, _)| *known == status);
+                let count = count.map_or(0, |(_, count)| *count);
+                metrics::gauge!(telemetry::JOBS, "status" => status.as_str()).set(count as f64);
+            }
+        }
+        Err(e) => warn!(error = %e, "the jobs cannot be counted"),
     }
     let (running, waiting) = app.serving.work();
     metrics::gauge!(telemetry::REQUESTS_RUNNING).set(running as f64);
     metrics::gauge!(telemetry::REQUESTS_WAITING).set(waiting as f64);
     metrics::gauge!(telemetry::MODELS).set(app.serving.list().len() as f64);
     let cache = app.cache.clone();
-    let listed = tokio::task::spawn_blocking(move || cache.list()).await;
-    if let Ok(Ok(entries)) = listed {
-        metrics::gauge!(telemetry::CACHE_ENTRIES).set(entries.len() as f64);
-        let bytes: u64 = entries.iter().map(cauldron_merge::Manifest::total_bytes).sum();
-        metrics::gauge!(telemetry::CACHE_BYTES).set(bytes as f64);
+    match tokio::task::spawn_blocking(move || cache.usage()).await {
+        Ok(Ok((entries, bytes))) => {
+            metrics::gauge!(telemetry::CACHE_ENTRIES).set(entries as f64);
+            metrics::gauge!(telemetry::CACHE_BYTES).set(bytes as f64);
+        }
+        Ok(Err(e)) => warn!(error = %e, "the cache cannot be measured"),
+        Err(e) => warn!(error = %e, "the cache was not measured"),
     }
-    Ok(())
 }

@@ -11,6 +11,8 @@ mod models;
 pub mod openai;
 pub mod problem;
 mod router;
+mod spec;
 
 pub use guard::OPEN_ROUTES;
-pub use router::{openapi, router};
+pub use router::router;
+pub use spec::openapi;

@@ -4,15 +4,16 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::Value;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::extract::{FromSegment, JsonBytes, Segment};
+use super::extract::{FromSegment, JsonBytes, Segment, json_object};
 use super::problem::Problem;
 use crate::app::AppState;
 use crate::config::ModelName;
-use crate::serving::{LoadRequest, ServingError, SlotInfo};
+use crate::serving::{LoadError, LoadRequest, ServingError, SlotInfo};
+use crate::sources::SourceError;
 
 const MAX_BODY_BYTES: usize = 1 << 20;
 
@@ -24,15 +25,14 @@ pub fn routes() -> OpenApiRouter<AppState> {
 }
 
 /// A model to load.
-#[derive(Debug, Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, utoipa::ToSchema)]
+#[expect(dead_code, reason = "the schema of what `parse` reads field by field")]
 struct LoadBody {
     /// The name it is asked by.
     name: String,
     /// A model reference: a folder under --models-dir, `merge:<job id>` or `checkpoint:<digest>`, each with an optional
     /// `+adapter`.
-    #[schema(value_type = String)]
-    source: Value,
+    source: String,
 }
 
 /// A slot: a model under a name.
@@ -54,10 +54,13 @@ struct ModelList {
 
 /// Load a model
 ///
-/// Answers 202 at once. Requests for the name wait until it is ready; requests that run finish on the weights they
-/// began with.
+/// Answers 202 at once; models are loaded one after the other. Requests for the name wait until it is ready; requests that
+/// run finish on the weights they began with. If a loaded name is loaded again and that fails, it keeps what it had, and
+/// `error` says why.
 #[utoipa::path(post, path = "/models", tag = "models", request_body = LoadBody,
-    responses((status = 202, body = ModelView), (status = 422, body = Problem, content_type = "application/problem+json")))]
+    responses((status = 202, body = ModelView, headers(("Location" = String, description = "The slot"))),
+        (status = 422, body = Problem, content_type = "application/problem+json"),
+        (status = 429, body = Problem, content_type = "application/problem+json")))]
 async fn load_model(
     State(AppState(app)): State<AppState>,
     JsonBytes(body): JsonBytes,
@@ -67,16 +70,14 @@ async fn load_model(
     let located = tokio::task::spawn_blocking(move || sources.locate("source", &reference))
         .await
         .map_err(|e| Problem::internal("locating a model", &e))?
-        .map_err(|e| Problem::unprocessable("unknown-model", &e.field, e.detail))?;
+        .map_err(unlocated)?;
     let request = LoadRequest {
         folder: located.folder,
         adapter: located.adapter,
         source,
         cached: located.cached,
     };
-    app.serving
-        .load(name.clone(), request)
-        .map_err(|e| Problem::internal("loading a model", &e))?;
+    app.serving.load(name.clone(), request)?;
     let info = app.serving.info(&name).ok_or_else(|| unknown(&name))?;
     let mut response = (StatusCode::ACCEPTED, Json(view(info))).into_response();
     if let Ok(location) = HeaderValue::from_str(&format!("/models/{name}")) {
@@ -120,22 +121,49 @@ async fn unload_model(
 }
 
 fn parse(body: &[u8]) -> Result<(ModelName, String), Problem> {
-    let bad = |field: &str, detail: String| Problem::unprocessable("invalid-request", field, detail);
-    let body: LoadBody = serde_json::from_slice(body).map_err(|e| {
-        let detail = e.to_string();
-        // serde names the field between backticks.
-        let field = detail.split('`').nth(1).unwrap_or_default().to_owned();
-        bad(&field, detail)
-    })?;
-    let name = body.name.parse::<ModelName>();
-    let name = name.map_err(|e| bad("name", e.to_string()))?;
-    match body.source {
+    let bad = |field: &str, detail: &str| Problem::unprocessable("invalid-request", field, detail);
+    let mut fields = json_object(body)?;
+    let name = fields.remove("name").ok_or_else(|| bad("name", "is missing"))?;
+    let source = fields
+        .remove("source")
+        .ok_or_else(|| bad("source", "is missing"))?;
+    if let Some(unknown) = fields.keys().next() {
+        let shown: String = unknown.chars().take(100).collect();
+        return Err(bad(&shown, "unknown field; known are name, source"));
+    }
+    let name = name.as_str().ok_or_else(|| bad("name", "must be a string"))?;
+    let name = name
+        .parse::<ModelName>()
+        .map_err(|e| bad("name", &e.to_string()))?;
+    match source {
         Value::String(source) => Ok((name, source)),
         Value::Object(_) => Err(bad(
             "source",
-            "recipes cannot be served without a merge yet: POST /merge with serve_as".into(),
+            "recipes cannot be served without a merge yet: POST /merge with serve_as",
         )),
-        _ => Err(bad("source", "must be a model reference".into())),
+        _ => Err(bad("source", "must be a model reference")),
+    }
+}
+
+fn unlocated(error: SourceError) -> Problem {
+    match error {
+        SourceError::Refused(e) => Problem::unprocessable("unknown-model", &e.field, e.detail),
+        SourceError::Outage(e) => e.into(),
+    }
+}
+
+impl From<LoadError> for Problem {
+    fn from(error: LoadError) -> Self {
+        match error {
+            LoadError::TooMany(_) => Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "too-many-models",
+                error.to_string(),
+            )
+            .with_retry_after(30),
+            LoadError::ShuttingDown => Self::unavailable("shutting-down", error.to_string()),
+            LoadError::Thread(_) => Self::internal("loading a model", &error),
+        }
     }
 }
 

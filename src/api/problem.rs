@@ -9,6 +9,7 @@ use tracing::error;
 
 use crate::cache::CacheError;
 use crate::jobs::{IntakeError, StoreError};
+use crate::sources::Outage;
 
 /// A refusal.
 #[derive(Debug, Clone, Serialize, utoipa::ToSchema)]
@@ -118,9 +119,25 @@ impl From<IntakeError> for Problem {
     fn from(error: IntakeError) -> Self {
         match error {
             IntakeError::Recipe(e) => e.into(),
-            IntakeError::Store(e) => e.into(),
+            IntakeError::Outage(e) => e.into(),
             IntakeError::Storage { .. } => insufficient_storage(error.to_string()),
             IntakeError::Interrupted => Self::internal("intake", &error),
+        }
+    }
+}
+
+impl From<Outage> for Problem {
+    fn from(error: Outage) -> Self {
+        match error {
+            Outage::Store(e) => e.into(),
+            Outage::Cache(e) => e.into(),
+            Outage::Files(e) => {
+                error!(cause = %e, "a model's files cannot be read");
+                Self::unavailable(
+                    "models-unavailable",
+                    "a model's files cannot be read now; try again",
+                )
+            }
         }
     }
 }
@@ -130,7 +147,10 @@ impl From<CacheError> for Problem {
         match error {
             CacheError::Unknown => Self::not_found(error.to_string()),
             CacheError::InUse => Self::conflict("checkpoint-in-use", error.to_string()),
-            other => Self::internal("cache", &other),
+            CacheError::Io(cause) => {
+                error!(cause = %cause, "the cache failed");
+                Self::unavailable("cache-unavailable", "the cache does not answer; try again")
+            }
         }
     }
 }

@@ -12,48 +12,26 @@ use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use tracing::{error, info};
-use utoipa::OpenApi;
-use utoipa::openapi::path::{Operation, ParameterBuilder, ParameterIn, PathItem};
-use utoipa::openapi::{ObjectBuilder, Required, Type};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::guard::{guard, is_openai};
 use super::openai::error::ApiError;
 use super::problem::Problem;
+use super::spec::{self, MODEL_PREFIX, document};
 use super::{checkpoints, docs, health, merge, models, openai};
 use crate::app::AppState;
 use crate::telemetry;
 
-/// Where a model's own routes hang.
-const MODEL_PREFIX: &str = "/m/{model}";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-#[derive(OpenApi)]
-#[openapi(info(
-    title = "Cauldron",
-    description = "Merges fine-tuned language models and serves the result."
-))]
-struct Spec;
-
-fn routes() -> OpenApiRouter<AppState> {
-    OpenApiRouter::with_openapi(Spec::openapi())
+pub(super) fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::with_openapi(document())
         .merge(merge::routes())
         .merge(checkpoints::routes())
         .merge(models::routes())
         .merge(openai::routes())
         .nest(MODEL_PREFIX, openai::routes())
         .merge(health::routes())
-}
-
-/// The OpenAPI document, as JSON with a final newline.
-pub fn openapi() -> serde_json::Result<String> {
-    let (_, mut spec) = routes().split_for_parts();
-    for (path, item) in &mut spec.paths.paths {
-        if path.starts_with(MODEL_PREFIX) {
-            operations(item).for_each(declare_model);
-        }
-    }
-    Ok(serde_json::to_string_pretty(&spec)? + "\n")
 }
 
 /// The service as a tower service.
@@ -66,40 +44,11 @@ pub fn router(state: AppState) -> serde_json::Result<Router> {
         .layer(CatchPanicLayer::custom(panicked))
         .layer(from_fn_with_state(state.clone(), guard));
     Ok(router
-        .merge(docs::routes(openapi()?))
+        .merge(docs::routes(spec::openapi()?))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(layers)
         .with_state(state))
-}
-
-fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
-    let verbs = [
-        &mut item.get,
-        &mut item.post,
-        &mut item.put,
-        &mut item.delete,
-        &mut item.patch,
-    ];
-    verbs.into_iter().filter_map(Option::as_mut)
-}
-
-/// The same operation under the model's path: an id of its own, and the path's parameter.
-fn declare_model(operation: &mut Operation) {
-    let model = ParameterBuilder::new()
-        .name("model")
-        .parameter_in(ParameterIn::Path)
-        .required(Required::True)
-        .schema(Some(ObjectBuilder::new().schema_type(Type::String)))
-        .build();
-    operation
-        .parameters
-        .get_or_insert_default()
-        .insert(0, model.into());
-    if let Some(id) = &mut operation.operation_id {
-        id.push_str("_of_model");
-    }
-    operation.tags = Some(vec!["one model".to_owned()]);
 }
 
 async fn not_found(uri: Uri) -> Response {

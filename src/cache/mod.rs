@@ -1,32 +1,49 @@
 //! Merged checkpoints on disk under the digest of what made them: `checkpoints/<digest>/`. An entry appears whole or
 //! not at all, is checked when it is used, and is the only place where a digest becomes a path.
 
+mod disk;
+
 use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cauldron_checkpoint::Digest;
-use cauldron_merge::{Manifest, MergeError, verify_folder};
+use cauldron_merge::{Manifest, MergeError, verify_folder, verify_folder_full};
 use tracing::{error, warn};
 use uuid::Uuid;
+
+pub use disk::sync_folder;
+use disk::{exchange, identity};
 
 /// The cache folder, shared by workers and handlers.
 #[derive(Debug, Clone)]
 pub struct Cache {
     root: PathBuf,
     temp: PathBuf,
-    pins: Arc<Mutex<HashMap<Digest, usize>>>,
+    pins: Pins,
+    /// What full checks found, of the files as they were then.
+    checked: Arc<Mutex<HashMap<Digest, Checked>>>,
+    /// Held while an entry's bytes are read, so that equal checks do not run side by side.
+    hashing: Arc<Mutex<()>>,
+}
+
+type Pins = Arc<Mutex<HashMap<Digest, usize>>>;
+
+/// The finding of a check. It holds while the files are the same.
+#[derive(Debug, Clone)]
+struct Checked {
+    identity: String,
+    whole: bool,
 }
 
 /// Why the cache could not do something.
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError {
+    /// Nothing is known of the entry; another try may succeed.
     #[error("the cache folder: {0}")]
     Io(#[from] io::Error),
-    #[error(transparent)]
-    Merge(#[from] MergeError),
     #[error("no such checkpoint")]
     Unknown,
     #[error("the checkpoint is in use")]
@@ -37,12 +54,12 @@ pub enum CacheError {
 #[derive(Debug)]
 pub struct Pin {
     digest: Digest,
-    pins: Arc<Mutex<HashMap<Digest, usize>>>,
+    pins: Pins,
 }
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        let mut pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pins = locked(&self.pins);
         if let Some(count) = pins.get_mut(&self.digest) {
             *count -= 1;
             if *count == 0 {
@@ -86,10 +103,14 @@ impl Cache {
             Err(e) => return Err(e),
         }
         fs::create_dir_all(&temp)?;
+        // An entry is durable only if the folder that holds all of them is.
+        sync_folder(data_dir)?;
         Ok(Self {
             root,
             temp,
             pins: Arc::default(),
+            checked: Arc::default(),
+            hashing: Arc::default(),
         })
     }
 
@@ -98,26 +119,105 @@ impl Cache {
         self.root.join(digest.to_string())
     }
 
-    /// The manifest of a whole entry. A damaged one is taken away and counts as absent.
-    pub fn lookup(&self, digest: &Digest) -> Option<Manifest> {
+    /// The manifest of an entry whose files are there with their sizes. One that is known to be damaged counts as
+    /// absent, and is taken away unless somebody uses it.
+    pub fn lookup(&self, digest: &Digest) -> Result<Option<Manifest>, CacheError> {
+        self.check(digest, false, 0)
+    }
+
+    /// As [`Self::lookup`], with the digest of every byte; the entry stays while the pin lives. Bytes that were read
+    /// once are not read again while their files are the same.
+    pub fn verify(&self, digest: &Digest) -> Result<Option<(Manifest, Pin)>, CacheError> {
+        let pin = self.pin(digest);
+        let manifest = self.check(digest, true, 1)?;
+        Ok(manifest.map(|manifest| (manifest, pin)))
+    }
+
+    /// `own` pins are the caller's: they do not keep a damaged entry.
+    fn check(&self, digest: &Digest, full: bool, own: usize) -> Result<Option<Manifest>, CacheError> {
         let dir = self.path(digest);
-        if !dir.exists() {
-            return None;
-        }
-        match verify_folder(&dir) {
-            Ok(manifest) if manifest.digest == *digest => Some(manifest),
-            Ok(_) => self.quarantine(digest, "its manifest names another digest"),
-            Err(e) => self.quarantine(digest, &e.to_string()),
+        let Some(identity) = identity(&dir)? else {
+            return Ok(None);
+        };
+        let mut known = self.finding(digest, &identity);
+        let _one = match full && known.is_none() {
+            true => Some(locked(&self.hashing)),
+            false => None,
+        };
+        known = known.or_else(|| self.finding(digest, &identity));
+        let manifest = match known {
+            Some(false) => Err(MergeError::Corrupt {
+                detail: "it was found damaged before".into(),
+            }),
+            None if full => verify_folder_full(&dir),
+            _ => verify_folder(&dir),
+        };
+        match manifest {
+            Ok(manifest) if manifest.digest == *digest => {
+                if full {
+                    self.note(digest, identity, true);
+                }
+                Ok(Some(manifest))
+            }
+            Ok(_) => self.damaged(digest, identity, own, "its manifest names another digest"),
+            Err(MergeError::Unreadable { source, .. }) => Err(source.into()),
+            Err(e) => self.damaged(digest, identity, own, &e.to_string()),
         }
     }
 
+    fn finding(&self, digest: &Digest, identity: &str) -> Option<bool> {
+        let checked = locked(&self.checked);
+        let known = checked.get(digest).filter(|known| known.identity == identity);
+        known.map(|known| known.whole)
+    }
+
+    fn note(&self, digest: &Digest, identity: String, whole: bool) {
+        locked(&self.checked).insert(*digest, Checked { identity, whole });
+    }
+
+    /// Takes a damaged entry away if nobody uses it and it is still the one that was looked at.
+    fn damaged(
+        &self,
+        digest: &Digest,
+        seen: String,
+        own: usize,
+        reason: &str,
+    ) -> Result<Option<Manifest>, CacheError> {
+        let pins = locked(&self.pins);
+        let used = pins.get(digest).is_some_and(|count| *count > own);
+        if identity(&self.path(digest))?.as_deref() != Some(&*seen) {
+            return Ok(None);
+        }
+        if used {
+            warn!(%digest, reason, "a checkpoint in use is damaged; it is not handed out again");
+            self.note(digest, seen, false);
+            return Ok(None);
+        }
+        warn!(%digest, reason, "a damaged checkpoint is taken out of the cache");
+        let aside = self.temp.join(format!("damaged-{}", Uuid::now_v7()));
+        fs::rename(self.path(digest), aside)?;
+        locked(&self.checked).remove(digest);
+        Ok(None)
+    }
+
     /// All whole entries in order of digest.
-    pub fn list(&self) -> io::Result<Vec<Manifest>> {
-        let mut digests: Vec<Digest> = fs::read_dir(&self.root)?
-            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-            .collect();
+    pub fn list(&self) -> Result<Vec<Manifest>, CacheError> {
+        let mut digests: Vec<Digest> = disk::entries(&self.root)?.collect();
         digests.sort();
-        Ok(digests.iter().filter_map(|digest| self.lookup(digest)).collect())
+        digests
+            .iter()
+            .filter_map(|digest| self.lookup(digest).transpose())
+            .collect()
+    }
+
+    /// Entries and the bytes of their files, as the file system counts them: no entry is opened or judged.
+    pub fn usage(&self) -> io::Result<(usize, u64)> {
+        let (mut count, mut bytes) = (0, 0);
+        for digest in disk::entries(&self.root)? {
+            count += 1;
+            bytes += disk::folder_bytes(&self.path(&digest))?;
+        }
+        Ok((count, bytes))
     }
 
     /// A fresh folder on the same file system as the entries.
@@ -127,21 +227,27 @@ impl Cache {
         Ok(Draft { dir })
     }
 
-    /// Moves a complete, synced draft to its place. If the entry is there already, that one stays.
-    pub fn publish(&self, draft: Draft, digest: &Digest) -> io::Result<()> {
+    /// Moves a complete, synced draft to its place. A whole entry that is there already stays; a damaged one gives
+    /// way at once, whoever uses it: the bytes that belong there are these.
+    pub fn publish(&self, draft: Draft, digest: &Digest) -> Result<(), CacheError> {
         let to = self.path(digest);
-        match fs::rename(draft.dir(), &to) {
-            Ok(()) => {}
-            Err(_) if self.lookup(digest).is_some() => return Ok(()),
-            Err(e) => return Err(e),
+        if let Err(e) = fs::rename(draft.dir(), &to) {
+            if self.lookup(digest)?.is_some() {
+                return Ok(());
+            }
+            let _pins = locked(&self.pins);
+            match to.try_exists()? {
+                true => exchange(draft.dir(), &to)?,
+                false => fs::rename(draft.dir(), &to).map_err(|_| e)?,
+            }
         }
-        fs::File::open(&self.root)?.sync_all()
+        sync_folder(&self.root)?;
+        Ok(())
     }
 
     /// Keeps an entry from being deleted until the pin is dropped.
     pub fn pin(&self, digest: &Digest) -> Pin {
-        let mut pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
-        *pins.entry(*digest).or_default() += 1;
+        *locked(&self.pins).entry(*digest).or_default() += 1;
         Pin {
             digest: *digest,
             pins: self.pins.clone(),
@@ -150,7 +256,7 @@ impl Cache {
 
     /// Deletes an entry that nothing uses. It disappears at once; its bytes follow.
     pub fn delete(&self, digest: &Digest) -> Result<(), CacheError> {
-        let pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+        let pins = locked(&self.pins);
         if pins.contains_key(digest) {
             return Err(CacheError::InUse);
         }
@@ -161,6 +267,7 @@ impl Cache {
             Err(e) => return Err(e.into()),
         }
         drop(pins);
+        locked(&self.checked).remove(digest);
         fs::remove_dir_all(aside)?;
         Ok(())
     }
@@ -170,13 +277,8 @@ impl Cache {
         let stat = rustix::fs::statvfs(&self.root)?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
+}
 
-    fn quarantine(&self, digest: &Digest, reason: &str) -> Option<Manifest> {
-        warn!(%digest, reason, "a damaged checkpoint is taken out of the cache");
-        let aside = self.temp.join(format!("damaged-{}", Uuid::now_v7()));
-        if let Err(e) = fs::rename(self.path(digest), aside) {
-            error!(%digest, error = %e, "a damaged checkpoint could not be taken away");
-        }
-        None
-    }
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -42,7 +42,7 @@ async fn merge(args: MergeArgs, body: Vec<u8>) -> anyhow::Result<()> {
     let app = App::open(Config::for_storage(args.storage, args.log)).await?;
     let taken = app.intake.submit(body, None).await?;
     let id = match taken.submission {
-        Submission::Created(job) | Submission::Existing(job) => job.id,
+        Submission::Created(job) | Submission::Existing(job) | Submission::Replayed(job) => job.id,
         Submission::QueueFull => bail!("the queue is full"),
         Submission::KeyReused => bail!("the idempotency key was used before"),
     };

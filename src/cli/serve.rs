@@ -1,19 +1,26 @@
 //! `cauldron serve`: open everything, listen, and drain when told to stop.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
 use crate::api;
 use crate::app::{App, AppState};
 use crate::config::Config;
+use crate::server::{Limits, Server};
 use crate::telemetry;
 
 /// How long running requests and the running merge have to end.
 const DRAIN: Duration = Duration::from_secs(25);
+/// The end of that: what still runs is stopped, and its client hears of it.
+const LAST_WORD: Duration = Duration::from_secs(2);
+/// How long /readyz says no at least, so that who sends requests here can hear it.
+const LINGER: Duration = Duration::from_secs(2);
 
 pub fn run(config: Config) -> anyhow::Result<()> {
     telemetry::init_logs(&config.log)?;
@@ -33,6 +40,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             http.listen
         );
     }
+    let mut signals = Signals::watch().context("watching for signals")?;
     let app = App::open(config).await?;
     let listener = TcpListener::bind(http.listen)
         .await
@@ -40,49 +48,66 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let router = api::router(AppState(app.clone()))?;
     let worker = app.start_worker();
+    tokio::spawn(telemetry::upkeep());
+    let server = Server::start(listener, router, Limits::new(http.max_connections as usize));
     info!(%address, version = env!("CARGO_PKG_VERSION"), "cauldron listens");
 
-    let stop = app.shutdown.clone();
-    let server = axum::serve(listener, router).with_graceful_shutdown(async move {
-        wait_for_signal().await;
-        info!("draining");
-        stop.cancel();
-    });
-    let mut server = tokio::spawn(server.into_future());
+    signals.next().await;
+    info!("draining");
+    app.shutdown.cancel();
+    server.drain();
     tokio::select! {
-        ended = &mut server => ended.context("the HTTP server panicked")?.context("serving")?,
-        () = drained_too_long(&app) => {
-            warn!("some requests did not end in time");
-            server.abort();
-        }
+        () = drain(&app, &server, worker) => info!("stopped"),
+        () = signals.next() => warn!("stopped at once"),
     }
-    if tokio::time::timeout(DRAIN, worker).await.is_err() {
-        warn!("the running merge did not stop in time");
-    }
-    let serving = app.serving.clone();
-    tokio::task::spawn_blocking(move || serving.shutdown()).await?;
-    info!("stopped");
     Ok(())
 }
 
-async fn drained_too_long(app: &Arc<App>) {
-    app.shutdown.cancelled().await;
-    tokio::time::sleep(DRAIN).await;
+/// Lets everything end; what has not by the deadline is ended.
+async fn drain(app: &App, server: &Server, worker: JoinHandle<()>) {
+    let begun = Instant::now();
+    let ended = async {
+        if worker.await.is_err() {
+            warn!("the worker had panicked");
+        }
+        sleep_until(begun + LINGER).await;
+        server.idle().await;
+    };
+    if timeout(DRAIN - LAST_WORD, ended).await.is_err() {
+        warn!("some work did not end in time");
+    }
+    let serving = app.serving.clone();
+    let stopping = tokio::task::spawn_blocking(move || serving.shutdown());
+    let deadline = begun + DRAIN;
+    // Streams end with an error event now; those that are read are read to it.
+    let told = timeout_at(deadline, async {
+        let _ = stopping.await;
+        server.idle().await;
+    });
+    if told.await.is_err() {
+        warn!("some requests did not end in time");
+    }
+    server.stop(LAST_WORD / 4).await;
 }
 
-/// Ctrl-C or SIGTERM.
-async fn wait_for_signal() {
-    let interrupt = tokio::signal::ctrl_c();
-    match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-        Ok(mut terminate) => {
-            tokio::select! {
-                _ = interrupt => {}
-                _ = terminate.recv() => {}
-            }
-        }
-        Err(e) => {
-            warn!(error = %e, "SIGTERM cannot be watched");
-            let _ = interrupt.await;
+/// Ctrl-C and SIGTERM.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn watch() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
         }
     }
 }

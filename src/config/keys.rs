@@ -60,12 +60,16 @@ impl ApiKeys {
         self.0.is_empty()
     }
 
-    /// Whether `key` opens `scope`. Looks at every key, whatever matched before.
-    pub fn allows(&self, key: &str, scope: Scope) -> bool {
+    /// What `key` opens; None if it is not one of these. Looks at every key, whatever matched before.
+    pub fn scope_of(&self, key: &str) -> Option<Scope> {
         let given = digest(key);
-        self.0.iter().fold(false, |allowed, (known, opens)| {
+        self.0.iter().fold(None, |best, (known, opens)| {
             let equal: bool = known.ct_eq(&given).into();
-            allowed | (equal & (*opens == Scope::Admin || *opens == scope))
+            match (equal, best) {
+                (false, best) => best,
+                (true, Some(Scope::Admin)) => Some(Scope::Admin),
+                (true, _) => Some(*opens),
+            }
         })
     }
 }
@@ -81,11 +85,18 @@ mod tests {
     #[test]
     fn scopes_open_what_they_say() {
         let keys = ApiKeys::parse("# two\nadmin 0123456789\n\ninference abcdefghij\n").unwrap();
-        assert!(keys.allows("0123456789", Scope::Admin));
-        assert!(keys.allows("0123456789", Scope::Inference));
-        assert!(keys.allows("abcdefghij", Scope::Inference));
-        assert!(!keys.allows("abcdefghij", Scope::Admin));
-        assert!(!keys.allows("", Scope::Inference));
+        assert_eq!(keys.scope_of("0123456789"), Some(Scope::Admin));
+        assert_eq!(keys.scope_of("abcdefghij"), Some(Scope::Inference));
+        assert_eq!(keys.scope_of(""), None);
+        assert_eq!(keys.scope_of("0123456788"), None);
+        // A key that is listed twice opens the most.
+        for text in [
+            "admin 0123456789\ninference 0123456789",
+            "inference 0123456789\n0123456789",
+        ] {
+            let keys = ApiKeys::parse(text).unwrap();
+            assert_eq!(keys.scope_of("0123456789"), Some(Scope::Admin));
+        }
         for bad in ["", "short", "root 0123456789", "admin 0123 456789"] {
             assert!(ApiKeys::parse(bad).is_err(), "{bad}");
         }

@@ -15,6 +15,8 @@ pub use names::{ModelName, NameError};
 const DEFAULT_BATCH_TOKENS: u32 = 2048;
 const DEFAULT_RUNNING: u32 = 64;
 const DEFAULT_WAITING: u32 = 4096;
+const DEFAULT_MODELS: u32 = 32;
+const DEFAULT_CONNECTIONS: u32 = 1024;
 const DEFAULT_HOLD_SECONDS: u64 = 60;
 
 /// Everything `cauldron serve` needs.
@@ -39,6 +41,7 @@ impl Config {
                 api_key_file: None,
                 allowed_hosts: Vec::new(),
                 allow_unauthenticated: false,
+                max_connections: DEFAULT_CONNECTIONS,
             },
             storage,
             engine: EngineArgs {
@@ -46,6 +49,7 @@ impl Config {
                 max_batch_tokens: DEFAULT_BATCH_TOKENS,
                 max_running: DEFAULT_RUNNING,
                 max_waiting: DEFAULT_WAITING,
+                max_models: DEFAULT_MODELS,
                 hold_seconds: DEFAULT_HOLD_SECONDS,
             },
             log,
@@ -63,12 +67,16 @@ pub struct HttpConfig {
     /// File of API keys, one a line: `KEY`, `admin KEY` or `inference KEY`. Empty lines and # comments are skipped.
     #[arg(long, env = "CAULDRON_API_KEY_FILE")]
     pub api_key_file: Option<PathBuf>,
-    /// Host names that requests may carry besides loopback names (with keys set: none given means any).
+    /// Host names that requests may carry besides loopback names and, beyond loopback, IP addresses (beyond loopback with
+    /// keys set: none given means any).
     #[arg(long = "allowed-host", env = "CAULDRON_ALLOWED_HOSTS", value_delimiter = ',')]
     pub allowed_hosts: Vec<String>,
     /// Listen beyond loopback without API keys, for networks where something else keeps strangers out.
     #[arg(long, env = "CAULDRON_ALLOW_UNAUTHENTICATED")]
     pub allow_unauthenticated: bool,
+    /// Connections at the same time; more wait to be accepted.
+    #[arg(long, env = "CAULDRON_MAX_CONNECTIONS", default_value_t = DEFAULT_CONNECTIONS, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub max_connections: u32,
 }
 
 /// Where models, results and the queue lie.
@@ -108,6 +116,9 @@ pub struct EngineArgs {
     /// Sequences that may wait, a model; more are answered 429.
     #[arg(long, env = "CAULDRON_MAX_WAITING", default_value_t = DEFAULT_WAITING)]
     pub max_waiting: u32,
+    /// Models that may be loaded at the same time; more are answered 429.
+    #[arg(long, env = "CAULDRON_MAX_MODELS", default_value_t = DEFAULT_MODELS, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_models: u32,
     /// Seconds that requests for a model that is loading are held.
     #[arg(long, env = "CAULDRON_HOLD_SECONDS", default_value_t = DEFAULT_HOLD_SECONDS)]
     pub hold_seconds: u64,

@@ -4,15 +4,15 @@
 use std::sync::Arc;
 
 use cauldron_checkpoint::Digest;
-use cauldron_merge::{Parents, Recipe, RecipeError, parse_recipe};
+use cauldron_merge::{Recipe, RecipeError, parse_recipe};
 use rand::TryRng;
 
 use super::runner::DISK_RESERVE;
 use super::store::{JobStore, NewJob, StoreError, Submission};
 use super::{Job, JobStatus};
-use crate::cache::Cache;
+use crate::cache::{Cache, CacheError};
 use crate::config::ModelName;
-use crate::sources::ModelSources;
+use crate::sources::{Care, ModelSources, Outage, SourceError};
 
 /// Takes recipes in.
 #[derive(Debug, Clone)]
@@ -37,7 +37,7 @@ pub enum IntakeError {
     #[error(transparent)]
     Recipe(#[from] RecipeError),
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Outage(#[from] Outage),
     #[error("the result needs {needed} bytes and {free} are free")]
     Storage { needed: u64, free: u64 },
     #[error("the check of the recipe was interrupted")]
@@ -47,16 +47,23 @@ pub enum IntakeError {
 impl Intake {
     /// Checks a recipe against its models and queues it, or finds the job that does the same.
     pub async fn submit(&self, body: Vec<u8>, idempotency_key: Option<String>) -> Result<Taken, IntakeError> {
-        let body_digest = Digest::of(&body).to_string();
+        let idempotency = idempotency_key.map(|key| (key, Digest::of(&body).to_string()));
+        // First of all: what was accepted once is answered the same, even if its models have gone since.
+        if let Some((key, body)) = &idempotency
+            && let Some(submission) = self.store.recall(key, body).await?
+        {
+            return Ok(Taken {
+                submission,
+                serve_as: None,
+            });
+        }
         let this = self.clone();
-        let mut job = tokio::task::spawn_blocking(move || this.check(&body))
-            .await
-            .map_err(|_| IntakeError::Interrupted)??;
-        job.idempotency = idempotency_key.map(|key| (key, body_digest));
+        let mut job = blocking(move || this.check(&body)).await?;
+        job.idempotency = idempotency;
         for _ in 0..3 {
             let submission = self.store.submit(job.clone()).await?;
             match &submission {
-                Submission::Existing(done) if self.is_gone(done) => self.store.retire(done.id).await?,
+                Submission::Existing(done) if self.is_gone(done).await? => self.store.retire(done.id).await?,
                 _ => {
                     return Ok(Taken {
                         submission,
@@ -69,11 +76,12 @@ impl Intake {
     }
 
     /// A succeeded job whose result was deleted or damaged.
-    fn is_gone(&self, job: &Job) -> bool {
-        job.status == JobStatus::Succeeded
-            && job
-                .digest
-                .is_none_or(|digest| self.cache.lookup(&digest).is_none())
+    async fn is_gone(&self, job: &Job) -> Result<bool, IntakeError> {
+        let (JobStatus::Succeeded, Some(digest)) = (job.status, job.digest) else {
+            return Ok(job.status == JobStatus::Succeeded);
+        };
+        let cache = self.cache.clone();
+        blocking(move || Ok(cache.lookup(&digest)?.is_none())).await
     }
 
     fn check(&self, body: &[u8]) -> Result<NewJob, IntakeError> {
@@ -83,10 +91,9 @@ impl Intake {
             name.parse::<ModelName>()
                 .map_err(|e| RecipeError::new("serve_as", e.to_string()))?;
         }
-        let parents = Parents::open(&recipe, &*self.sources)?;
-        let identity = parents
-            .identity()
-            .map_err(|e| RecipeError::new("models", e.to_string()))?;
+        let (parents, _held) = self.sources.open(&recipe, Care::Look)?;
+        let identity = parents.identity();
+        let identity = identity.map_err(|e| SourceError::of_files("models", e))?;
         let needed = parents.output_bytes(&recipe) + DISK_RESERVE;
         let free = self.cache.free_bytes().unwrap_or(u64::MAX);
         if free < needed {
@@ -102,6 +109,34 @@ impl Intake {
             idempotency: None,
             max_queued: self.max_queued,
         })
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    run: impl FnOnce() -> Result<T, IntakeError> + Send + 'static,
+) -> Result<T, IntakeError> {
+    let done = tokio::task::spawn_blocking(run).await;
+    done.map_err(|_| IntakeError::Interrupted)?
+}
+
+impl From<SourceError> for IntakeError {
+    fn from(error: SourceError) -> Self {
+        match error {
+            SourceError::Refused(e) => e.into(),
+            SourceError::Outage(e) => e.into(),
+        }
+    }
+}
+
+impl From<StoreError> for IntakeError {
+    fn from(error: StoreError) -> Self {
+        Self::Outage(error.into())
+    }
+}
+
+impl From<CacheError> for IntakeError {
+    fn from(error: CacheError) -> Self {
+        Self::Outage(error.into())
     }
 }
 

@@ -7,6 +7,7 @@ mod store;
 mod worker;
 
 use cauldron_checkpoint::Digest;
+use cauldron_merge::Summary;
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -14,7 +15,8 @@ pub use intake::{Intake, IntakeError, Taken};
 pub use runner::{Progress, Runner};
 pub use sqlite::SqliteJobs;
 pub use store::{
-    Beat, BoxFuture, Cancelled, JobPage, JobStore, Lease, NewJob, Outcome, StoreError, Submission, Submitted,
+    Beat, BoxFuture, Cancelled, JobPage, JobStore, Lease, Merged, NewJob, Outcome, StoreError, Submission,
+    Submitted,
 };
 pub use worker::Worker;
 
@@ -73,7 +75,11 @@ pub struct Job {
     pub digest: Option<Digest>,
     pub bytes_done: u64,
     pub bytes_total: u64,
+    /// Why it failed, or why the last attempt did not end.
     pub error: Option<JobError>,
+    /// Of the result, once there is one.
+    pub stats: Option<Summary>,
+    pub warnings: Vec<String>,
     pub cancel_requested: bool,
     pub attempt: i64,
     pub epoch: i64,

@@ -1,17 +1,16 @@
 //! Runs one job to its result: recipe -> parents -> digest -> cache or merge. Blocks; called on a thread of its own.
 
+use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use cauldron_checkpoint::Digest;
-use cauldron_merge::{
-    MergeError, MergeOptions, Observer, Parents, Recipe, RecipeError, merge_digest, merge_to_folder,
-};
+use cauldron_merge::{MergeError, MergeOptions, Observer, Recipe, merge_digest, merge_to_folder};
 use uuid::Uuid;
 
-use super::{Job, JobError, Outcome};
-use crate::cache::Cache;
-use crate::sources::ModelSources;
+use super::{Job, JobError, Merged, Outcome};
+use crate::cache::{Cache, CacheError};
+use crate::sources::{Care, ModelSources, SourceError};
 
 /// Space that a merge leaves free on the disk.
 pub const DISK_RESERVE: u64 = 256 << 20;
@@ -76,72 +75,81 @@ impl Runner {
     pub fn run(&self, job: &Job, progress: &Progress) -> Outcome {
         let attempt = std::panic::AssertUnwindSafe(|| self.merge(job, progress));
         match std::panic::catch_unwind(attempt) {
-            Ok(Ok(digest)) => Outcome::Succeeded(digest),
-            Ok(Err(error)) if error.kind == "cancelled" => Outcome::Cancelled,
-            Ok(Err(error)) => Outcome::Failed(error),
-            Err(_) => Outcome::Failed(JobError {
-                kind: "internal".into(),
-                detail: "the merge panicked".into(),
-            }),
+            Ok(Ok(merged)) => Outcome::Succeeded(merged),
+            Ok(Err(outcome)) => outcome,
+            Err(_) => failed("internal", "the merge panicked"),
         }
     }
 
-    fn merge(&self, job: &Job, progress: &Progress) -> Result<Digest, JobError> {
-        let recipe = Recipe::from_json(job.recipe.clone())?;
-        let parents = Parents::open(&recipe, &*self.sources)?;
+    fn merge(&self, job: &Job, progress: &Progress) -> Result<Merged, Outcome> {
+        let recipe = Recipe::from_json(job.recipe.clone()).map_err(SourceError::from)?;
+        // Held to the end: parents from the cache are whole, and stay.
+        let (parents, _held) = self.sources.open(&recipe, Care::Verify)?;
         progress
             .total
             .store(parents.bytes_total(&recipe), Ordering::Relaxed);
         let digest = merge_digest(&recipe, &parents, progress)?;
         let _ = progress.digest.set(digest);
-        if self.cache.lookup(&digest).is_some() {
-            return Ok(digest);
+        if let Some((manifest, _)) = self.cache.verify(&digest)? {
+            return Ok(manifest.into());
         }
         let needed = parents.output_bytes(&recipe) + DISK_RESERVE;
-        let free = self.cache.free_bytes()?;
+        let free = self.cache.free_bytes().map_err(CacheError::from)?;
         if free < needed {
-            return Err(JobError {
-                kind: "insufficient-storage".into(),
-                detail: format!("the result needs {needed} bytes and {free} are free"),
-            });
+            let detail = format!("the result needs {needed} bytes and {free} are free");
+            return Err(failed("insufficient-storage", detail));
         }
-        let draft = self.cache.draft()?;
-        merge_to_folder(&recipe, &parents, &digest, draft.dir(), &self.options, progress)?;
+        let draft = self.cache.draft().map_err(CacheError::from)?;
+        let manifest = merge_to_folder(&recipe, &parents, &digest, draft.dir(), &self.options, progress)?;
         if progress.cancelled() {
-            return Err(MergeError::Cancelled.into());
+            return Err(Outcome::Cancelled);
         }
         self.cache.publish(draft, &digest)?;
-        Ok(digest)
+        Ok(manifest.into())
     }
 }
 
-impl From<RecipeError> for JobError {
-    fn from(error: RecipeError) -> Self {
-        Self {
-            kind: "invalid-recipe".into(),
-            detail: error.to_string(),
+fn failed(kind: &str, detail: impl Into<String>) -> Outcome {
+    Outcome::Failed(JobError {
+        kind: kind.to_owned(),
+        detail: detail.into(),
+    })
+}
+
+/// For what may pass: the attempts of a job are bounded.
+fn retry(kind: &str, error: &dyn std::fmt::Display) -> Outcome {
+    Outcome::Retry(JobError {
+        kind: kind.to_owned(),
+        detail: error.to_string(),
+    })
+}
+
+impl From<SourceError> for Outcome {
+    fn from(error: SourceError) -> Self {
+        match error {
+            SourceError::Refused(e) => failed("invalid-recipe", e.to_string()),
+            SourceError::Outage(e) => retry("unavailable", &e),
         }
     }
 }
 
-impl From<MergeError> for JobError {
+impl From<MergeError> for Outcome {
     fn from(error: MergeError) -> Self {
-        Self {
-            kind: error.slug().into(),
-            detail: error.to_string(),
+        match error {
+            MergeError::Cancelled => Self::Cancelled,
+            error => failed(error.slug(), error.to_string()),
         }
     }
 }
 
-impl From<std::io::Error> for JobError {
-    fn from(error: std::io::Error) -> Self {
-        let kind = match error.kind() {
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => "insufficient-storage",
-            _ => "io",
-        };
-        Self {
-            kind: kind.into(),
-            detail: format!("the cache folder: {error}"),
+impl From<CacheError> for Outcome {
+    fn from(error: CacheError) -> Self {
+        let full = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded];
+        match &error {
+            CacheError::Io(e) if full.contains(&e.kind()) => {
+                failed("insufficient-storage", error.to_string())
+            }
+            _ => retry("io", &error),
         }
     }
 }

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::pin::Pin;
 
 use cauldron_checkpoint::Digest;
+use cauldron_merge::{Manifest, Summary};
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -43,6 +44,8 @@ pub enum Submission {
     Created(Job),
     /// The same work is queued, running or done.
     Existing(Job),
+    /// The idempotency key came before with this body: the job of then, whatever became of it.
+    Replayed(Job),
     QueueFull,
     /// The idempotency key came before with another body.
     KeyReused,
@@ -68,14 +71,46 @@ pub enum Beat {
     Lost,
 }
 
+/// What a merge gave: its result, and what the result's manifest says of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Merged {
+    pub digest: Digest,
+    pub stats: Summary,
+    pub warnings: Vec<String>,
+}
+
+impl From<Manifest> for Merged {
+    fn from(manifest: Manifest) -> Self {
+        Self {
+            digest: manifest.digest,
+            stats: manifest.summary,
+            warnings: manifest.warnings,
+        }
+    }
+}
+
 /// How a worker leaves a job.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
-    Succeeded(Digest),
+    Succeeded(Merged),
     Failed(JobError),
+    /// Back to the queue: the cause may pass. The attempt counts.
+    Retry(JobError),
     Cancelled,
     /// Back to the queue, uncounted: the worker is draining.
     Released,
+}
+
+impl Outcome {
+    /// The state that the job is left in.
+    pub fn status(&self) -> JobStatus {
+        match self {
+            Self::Succeeded(_) => JobStatus::Succeeded,
+            Self::Failed(_) => JobStatus::Failed,
+            Self::Cancelled => JobStatus::Cancelled,
+            Self::Retry(_) | Self::Released => JobStatus::Queued,
+        }
+    }
 }
 
 /// What a cancel request met.
@@ -101,6 +136,13 @@ pub struct JobPage {
 pub trait JobStore: Send + Sync + std::fmt::Debug {
     /// Adds a job unless the same work is there. One transaction.
     fn submit(&self, job: NewJob) -> BoxFuture<'_, Submitted>;
+
+    /// The job that an idempotency key stands for; `body` is the digest of the request's body.
+    fn recall<'a>(
+        &'a self,
+        key: &'a str,
+        body: &'a str,
+    ) -> BoxFuture<'a, Result<Option<Submission>, StoreError>>;
 
     fn get(&self, id: Uuid) -> BoxFuture<'_, Result<Option<Job>, StoreError>>;
 

@@ -8,9 +8,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
+use super::Job;
 use super::runner::{Progress, Runner};
 use super::store::{Beat, JobStore, Lease, Outcome};
-use super::{Job, JobStatus};
+use crate::telemetry;
 
 /// How often the lease is renewed and a cancellation noticed.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -73,7 +74,11 @@ impl Worker {
     pub async fn run(self: Arc<Self>, shutdown: CancellationToken) {
         while !shutdown.is_cancelled() {
             match self.store.claim(&self.owner).await {
-                Ok(Some((job, lease))) => self.work(job, lease, &shutdown).await,
+                Ok(Some((job, lease))) => {
+                    if self.work(job, lease, &shutdown).await {
+                        self.idle(&shutdown, POLL).await;
+                    }
+                }
                 Ok(None) => self.idle(&shutdown, POLL).await,
                 Err(e) => {
                     warn!(error = %e, "the queue cannot be read; trying again");
@@ -91,15 +96,18 @@ impl Worker {
         }
     }
 
-    async fn work(&self, job: Job, lease: Lease, shutdown: &CancellationToken) {
+    /// Whether something is wrong that time may mend.
+    async fn work(&self, job: Job, lease: Lease, shutdown: &CancellationToken) -> bool {
         info!(job = %job.id, attempt = job.attempt, "merge starts");
         let progress = Arc::new(Progress::new(job.id, job.bytes_total));
         self.set_running(Some(progress.clone()));
         let outcome = self.supervise(&job, &lease, progress.clone(), shutdown).await;
+        let retry = matches!(outcome, Some(Outcome::Retry(_)));
         if let Some(outcome) = outcome {
             self.leave(job, &lease, outcome).await;
         }
         self.set_running(None);
+        retry
     }
 
     /// Runs the merge on a thread of its own beside the heartbeat. None if the lease was lost.
@@ -165,17 +173,12 @@ impl Worker {
     }
 
     async fn announce(&self, mut job: Job, outcome: Outcome) {
-        let status = match &outcome {
-            Outcome::Succeeded(_) => JobStatus::Succeeded,
-            Outcome::Failed(_) => JobStatus::Failed,
-            Outcome::Cancelled => JobStatus::Cancelled,
-            Outcome::Released => JobStatus::Queued,
-        };
-        metrics::counter!("cauldron_merges_total", "status" => status.as_str()).increment(1);
+        let status = outcome.status();
+        metrics::counter!(telemetry::MERGES, "status" => status.as_str()).increment(1);
         match outcome {
-            Outcome::Succeeded(digest) => {
-                info!(job = %job.id, %digest, "merge succeeded");
-                job.digest = Some(digest);
+            Outcome::Succeeded(merged) => {
+                info!(job = %job.id, digest = %merged.digest, "merge succeeded");
+                job.digest = Some(merged.digest);
                 job.status = status;
                 match self.store.names(job.id).await {
                     Ok(names) => (self.on_success)(&job, names),
@@ -184,6 +187,9 @@ impl Worker {
             }
             Outcome::Failed(error) => {
                 warn!(job = %job.id, kind = error.kind, error = error.detail, "merge failed")
+            }
+            Outcome::Retry(error) => {
+                warn!(job = %job.id, kind = error.kind, error = error.detail, "merge will be tried again")
             }
             Outcome::Cancelled | Outcome::Released => {
                 info!(job = %job.id, status = status.as_str(), "merge stopped")

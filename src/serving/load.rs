@@ -3,16 +3,23 @@
 use std::sync::Arc;
 
 use candle_core::Device;
-use cauldron_checkpoint::Expert;
+use cauldron_checkpoint::{Digest, Expert};
 use cauldron_lm::{ChatTemplate, Decoder, LmError, ModelConfig, TextTokenizer, WeightSource};
-use cauldron_merge::verify_folder_full;
 use tracing::warn;
 
 use super::engine::EngineThread;
 use super::served::{Parts, Served};
 use super::{LoadRequest, ServingLimits};
-use crate::cache::Pin;
+use crate::cache::{Cache, Pin};
 use crate::config::ModelName;
+
+/// Where models are loaded from and to.
+pub(super) struct Place<'a> {
+    pub cache: &'a Cache,
+    pub device: &'a Device,
+    pub engine: &'a Arc<EngineThread>,
+    pub limits: ServingLimits,
+}
 
 /// The decoder's view of an expert: `base+adapter` reads as the folded checkpoint would.
 struct ExpertWeights<'a>(&'a Expert);
@@ -27,40 +34,56 @@ impl WeightSource for ExpertWeights<'_> {
     }
 }
 
-/// Blocks for as long as reading takes. The error is for people.
+/// Blocks for as long as reading takes. `wanted` is asked between the phases, so that a load that nobody waits for any
+/// more makes way for the next. The error is for people.
 pub(super) fn load(
     name: &ModelName,
     request: LoadRequest,
-    pin: Option<Pin>,
-    device: &Device,
-    engine: &Arc<EngineThread>,
-    limits: ServingLimits,
+    place: &Place<'_>,
+    wanted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Served, String> {
-    let expert = Expert::open(&request.folder, request.adapter.as_deref()).map_err(|e| e.to_string())?;
-    let fingerprint = match request.cached {
-        // A cached merge is named by what made it, and its bytes are checked before they are served.
-        Some(digest) => {
-            verify_folder_full(&request.folder).map_err(|e| e.to_string())?;
-            digest.to_string()
-        }
-        None => expert
-            .content_digest(&|_| true)
-            .map_err(|e| e.to_string())?
-            .to_string(),
+    let go_on = || match wanted() {
+        true => Ok(()),
+        false => Err("another request for the name came".to_owned()),
     };
-    let config = ModelConfig::from_json(expert.checkpoint().config()).map_err(|e| e.to_string())?;
-    let tokenizer = TextTokenizer::load(expert.checkpoint(), config.vocab_size).map_err(|e| e.to_string())?;
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    go_on()?;
+    let pin = verified(place.cache, request.cached)?;
+    go_on()?;
+    let expert = Expert::open(&request.folder, request.adapter.as_deref()).map_err(|e| text(&e))?;
+    let config = ModelConfig::from_json(expert.checkpoint().config()).map_err(|e| text(&e))?;
+    let fingerprint = match (request.cached, &request.adapter) {
+        // A cached merge is named by what made it.
+        (Some(digest), None) => digest,
+        _ => expert.content_digest(&|_| wanted()).map_err(|e| text(&e))?,
+    };
+    let tokenizer = TextTokenizer::load(expert.checkpoint(), config.vocab_size).map_err(|e| text(&e))?;
     let template = chat_template(name, &tokenizer);
-    let decoder = Decoder::load(config, &ExpertWeights(&expert), device).map_err(|e| e.to_string())?;
+    go_on()?;
+    let decoder = Decoder::load(config, &ExpertWeights(&expert), place.device).map_err(|e| text(&e))?;
     let parts = Parts {
-        fingerprint,
+        fingerprint: fingerprint.to_string(),
         source: request.source,
         decoder: Arc::new(decoder),
         tokenizer,
         template,
         pin,
     };
-    Served::new(name.clone(), parts, engine.clone(), limits)
+    Served::new(name.clone(), parts, place.engine.clone(), place.limits)
+}
+
+/// Bytes of the cache are checked before they are served, and stay while they are.
+fn verified(cache: &Cache, digest: Option<Digest>) -> Result<Option<Pin>, String> {
+    let Some(digest) = digest else {
+        return Ok(None);
+    };
+    match cache.verify(&digest) {
+        Ok(Some((_, pin))) => Ok(Some(pin)),
+        Ok(None) => Err(format!(
+            "checkpoint {digest} is damaged or gone; post its recipe again"
+        )),
+        Err(e) => Err(e.to_string()),
+    }
 }
 
 /// A model whose template cannot be used still completes text; chat is refused for it.

@@ -6,6 +6,7 @@
 mod device;
 mod engine;
 mod load;
+mod loader;
 mod served;
 
 use std::collections::BTreeMap;
@@ -16,7 +17,6 @@ use std::time::Duration;
 use candle_core::Device;
 use cauldron_checkpoint::Digest;
 use tokio::sync::Notify;
-use tracing::{info, warn};
 
 use crate::cache::Cache;
 use crate::config::ModelName;
@@ -42,6 +42,8 @@ pub struct ServingLimits {
     pub max_batch_tokens: usize,
     pub max_running: usize,
     pub max_waiting: usize,
+    /// Names that may be taken.
+    pub max_models: usize,
     /// How long requests for a loading model wait.
     pub hold: Duration,
 }
@@ -61,12 +63,42 @@ pub enum ServingError {
     ShuttingDown,
 }
 
+/// Why a load was not begun.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("{0} models are loaded already; unload one first")]
+    TooMany(usize),
+    #[error("the service is shutting down")]
+    ShuttingDown,
+    #[error("a loading thread cannot be started: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
 /// State of a slot.
 #[derive(Debug)]
 enum Slot {
-    Loading { source: String, ticket: u64 },
-    Ready(Arc<Served>),
-    Failed { source: String, detail: String },
+    Loading(Loading),
+    Ready {
+        served: Arc<Served>,
+        /// Why what was to replace it could not be loaded.
+        not_replaced: Option<String>,
+    },
+    Failed {
+        source: String,
+        detail: String,
+    },
+}
+
+/// A model that is on its way.
+#[derive(Debug)]
+struct Loading {
+    source: String,
+    /// Grows with each load; of several loads of a name the last one counts.
+    ticket: u64,
+    /// Until the loader takes it.
+    request: Option<LoadRequest>,
+    /// What the name meant before: it comes back if the load fails.
+    before: Option<Arc<Served>>,
 }
 
 /// A slot as others see it.
@@ -84,13 +116,22 @@ pub struct SlotInfo {
 /// All slots of this process.
 #[derive(Debug)]
 pub struct Serving {
-    slots: Mutex<BTreeMap<ModelName, Slot>>,
+    slots: Mutex<Slots>,
     changed: Notify,
     engine: Arc<EngineThread>,
     cache: Cache,
     device: Device,
     limits: ServingLimits,
-    tickets: std::sync::atomic::AtomicU64,
+}
+
+/// The slots, and what goes with them under one lock.
+#[derive(Debug, Default)]
+struct Slots {
+    by_name: BTreeMap<ModelName, Slot>,
+    last_ticket: u64,
+    /// Whether the loading thread runs.
+    loader: bool,
+    closed: bool,
 }
 
 impl Serving {
@@ -102,55 +143,12 @@ impl Serving {
             cache,
             device,
             limits,
-            tickets: std::sync::atomic::AtomicU64::new(1),
         }))
-    }
-
-    /// Begins to load a model under a name; returns at once. What was served under the name before finishes its
-    /// requests, and new ones wait for the new weights.
-    pub fn load(self: &Arc<Self>, name: ModelName, request: LoadRequest) -> std::io::Result<()> {
-        let ticket = self.tickets.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let loading = Slot::Loading {
-            source: request.source.clone(),
-            ticket,
-        };
-        self.slots().insert(name.clone(), loading);
-        self.changed.notify_waiters();
-        let this = self.clone();
-        std::thread::Builder::new()
-            .name("load".into())
-            .spawn(move || this.load_now(name, request, ticket))?;
-        Ok(())
-    }
-
-    fn load_now(&self, name: ModelName, request: LoadRequest, ticket: u64) {
-        let source = request.source.clone();
-        let pin = request.cached.map(|digest| self.cache.pin(&digest));
-        let attempt =
-            std::panic::AssertUnwindSafe(|| load::load(&name, request, pin, &self.device, &self.engine, self.limits));
-        let loaded = std::panic::catch_unwind(attempt).unwrap_or_else(|_| Err("loading panicked".to_owned()));
-        let slot = match loaded {
-            Ok(served) => {
-                info!(model = %name, fingerprint = served.fingerprint, "model is ready");
-                Slot::Ready(Arc::new(served))
-            }
-            Err(detail) => {
-                warn!(model = %name, error = detail, "model cannot be loaded");
-                Slot::Failed { source, detail }
-            }
-        };
-        let mut slots = self.slots();
-        // A later load or an unload of the same name wins.
-        if matches!(slots.get(&name), Some(Slot::Loading { ticket: current, .. }) if *current == ticket) {
-            slots.insert(name, slot);
-        }
-        drop(slots);
-        self.changed.notify_waiters();
     }
 
     /// Takes a name away. Requests that run finish on the weights they have.
     pub fn unload(&self, name: &ModelName) -> Result<(), ServingError> {
-        let removed = self.slots().remove(name);
+        let removed = self.slots().by_name.remove(name);
         self.changed.notify_waiters();
         removed
             .map(|_| ())
@@ -160,49 +158,59 @@ impl Serving {
     /// All slots in order of name.
     pub fn list(&self) -> Vec<SlotInfo> {
         self.slots()
+            .by_name
             .iter()
             .map(|(name, slot)| info_of(name, slot))
             .collect()
     }
 
     pub fn info(&self, name: &ModelName) -> Option<SlotInfo> {
-        self.slots().get(name).map(|slot| info_of(name, slot))
+        self.slots().by_name.get(name).map(|slot| info_of(name, slot))
     }
 
     /// The only ready model, if there is just one: what requests without a model name mean.
     pub fn only(&self) -> Option<ModelName> {
         let slots = self.slots();
         let mut ready = slots
+            .by_name
             .iter()
-            .filter(|(_, slot)| matches!(slot, Slot::Ready(_)))
+            .filter(|(_, slot)| matches!(slot, Slot::Ready { .. }))
             .map(|(name, _)| name);
         ready.next().filter(|_| ready.next().is_none()).cloned()
     }
 
     /// The model of a name; waits while it is loading.
     pub async fn get(&self, name: &str) -> Result<Arc<Served>, ServingError> {
-        let unknown = || ServingError::Unknown(name.chars().take(100).collect());
-        let key: ModelName = name.parse().map_err(|_| unknown())?;
+        let key: ModelName = name
+            .parse()
+            .map_err(|_| ServingError::Unknown(name.chars().take(100).collect()))?;
         let deadline = tokio::time::Instant::now() + self.limits.hold;
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             // Registered before looking, so that no change falls between.
             changed.as_mut().enable();
-            match self.slots().get(&key) {
-                None => return Err(unknown()),
-                Some(Slot::Ready(served)) => return Ok(served.clone()),
-                Some(Slot::Failed { detail, .. }) => {
-                    return Err(ServingError::Failed {
-                        name: key.to_string(),
-                        detail: detail.clone(),
-                    });
-                }
-                Some(Slot::Loading { .. }) => {}
+            if let Some(found) = self.look(&key) {
+                return found;
             }
             if tokio::time::timeout_at(deadline, changed).await.is_err() {
                 return Err(ServingError::StillLoading(key.to_string()));
             }
+        }
+    }
+
+    /// What a name gives; None while that is not known.
+    fn look(&self, name: &ModelName) -> Option<Result<Arc<Served>, ServingError>> {
+        let slots = self.slots();
+        match slots.by_name.get(name) {
+            None if slots.closed => Some(Err(ServingError::ShuttingDown)),
+            None => Some(Err(ServingError::Unknown(name.to_string()))),
+            Some(Slot::Ready { served, .. }) => Some(Ok(served.clone())),
+            Some(Slot::Failed { detail, .. }) => Some(Err(ServingError::Failed {
+                name: name.to_string(),
+                detail: detail.clone(),
+            })),
+            Some(Slot::Loading(_)) => None,
         }
     }
 
@@ -213,21 +221,28 @@ impl Serving {
 
     /// Ends all work; what runs gets an error event.
     pub fn shutdown(&self) {
-        self.slots().clear();
+        let slots = {
+            let mut slots = self.slots();
+            slots.closed = true;
+            std::mem::take(&mut slots.by_name)
+        };
+        drop(slots);
         self.changed.notify_waiters();
         self.engine.shutdown();
     }
 
-    fn slots(&self) -> std::sync::MutexGuard<'_, BTreeMap<ModelName, Slot>> {
+    fn slots(&self) -> std::sync::MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 fn info_of(name: &ModelName, slot: &Slot) -> SlotInfo {
     let (status, source, served, error) = match slot {
-        Slot::Loading { source, .. } => ("loading", source.clone(), None, None),
+        Slot::Loading(loading) => ("loading", loading.source.clone(), None, None),
         Slot::Failed { source, detail } => ("failed", source.clone(), None, Some(detail.clone())),
-        Slot::Ready(served) => ("ready", served.source.clone(), Some(served), None),
+        Slot::Ready { served, not_replaced } => {
+            ("ready", served.source.clone(), Some(served), not_replaced.clone())
+        }
     };
     SlotInfo {
         name: name.clone(),

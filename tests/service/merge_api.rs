@@ -17,6 +17,7 @@ async fn a_recipe_becomes_a_checkpoint() {
     let location = answer.headers["location"].to_str().unwrap().to_owned();
     assert_eq!(location, format!("/merge/{}", job["id"].as_str().unwrap()));
     assert_eq!(job["lambda"], 0.25);
+    assert_eq!(job["stats"], Value::Null);
     assert_eq!(job["links"]["self"], location);
 
     let done = app.finished(job["id"].as_str().unwrap()).await;
@@ -25,6 +26,8 @@ async fn a_recipe_becomes_a_checkpoint() {
     assert!(done["progress"]["bytes_total"].as_u64().unwrap() > 0);
     assert!(done["created_at"].as_str().unwrap() <= done["finished_at"].as_str().unwrap());
     assert_eq!(done["error"], Value::Null);
+    assert_eq!(done["warnings"], json!([]));
+    assert!(done["stats"]["parameters"].as_u64().unwrap() > 0, "{done}");
     let digest = done["digest"].as_str().unwrap();
     let folder = app.data_dir().join("checkpoints").join(digest);
     let files = names_in(&folder);
@@ -301,6 +304,12 @@ async fn ids_that_are_none_are_one_and_the_same_404() {
                 .expect_problem(404, None)
                 .text(),
         );
+        bodies.push(
+            app.get(&format!("/merge/{id}/events"))
+                .await
+                .expect_problem(404, None)
+                .text(),
+        );
         app.delete(&format!("/merge/{id}"))
             .await
             .expect_problem(404, None);
@@ -326,6 +335,18 @@ async fn an_idempotency_key_gives_the_first_job_again() {
     app.send(with_key(&average()))
         .await
         .expect_problem(422, Some("Idempotency-Key"));
+    // The key comes before everything else: a body that is no recipe is another body.
+    app.send(with_key(&json!({})))
+        .await
+        .expect_problem(422, Some("Idempotency-Key"));
+    // The answer is the same when the result and the models are gone.
+    let done = app.finished(first["id"].as_str().unwrap()).await;
+    app.delete(done["links"]["checkpoint"].as_str().unwrap())
+        .await
+        .expect(204);
+    fs::remove_dir_all(app.models_dir().join("math")).unwrap();
+    let third = app.send(with_key(&draw)).await.expect(200).json();
+    assert_eq!(third["id"], first["id"]);
 }
 
 #[tokio::test]
@@ -353,7 +374,8 @@ async fn jobs_are_listed_newest_first_in_pages() {
         ("limit=x", "limit"),
         ("status=done", "status"),
         ("after=1", "after"),
-        ("x=1", "query"),
+        ("x=1", "x"),
+        ("limit=1&limit=2", "limit"),
     ] {
         app.get(&format!("/merge?{query}"))
             .await

@@ -1,5 +1,7 @@
 //! /models: loading, listing, swapping and unloading.
 
+use axum::body::Body;
+use axum::http::Request;
 use serde_json::{Value, json};
 
 use crate::common::{Shape, TestApp, average, write_model};
@@ -113,10 +115,17 @@ async fn bad_requests_name_their_field() {
         (json!({"name": "m", "source": "base+nowhere"}), "source"),
         (json!({"name": "m", "source": "base", "extra": 1}), "extra"),
         (json!({"source": "base"}), "name"),
+        (json!({"name": "m"}), "source"),
+        (json!({"name": 5, "source": "base"}), "name"),
+        (json!([]), ""),
     ] {
         app.post("/models", body).await.expect_problem(422, Some(field));
     }
-    for name in ["..%2fx", "%00", "a;b"] {
+    let twice = Request::post("/models")
+        .header("content-type", "application/json")
+        .body(Body::from(r#"{"name": "m", "source": "base", "name": "n"}"#));
+    app.send(twice.unwrap()).await.expect_problem(422, Some("name"));
+    for name in ["..%2fx", "%00", "a;b", "%ff"] {
         app.get(&format!("/models/{name}"))
             .await
             .expect_problem(404, None);
@@ -196,4 +205,60 @@ async fn a_swap_under_load_never_mixes_weights() {
         );
         assert!(expected.contains(&seen), "{seen:?}");
     }
+}
+
+#[tokio::test]
+async fn a_load_that_fails_leaves_the_name_as_it_was() {
+    let app = TestApp::start().await;
+    app.load("m", "math").await;
+    let before = app.get("/models/m").await.json();
+    std::fs::create_dir(app.models_dir().join("empty")).unwrap();
+    app.post("/models", json!({"name": "m", "source": "empty"}))
+        .await
+        .expect(202);
+    let slot = app
+        .eventually("/models/m", |slot| slot["status"] != "loading")
+        .await;
+    assert_eq!(slot["status"], "ready");
+    assert_eq!(slot["system_fingerprint"], before["system_fingerprint"]);
+    assert!(slot["error"].as_str().unwrap().contains("empty"), "{slot}");
+    app.post("/v1/completions", scoring("m")).await.expect(200);
+}
+
+#[tokio::test]
+async fn names_are_limited_and_a_taken_one_can_be_loaded_again() {
+    let app = TestApp::with(|config| config.engine.max_models = 1).await;
+    app.load("m", "math").await;
+    let refused = app.post("/models", json!({"name": "n", "source": "math"})).await;
+    let refused = refused.expect_problem(429, None);
+    assert!(refused.headers.contains_key("retry-after"));
+    app.load("m", "code").await;
+    app.delete("/models/m").await.expect(204);
+    app.load("n", "math").await;
+}
+
+#[tokio::test]
+async fn of_many_loads_of_a_name_the_last_one_counts() {
+    let app = TestApp::start().await;
+    for _ in 0..50 {
+        for source in ["math", "base+lora", "code"] {
+            app.post("/models", json!({"name": "m", "source": source}))
+                .await
+                .expect(202);
+        }
+    }
+    let loaders = std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
+        .filter(|name| name.trim() == "load")
+        .count();
+    let slot = app
+        .eventually("/models/m", |slot| slot["status"] != "loading")
+        .await;
+    assert_eq!(
+        (&slot["status"], &slot["source"]),
+        (&json!("ready"), &json!("code"))
+    );
+    // One of this service; tests that run beside have theirs.
+    assert!(loaders < 10, "{loaders} loading threads");
 }

@@ -60,6 +60,44 @@ fn references_lead_somewhere() {
     }
 }
 
+#[test]
+fn keys_and_the_guards_refusals_are_declared() {
+    let (_, document) = document();
+    let scheme = &document["components"]["securitySchemes"]["bearer"];
+    assert_eq!(
+        (&scheme["type"], &scheme["scheme"]),
+        (&"http".into(), &"bearer".into())
+    );
+    assert_eq!(document["security"], serde_json::json!([{"bearer": []}]));
+    let declares = |verb: &str, path: &str, status: &str| {
+        let responses = &document["paths"][path][verb]["responses"];
+        assert!(responses.is_object(), "{verb} {path}");
+        responses[status].is_object()
+    };
+    for (verb, path, statuses) in [
+        (
+            "post",
+            "/merge",
+            ["401", "403", "413", "415", "421", "503"].as_slice(),
+        ),
+        ("post", "/v1/completions", &["401", "413", "421", "503"]),
+        ("get", "/checkpoints/{digest}", &["401", "403", "421", "503"]),
+        ("get", "/models", &["401", "403", "421"]),
+    ] {
+        for status in ["401", "403", "413", "415", "421", "503"] {
+            let expected = statuses.contains(&status);
+            assert_eq!(declares(verb, path, status), expected, "{verb} {path} {status}");
+        }
+    }
+    for path in cauldron::api::OPEN_ROUTES {
+        assert_eq!(document["paths"][path]["get"]["security"], serde_json::json!([]));
+    }
+    for path in ["/merge", "/models"] {
+        let accepted = &document["paths"][path]["post"]["responses"]["202"];
+        assert!(accepted["headers"]["Location"].is_object(), "{path}");
+    }
+}
+
 #[tokio::test]
 async fn the_page_needs_no_other_host() {
     let app = TestApp::start().await;

@@ -1,6 +1,11 @@
 //! The durable queue: what survives a stop, what is cancelled, and who may write.
 
-use cauldron::jobs::{Beat, JobStatus, JobStore, NewJob, Outcome, SqliteJobs, Submission};
+use std::sync::Arc;
+
+use cauldron::jobs::{
+    Beat, JobError, JobStatus, JobStore, NewJob, Outcome, Progress, Runner, SqliteJobs, Submission,
+};
+use cauldron::sources::ModelSources;
 use serde_json::json;
 
 use crate::common::{TestApp, average, names_in};
@@ -135,4 +140,87 @@ async fn one_process_at_a_time_uses_a_data_folder() {
     let app = TestApp::start().await;
     let refused = cauldron::app::App::open(app.app.config.clone()).await;
     assert!(refused.err().unwrap().to_string().contains("in use"));
+}
+
+#[tokio::test]
+async fn a_cause_that_may_pass_is_tried_again_a_bounded_number_of_times() {
+    let (_dir, store) = store().await;
+    store.submit(job("a")).await.unwrap();
+    let error = JobError {
+        kind: "unavailable".into(),
+        detail: "no descriptors".into(),
+    };
+    let mut id = None;
+    for attempt in 1..=3 {
+        let (job, lease) = store.claim("w").await.unwrap().unwrap();
+        assert_eq!(job.attempt, attempt);
+        id = Some(job.id);
+        let left = store.finish(&lease, Outcome::Retry(error.clone())).await;
+        assert!(left.unwrap());
+        let waiting = store.get(job.id).await.unwrap().unwrap();
+        assert_eq!((waiting.status, waiting.finished_at), (JobStatus::Queued, None));
+        assert_eq!(waiting.error, Some(error.clone()));
+    }
+    assert!(store.claim("w").await.unwrap().is_none());
+    let job = store.get(id.unwrap()).await.unwrap().unwrap();
+    assert_eq!(job.status, JobStatus::Failed);
+    assert!(job.error.unwrap().detail.contains("no descriptors"));
+}
+
+/// A database whose jobs cannot be read.
+async fn broken_store() -> (tempfile::TempDir, SqliteJobs) {
+    let (dir, store) = store().await;
+    rename_jobs(&dir.path().join("jobs.db"), "jobs", "away").await;
+    (dir, store)
+}
+
+async fn rename_jobs(database: &std::path::Path, from: &str, to: &str) {
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(database);
+    let pool = sqlx::SqlitePool::connect_with(options).await.unwrap();
+    let rename = format!("ALTER TABLE {from} RENAME TO {to}");
+    sqlx::query(sqlx::AssertSqlSafe(rename))
+        .execute(&pool)
+        .await
+        .unwrap();
+    pool.close().await;
+}
+
+#[tokio::test]
+async fn a_database_that_is_away_refuses_a_recipe_for_now() {
+    let app = TestApp::start().await;
+    let first = app.merge(average()).await;
+    let recipe =
+        json!({"method": "average", "models": [format!("merge:{}", first["id"].as_str().unwrap()), "math"]});
+    let database = app.data_dir().join("cauldron.db");
+    rename_jobs(&database, "jobs", "away").await;
+    app.post("/merge", recipe.clone()).await.expect_problem(503, None);
+    app.get("/readyz").await.expect_problem(503, None);
+    // What is known without the database is still shown.
+    let metrics = app.get("/metrics").await.expect(200).text();
+    assert!(metrics.contains("cauldron_cache_entries"), "{metrics}");
+    rename_jobs(&database, "away", "jobs").await;
+    app.post("/merge", recipe).await.expect(202);
+}
+
+#[tokio::test]
+async fn a_database_that_is_away_sends_a_running_job_back() {
+    let app = TestApp::start().await;
+    let first = app.merge(average()).await;
+    let id = first["id"].as_str().unwrap().to_owned();
+    let mut job = app.app.jobs.get(id.parse().unwrap()).await.unwrap().unwrap();
+    job.recipe = json!({"method": "average", "models": [format!("merge:{id}"), "math"]});
+    let (_dir, store) = broken_store().await;
+    let runner = Runner {
+        sources: Arc::new(ModelSources::new(
+            app.models_dir(),
+            app.app.cache.clone(),
+            Arc::new(store),
+            tokio::runtime::Handle::current(),
+        )),
+        cache: app.app.cache.clone(),
+        options: Default::default(),
+    };
+    let run = move || runner.run(&job, &Progress::new(job.id, 0));
+    let outcome = tokio::task::spawn_blocking(run).await.unwrap();
+    assert!(matches!(outcome, Outcome::Retry(_)), "{outcome:?}");
 }

@@ -68,42 +68,84 @@ async fn an_inference_key_asks_models_and_nothing_else() {
             .await
             .status
             .as_u16();
-        assert_eq!(status != 401, allowed, "{path}: {status}");
+        assert_eq!(status != 403, allowed, "{path}: {status}");
+        assert_ne!(status, 401, "{path}");
+    }
+    for path in ["/merge", "/v1/models"] {
+        let answer = app.send(request("GET", path, None)).await.expect(401);
+        assert_eq!(answer.headers["www-authenticate"], "Bearer", "{path}");
     }
 }
 
+async fn status_of(app: &TestApp, target: &str, hosts: &[&str]) -> u16 {
+    let mut builder = Request::get(target);
+    for host in hosts {
+        builder = builder.header("host", *host);
+    }
+    let request = builder.body(Body::empty()).unwrap();
+    let router = app.router.clone();
+    tower::ServiceExt::oneshot(router, request)
+        .await
+        .unwrap()
+        .status()
+        .as_u16()
+}
+
 #[tokio::test]
-async fn foreign_and_double_hosts_are_refused() {
+async fn foreign_double_and_missing_hosts_are_refused() {
     let app = TestApp::start().await;
-    for (hosts, allowed) in [
-        (vec!["localhost"], true),
-        (vec!["LOCALHOST:8080"], true),
-        (vec!["127.0.0.1:9"], true),
-        (vec!["[::1]:8080"], true),
-        (vec!["evil.example"], false),
-        (vec!["localhost.evil.example"], false),
-        (vec!["127.0.0.1.evil.example"], false),
-        (vec!["localhost", "evil.example"], false),
-        (vec!["localhost", "localhost"], false),
-        (vec![""], false),
+    for (hosts, expected) in [
+        (vec!["localhost"], 200),
+        (vec!["LOCALHOST:8080"], 200),
+        (vec!["127.0.0.1:9"], 200),
+        (vec!["[::1]:8080"], 200),
+        (vec!["evil.example"], 421),
+        (vec!["localhost.evil.example"], 421),
+        (vec!["127.0.0.1.evil.example"], 421),
+        (vec!["192.0.2.1"], 421),
+        (vec![""], 421),
+        (vec!["localhost", "evil.example"], 400),
+        (vec!["localhost", "localhost"], 400),
+        (vec![], 400),
     ] {
-        let mut builder = Request::get("/livez");
-        for host in &hosts {
-            builder = builder.header("host", *host);
-        }
-        let status = app
-            .send(builder.body(Body::empty()).unwrap())
-            .await
-            .status
-            .as_u16();
-        assert_eq!(status, if allowed { 200 } else { 421 }, "{hosts:?}");
+        assert_eq!(status_of(&app, "/models", &hosts).await, expected, "{hosts:?}");
+    }
+    // In absolute form the target names a host too.
+    for (target, expected) in [
+        ("http://localhost/models", 200),
+        ("http://evil.example/models", 421),
+    ] {
+        assert_eq!(
+            status_of(&app, target, &["localhost"]).await,
+            expected,
+            "{target}"
+        );
+    }
+    // Who watches the service asks by whatever address it has.
+    for path in OPEN_ROUTES {
+        assert_eq!(status_of(&app, path, &["10.1.2.3:8080"]).await, 200, "{path}");
     }
     let named = TestApp::with(|config| config.http.allowed_hosts = vec!["merge.lan".into()]).await;
-    let request = Request::get("/livez")
-        .header("host", "merge.lan:80")
-        .body(Body::empty())
-        .unwrap();
-    named.send(request).await.expect(200);
+    assert_eq!(status_of(&named, "/models", &["merge.lan:80"]).await, 200);
+}
+
+#[tokio::test]
+async fn beyond_loopback_without_keys_a_name_must_be_listed() {
+    let open = |hosts: Vec<String>| {
+        TestApp::with(move |config| {
+            config.http.listen = "0.0.0.0:8080".parse().unwrap();
+            config.http.allow_unauthenticated = true;
+            config.http.allowed_hosts = hosts;
+        })
+    };
+    let app = open(Vec::new()).await;
+    for (host, expected) in [("192.0.2.1:8080", 200), ("localhost", 200), ("evil.example", 421)] {
+        assert_eq!(status_of(&app, "/models", &[host]).await, expected, "{host}");
+    }
+    let app = open(vec!["merge.lan".into()]).await;
+    for (host, expected) in [("192.0.2.1:8080", 200), ("merge.lan", 200), ("evil.example", 421)] {
+        assert_eq!(status_of(&app, "/models", &[host]).await, expected, "{host}");
+    }
 }
 
 #[tokio::test]
@@ -138,10 +180,20 @@ async fn health_and_metrics_answer_and_draining_is_seen() {
     ] {
         assert!(metrics.contains(name), "{name} is not in {metrics}");
     }
+    // A state without jobs is a zero, not a gap or a number of before.
+    for status in ["queued", "running", "succeeded", "failed", "cancelled"] {
+        let gauge = format!("cauldron_jobs{{status=\"{status}\"}}");
+        assert!(metrics.contains(&gauge), "{gauge} is not in {metrics}");
+    }
     app.app.shutdown.cancel();
     app.get("/readyz").await.expect_problem(503, None);
     app.get("/livez").await.expect(200);
     app.post("/merge", crate::common::average())
         .await
         .expect_problem(503, None);
+    let completion = serde_json::json!({"model": "m", "prompt": "x"});
+    app.post("/v1/completions", completion)
+        .await
+        .expect_error(503, None);
+    app.get("/merge").await.expect(200);
 }

@@ -247,7 +247,10 @@ fn pair_up(
             cols,
             scale,
         };
-        pairs.insert(format!("{module}.weight"), pair);
+        // `lora_A.weight` and `lora_A.default.weight` name the same factor.
+        if pairs.insert(format!("{module}.weight"), pair).is_some() {
+            return Err(bad("is given twice for its module"));
+        }
     }
     if pairs.is_empty() {
         return Err(CheckpointError::malformed(WEIGHTS, "no LoRA factors"));
@@ -340,4 +343,44 @@ fn pattern(config: &Map<String, Value>, key: &str) -> Result<Vec<(String, f64)>,
             ))),
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_module_that_is_given_twice_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = json!({"peft_type": "LORA", "r": 1, "lora_alpha": 1});
+        std::fs::write(dir.path().join(CONFIG), config.to_string()).unwrap();
+        let bytes = [0u8; 8];
+        let write = |middles: &[&str]| {
+            let names = middles.iter().flat_map(|middle| {
+                ["A", "B"].map(|side| format!("base_model.model.layer.lora_{side}{middle}.weight"))
+            });
+            let views = names.map(|name| {
+                let shape = if name.contains("lora_A") {
+                    vec![1, 2]
+                } else {
+                    vec![2, 1]
+                };
+                (name, TensorView::new(Dtype::F32, shape, &bytes).unwrap())
+            });
+            let file = safetensors::serialize(views, None).unwrap();
+            std::fs::write(dir.path().join(WEIGHTS), file).unwrap();
+        };
+        write(&[".default"]);
+        assert_eq!(
+            Adapter::open(dir.path()).unwrap().targets().collect::<Vec<_>>(),
+            ["layer.weight"]
+        );
+        write(&["", ".default"]);
+        let refused = Adapter::open(dir.path()).unwrap_err().to_string();
+        assert!(refused.contains("given twice"), "{refused}");
+    }
 }

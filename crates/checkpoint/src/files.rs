@@ -1,10 +1,11 @@
-//! Opening files of a model folder: regular files only, without blocking on a FIFO, and never through a
-//! symlink that leaves the folder's own tree of links made by the user who owns it.
+//! Opening files of a model folder: regular files only, without blocking on a FIFO, and never through a symlink
+//! that leaves the place where model folders lie.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -26,7 +27,36 @@ pub(crate) fn open_regular(dir: &Path, name: &str) -> Result<File, CheckpointErr
             file: name.to_owned(),
         });
     }
-    Ok(file)
+    match stays_inside(dir, &file) {
+        Ok(true) => Ok(file),
+        Ok(false) => Err(CheckpointError::malformed(
+            name,
+            "is a link that leaves the models folder",
+        )),
+        Err(e) => Err(CheckpointError::io(name, e)),
+    }
+}
+
+/// Whether an opened file lies beside or below its model folder. Links among the folders of one directory are taken,
+/// as are those of the Hugging Face cache, whose `snapshots/<revision>` links to `blobs`; nothing else is, so that a
+/// folder from a stranger cannot make another file of this machine a tokenizer. The kernel is asked where what was
+/// opened is: a link that is changed meanwhile changes nothing.
+fn stays_inside(dir: &Path, file: &File) -> io::Result<bool> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = path_of(&rustix::fs::open(dir, flags, Mode::empty())?)?;
+    let file = path_of(file)?;
+    let Some(parent) = folder.parent() else {
+        return Ok(false);
+    };
+    let blobs = match parent.ends_with("snapshots") {
+        true => Some(parent.with_file_name("blobs")),
+        false => None,
+    };
+    Ok(file.starts_with(parent) || blobs.is_some_and(|blobs| file.starts_with(blobs)))
+}
+
+fn path_of(fd: &impl AsFd) -> io::Result<PathBuf> {
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
 }
 
 /// The whole of a small file, or None if it does not exist.
@@ -52,22 +82,25 @@ pub(crate) fn read_small(dir: &Path, name: &str, cap: u64) -> Result<Option<Vec<
 /// pread of exactly `buf.len()` bytes; a file cut since it was opened is `Truncated`, not a signal.
 pub(crate) fn read_exact_at(file: &File, name: &str, buf: &mut [u8], at: u64) -> Result<(), CheckpointError> {
     file.read_exact_at(buf, at).map_err(|e| match e.kind() {
-        std::io::ErrorKind::UnexpectedEof => CheckpointError::Truncated {
+        io::ErrorKind::UnexpectedEof => CheckpointError::Truncated {
             file: name.to_owned(),
         },
         _ => CheckpointError::io(name, e),
     })
 }
 
-/// Device, inode, size and mtime: equal identities mean the file was not touched in between.
+/// Device, inode, size, mtime and ctime: equal identities mean the file was not touched in between. An mtime can be set
+/// back by who writes a file, a ctime cannot.
 pub(crate) fn identity(file: &File, name: &str) -> Result<String, CheckpointError> {
     let m = file.metadata().map_err(|e| CheckpointError::io(name, e))?;
     Ok(format!(
-        "{name}:{}:{}:{}:{}.{:09}",
+        "{name}:{}:{}:{}:{}.{:09}:{}.{:09}",
         m.dev(),
         m.ino(),
         m.size(),
         m.mtime(),
-        m.mtime_nsec()
+        m.mtime_nsec(),
+        m.ctime(),
+        m.ctime_nsec()
     ))
 }

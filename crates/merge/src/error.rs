@@ -1,5 +1,7 @@
 //! The two errors of this crate: a recipe that is refused, and a merge that failed.
 
+use std::io::ErrorKind;
+
 use cauldron_checkpoint::CheckpointError;
 
 /// A recipe that is refused before any weight is read; `field` is the path of the offending field, such as
@@ -41,6 +43,9 @@ pub enum MergeError {
     Output { source: CheckpointError },
     #[error("the checkpoint does not match its manifest: {detail}")]
     Corrupt { detail: String },
+    /// The machine's fault of the moment, not the checkpoint's: nothing is known of its bytes.
+    #[error("the checkpoint cannot be read now: {file}: {source}")]
+    Unreadable { file: String, source: std::io::Error },
     #[error("the merge was stopped by a fault of its own: {detail}")]
     Internal { detail: String },
 }
@@ -54,9 +59,13 @@ impl MergeError {
             Self::NonFiniteInput { .. } => "non-finite-input",
             Self::Undefined { .. } => "undefined-result",
             Self::IntegerTensor { .. } => "integer-tensor-differs",
+            Self::Output {
+                source: CheckpointError::Io { source, .. },
+            } if source.kind() == ErrorKind::QuotaExceeded => "insufficient-storage",
             Self::Parent { source, .. } | Self::Output { source } => source.slug(),
             Self::ParentChanged => "parent-changed",
             Self::Corrupt { .. } => "corrupt-checkpoint",
+            Self::Unreadable { .. } => "checkpoint-io",
             Self::Internal { .. } => "internal",
         }
     }
@@ -73,5 +82,37 @@ impl MergeError {
 
     pub(crate) fn output(source: CheckpointError) -> Self {
         Self::Output { source }
+    }
+
+    /// What an error of the file system says of a finished checkpoint: a file that is not there is damage; anything
+    /// else (no descriptors, no permission, a failing disk) may pass.
+    pub(crate) fn reading(file: &str, source: std::io::Error) -> Self {
+        match source.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::IsADirectory => Self::Corrupt {
+                detail: format!("{file}: {source}"),
+            },
+            _ => Self::Unreadable {
+                file: file.to_owned(),
+                source,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quota_that_is_used_up_is_a_full_disk() {
+        let error = |kind: ErrorKind| {
+            MergeError::output(CheckpointError::Io {
+                file: "model.safetensors".into(),
+                source: kind.into(),
+            })
+        };
+        assert_eq!(error(ErrorKind::QuotaExceeded).slug(), "insufficient-storage");
+        assert_eq!(error(ErrorKind::StorageFull).slug(), "insufficient-storage");
+        assert_eq!(error(ErrorKind::PermissionDenied).slug(), "checkpoint-io");
     }
 }

@@ -87,11 +87,12 @@ impl Manifest {
 /// Reads the manifest of a merged checkpoint.
 pub fn read_manifest(dir: &Path) -> Result<Manifest, MergeError> {
     let corrupt = |detail: String| MergeError::Corrupt { detail };
-    let file = File::open(dir.join(MANIFEST_FILE)).map_err(|e| corrupt(format!("{MANIFEST_FILE}: {e}")))?;
+    let failed = |e: std::io::Error| MergeError::reading(MANIFEST_FILE, e);
+    let file = File::open(dir.join(MANIFEST_FILE)).map_err(failed)?;
     let mut bytes = Vec::new();
     file.take(MAX_MANIFEST_BYTES)
         .read_to_end(&mut bytes)
-        .map_err(|e| corrupt(format!("{MANIFEST_FILE}: {e}")))?;
+        .map_err(failed)?;
     let manifest: Manifest =
         serde_json::from_slice(&bytes).map_err(|e| corrupt(format!("{MANIFEST_FILE}: {e}")))?;
     for file in &manifest.files {
@@ -102,13 +103,13 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest, MergeError> {
     Ok(manifest)
 }
 
-/// Cheap check of a merged checkpoint: every file is there with its size.
+/// Cheap check of a merged checkpoint: every file is there with its size. `Corrupt` says that it is damaged,
+/// `Unreadable` that this could not be found out.
 pub fn verify_folder(dir: &Path) -> Result<Manifest, MergeError> {
     let manifest = read_manifest(dir)?;
     for file in &manifest.files {
-        let metadata = std::fs::symlink_metadata(dir.join(&file.name)).map_err(|e| MergeError::Corrupt {
-            detail: format!("{}: {e}", file.name),
-        })?;
+        let metadata = std::fs::symlink_metadata(dir.join(&file.name))
+            .map_err(|e| MergeError::reading(&file.name, e))?;
         if !metadata.is_file() || metadata.len() != file.size {
             let detail = format!("{} has {} bytes, not {}", file.name, metadata.len(), file.size);
             return Err(MergeError::Corrupt { detail });
@@ -121,9 +122,7 @@ pub fn verify_folder(dir: &Path) -> Result<Manifest, MergeError> {
 pub fn verify_folder_full(dir: &Path) -> Result<Manifest, MergeError> {
     let manifest = verify_folder(dir)?;
     for entry in &manifest.files {
-        let failed = |e: std::io::Error| MergeError::Corrupt {
-            detail: format!("{}: {e}", entry.name),
-        };
+        let failed = |e: std::io::Error| MergeError::reading(&entry.name, e);
         let mut file = File::open(dir.join(&entry.name)).map_err(failed)?;
         let mut hasher = blake3::Hasher::new();
         let mut block = vec![0u8; 4 << 20];

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
-use axum::http::{HeaderMap, Request, Response, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use cauldron::api;
 use cauldron::app::{App, AppState};
 use cauldron::config::{Config, LogConfig, LogFormat, StorageConfig};
@@ -144,7 +144,11 @@ impl TestApp {
         self.dirs.path().join("data")
     }
 
-    pub async fn raw(&self, request: Request<Body>) -> Response<Body> {
+    pub async fn raw(&self, mut request: Request<Body>) -> Response<Body> {
+        let headers = request.headers_mut();
+        if !headers.contains_key("host") {
+            headers.insert("host", HeaderValue::from_static("localhost"));
+        }
         self.router.clone().oneshot(request).await.unwrap()
     }
 
@@ -212,6 +216,7 @@ impl TestApp {
 
 pub fn post(path: &str, body: Value) -> Request<Body> {
     Request::post(path)
+        .header("host", "localhost")
         .header("content-type", "application/json")
         .body(Body::from(body.to_string()))
         .unwrap()

@@ -1,25 +1,28 @@
 //! The queue in SQLite: WAL with synchronous=FULL, so that what was acknowledged survives a power cut. Times come from
 //! the database's clock.
 
+mod rows;
+
 use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
 
 use cauldron_checkpoint::Digest;
+use sqlx::Row;
 use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
+    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
+    SqliteSynchronous,
 };
-use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
 use super::store::{
     Beat, BoxFuture, Cancelled, JobPage, JobStore, Lease, NewJob, Outcome, StoreError, Submission, Submitted,
 };
 use super::{Job, JobError, JobStatus, MAX_ATTEMPTS};
+use crate::cache::sync_folder;
+use rows::{COLUMNS, read_job, read_status, sql};
 
 const LEASE_MS: i64 = 30_000;
-const COLUMNS: &str = "id, status, recipe, lambda, digest, bytes_done, bytes_total, error_type, error_detail, \
-                       cancel_requested, attempt, epoch, created_at, started_at, finished_at";
 const NOW: &str = "CAST(unixepoch('subsec') * 1000 AS INTEGER)";
 
 /// A queue in one SQLite file.
@@ -47,6 +50,7 @@ impl SqliteJobs {
             .synchronous(SqliteSynchronous::Full)
             .foreign_keys(true)
             .busy_timeout(Duration::from_secs(10));
+        let file = options.get_filename().to_owned();
         let pool = SqlitePoolOptions::new()
             .max_connections(4)
             .connect_with(options)
@@ -55,28 +59,21 @@ impl SqliteJobs {
             .run(&pool)
             .await
             .map_err(|e| StoreError::Database(Box::new(e)))?;
+        // SQLite syncs the file; that the file is in its folder is synced here.
+        let folder = file.parent().filter(|folder| folder.is_dir());
+        folder
+            .map_or(Ok(()), sync_folder)
+            .map_err(|e| StoreError::Database(Box::new(e)))?;
         Ok(Self { pool })
     }
 
     async fn submit_job(&self, job: NewJob) -> Submitted {
         // IMMEDIATE: the duplicate check and the insert see one state.
         let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await?;
-        if let Some((key, body)) = &job.idempotency {
-            let known = sqlx::query("SELECT body_digest, job_id FROM idempotency_keys WHERE key = ?")
-                .bind(key)
-                .fetch_optional(&mut *tx)
-                .await?;
-            if let Some(row) = known {
-                if row.try_get::<String, _>("body_digest")? != *body {
-                    return Ok(Submission::KeyReused);
-                }
-                let id: String = row.try_get("job_id")?;
-                let row = sqlx::query(sql(format!("SELECT {COLUMNS} FROM jobs WHERE id = ?")))
-                    .bind(id)
-                    .fetch_one(&mut *tx)
-                    .await?;
-                return Ok(Submission::Existing(read_job(&row)?));
-            }
+        if let Some((key, body)) = &job.idempotency
+            && let Some(known) = recall_key(&mut tx, key, body).await?
+        {
+            return Ok(known);
         }
         let same = sql(format!(
             "SELECT {COLUMNS} FROM jobs WHERE dedupe_key = ? AND retired = 0 AND cancel_requested = 0 \
@@ -139,6 +136,11 @@ impl SqliteJobs {
             true => Submission::Created(found),
             false => Submission::Existing(found),
         })
+    }
+
+    async fn recall_job(&self, key: &str, body: &str) -> Result<Option<Submission>, StoreError> {
+        let mut connection = self.pool.acquire().await?;
+        recall_key(&mut connection, key, body).await
     }
 
     async fn get_job(&self, id: Uuid) -> Result<Option<Job>, StoreError> {
@@ -233,28 +235,34 @@ impl SqliteJobs {
     }
 
     async fn finish_job(&self, lease: &Lease, outcome: Outcome) -> Result<bool, StoreError> {
-        let (status, digest, error, back) = match outcome {
-            Outcome::Succeeded(digest) => (JobStatus::Succeeded, Some(digest.to_string()), None, 0),
-            Outcome::Failed(error) => (JobStatus::Failed, None, Some(error), 0),
-            Outcome::Cancelled => (JobStatus::Cancelled, None, None, 0),
-            Outcome::Released => (JobStatus::Queued, None, None, 1),
+        let status = outcome.status();
+        let (merged, error, back) = match outcome {
+            Outcome::Succeeded(merged) => (Some(merged), None, 0),
+            Outcome::Failed(error) | Outcome::Retry(error) => (None, Some(error), 0),
+            Outcome::Cancelled => (None, None, 0),
+            Outcome::Released => (None, None, 1),
         };
+        let json = |value: serde_json::Result<String>| value.map_err(|e| StoreError::Row(e.to_string()));
+        let stats = merged.as_ref().map(|m| json(serde_json::to_string(&m.stats)));
+        let warnings = merged.as_ref().map(|m| json(serde_json::to_string(&m.warnings)));
         let update = sql(format!(
             "UPDATE jobs SET status = ?1, digest = COALESCE(?2, digest), error_type = ?3, error_detail = ?4, \
              attempt = attempt - ?5, owner = NULL, lease_expires_at = NULL, \
              bytes_done = CASE ?1 WHEN 'succeeded' THEN bytes_total WHEN 'queued' THEN 0 ELSE bytes_done END, \
-             finished_at = CASE ?1 WHEN 'queued' THEN NULL ELSE {NOW} END \
+             finished_at = CASE ?1 WHEN 'queued' THEN NULL ELSE {NOW} END, stats = ?9, warnings = ?10 \
              WHERE id = ?6 AND owner = ?7 AND epoch = ?8 AND status = 'running'"
         ));
         let done = sqlx::query(update)
             .bind(status.as_str())
-            .bind(digest)
+            .bind(merged.map(|m| m.digest.to_string()))
             .bind(error.as_ref().map(|e| e.kind.clone()))
             .bind(error.map(|e| e.detail))
             .bind(back)
             .bind(lease.job.to_string())
             .bind(&lease.owner)
             .bind(lease.epoch)
+            .bind(stats.transpose()?)
+            .bind(warnings.transpose()?)
             .execute(&self.pool)
             .await?;
         Ok(done.rows_affected() == 1)
@@ -293,9 +301,38 @@ impl SqliteJobs {
     }
 }
 
+/// What an idempotency key stands for, if it came before.
+async fn recall_key(
+    connection: &mut SqliteConnection,
+    key: &str,
+    body: &str,
+) -> Result<Option<Submission>, StoreError> {
+    let known = sqlx::query("SELECT body_digest, job_id FROM idempotency_keys WHERE key = ?")
+        .bind(key)
+        .fetch_optional(&mut *connection)
+        .await?;
+    let Some(known) = known else { return Ok(None) };
+    if known.try_get::<String, _>("body_digest")? != body {
+        return Ok(Some(Submission::KeyReused));
+    }
+    let row = sqlx::query(sql(format!("SELECT {COLUMNS} FROM jobs WHERE id = ?")))
+        .bind(known.try_get::<String, _>("job_id")?)
+        .fetch_one(connection)
+        .await?;
+    Ok(Some(Submission::Replayed(read_job(&row)?)))
+}
+
 impl JobStore for SqliteJobs {
     fn submit(&self, job: NewJob) -> BoxFuture<'_, Submitted> {
         Box::pin(self.submit_job(job))
+    }
+
+    fn recall<'a>(
+        &'a self,
+        key: &'a str,
+        body: &'a str,
+    ) -> BoxFuture<'a, Result<Option<Submission>, StoreError>> {
+        Box::pin(self.recall_job(key, body))
     }
 
     fn get(&self, id: Uuid) -> BoxFuture<'_, Result<Option<Job>, StoreError>> {
@@ -365,57 +402,5 @@ impl JobStore for SqliteJobs {
                 .map(|row| Ok((read_status(row, 0)?, row.try_get::<i64, _>(1)? as u64)))
                 .collect()
         })
-    }
-}
-
-/// Statements here are built from constants of this file only.
-fn sql(statement: String) -> AssertSqlSafe<String> {
-    AssertSqlSafe(statement)
-}
-
-fn read_status(row: &SqliteRow, column: usize) -> Result<JobStatus, StoreError> {
-    let status: String = row.try_get(column)?;
-    JobStatus::parse(&status).ok_or_else(|| StoreError::Row(format!("status {status:?}")))
-}
-
-fn read_job(row: &SqliteRow) -> Result<Job, StoreError> {
-    let bad = |what: &str| StoreError::Row(what.to_owned());
-    let id: String = row.try_get("id")?;
-    let recipe: String = row.try_get("recipe")?;
-    let digest: Option<String> = row.try_get("digest")?;
-    let kind: Option<String> = row.try_get("error_type")?;
-    let detail: Option<String> = row.try_get("error_detail")?;
-    Ok(Job {
-        id: id.parse().map_err(|_| bad("id"))?,
-        status: read_status(row, 1)?,
-        recipe: serde_json::from_str(&recipe).map_err(|_| bad("recipe"))?,
-        lambda: row.try_get("lambda")?,
-        digest: digest.map(|d| d.parse().map_err(|_| bad("digest"))).transpose()?,
-        bytes_done: row.try_get::<i64, _>("bytes_done")? as u64,
-        bytes_total: row.try_get::<i64, _>("bytes_total")? as u64,
-        error: kind.map(|kind| JobError {
-            kind,
-            detail: detail.unwrap_or_default(),
-        }),
-        cancel_requested: row.try_get::<i64, _>("cancel_requested")? != 0,
-        attempt: row.try_get("attempt")?,
-        epoch: row.try_get("epoch")?,
-        created_at: row.try_get("created_at")?,
-        started_at: row.try_get("started_at")?,
-        finished_at: row.try_get("finished_at")?,
-    })
-}
-
-impl From<sqlx::Error> for StoreError {
-    fn from(error: sqlx::Error) -> Self {
-        // SQLITE_FULL
-        let full = error
-            .as_database_error()
-            .and_then(|e| e.code())
-            .is_some_and(|code| code == "13");
-        match full {
-            true => Self::Full,
-            false => Self::Database(Box::new(error)),
-        }
     }
 }

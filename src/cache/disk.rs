@@ -1,0 +1,68 @@
+//! What the cache asks of the file system.
+
+use std::fmt::Write;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use cauldron_checkpoint::Digest;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+/// Makes what was created, renamed or removed in a folder survive a power cut.
+pub fn sync_folder(dir: &Path) -> io::Result<()> {
+    fs::File::open(dir)?.sync_all()
+}
+
+/// Swaps two folders in one step.
+pub(super) fn exchange(a: &Path, b: &Path) -> io::Result<()> {
+    Ok(renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE)?)
+}
+
+/// What tells whether the files of a folder were touched; None if there is no such folder.
+pub(super) fn identity(dir: &Path) -> io::Result<Option<String>> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let mut lines = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        let m = match entry.metadata() {
+            Ok(metadata) => metadata,
+            // Gone between the listing and the look: the check of the folder will say so.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(e),
+        };
+        let mut line = format!("{:?} {} {} {}", entry.file_name(), m.dev(), m.ino(), m.size());
+        let _ = write!(
+            line,
+            " {}.{} {}.{}",
+            m.mtime(),
+            m.mtime_nsec(),
+            m.ctime(),
+            m.ctime_nsec()
+        );
+        lines.push(line);
+    }
+    lines.sort();
+    Ok(Some(lines.join("\n")))
+}
+
+/// Digests that have a folder.
+pub(super) fn entries(root: &Path) -> io::Result<impl Iterator<Item = Digest>> {
+    let names = fs::read_dir(root)?;
+    Ok(names.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()))
+}
+
+/// Bytes of the files directly in a folder; 0 if it is gone.
+pub(super) fn folder_bytes(dir: &Path) -> io::Result<u64> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(e) => return Err(e),
+    };
+    let sizes = entries.filter_map(|entry| entry.ok()?.metadata().ok());
+    Ok(sizes.map(|metadata| metadata.len()).sum())
+}
