@@ -126,8 +126,9 @@ impl Serving {
     fn load_now(&self, name: ModelName, request: LoadRequest, ticket: u64) {
         let source = request.source.clone();
         let pin = request.cached.map(|digest| self.cache.pin(&digest));
-        let attempt =
-            std::panic::AssertUnwindSafe(|| load::load(&name, request, pin, &self.device, &self.engine, self.limits));
+        let attempt = std::panic::AssertUnwindSafe(|| {
+            load::load(&name, request, pin, &self.device, &self.engine, self.limits)
+        });
         let loaded = std::panic::catch_unwind(attempt).unwrap_or_else(|_| Err("loading panicked".to_owned()));
         let slot = match loaded {
             Ok(served) => {
@@ -169,14 +170,14 @@ impl Serving {
         self.slots().get(name).map(|slot| info_of(name, slot))
     }
 
-    /// The only ready model, if there is just one: what requests without a model name mean.
+    /// The only model, if there is just one that is ready or loading: what requests without a model name mean.
     pub fn only(&self) -> Option<ModelName> {
         let slots = self.slots();
-        let mut ready = slots
+        let mut usable = slots
             .iter()
-            .filter(|(_, slot)| matches!(slot, Slot::Ready(_)))
+            .filter(|(_, slot)| !matches!(slot, Slot::Failed { .. }))
             .map(|(name, _)| name);
-        ready.next().filter(|_| ready.next().is_none()).cloned()
+        usable.next().filter(|_| usable.next().is_none()).cloned()
     }
 
     /// The model of a name; waits while it is loading.
