@@ -11,7 +11,7 @@ of the random ones (dare_*, della*).
               bfloat16 mergekit with stable sorts, for random masks mergekit with another seed
 
 Run with the packages of requirements-mergekit.txt (mergekit==0.1.5, numpy==2.4.6; PyYAML==6.0.4 comes with mergekit);
-scripts/oracle_mergekit.sh installs them. Models, configs and results are under target/oracle/tiny; the models are random.
+scripts/oracle_mergekit.sh installs them. Models, configs and results are under target/oracle/tiny (ORACLE_ROOT: elsewhere); the models are random.
 
 float32 results may differ by 1e-6; bfloat16 results (computed in float32, rounded once) by one unit in the last place, or
 by 1e-6 where they cancel to almost 0.
@@ -30,7 +30,7 @@ import traceback
 import numpy as np
 import yaml
 
-ROOT = pathlib.Path("target/oracle/tiny")
+ROOT = pathlib.Path(os.environ.get("ORACLE_ROOT", "target/oracle/tiny"))  # removed and written anew by each run
 DATA = ROOT / "data"
 CAULDRON = "target/debug/cauldron"
 
@@ -807,6 +807,9 @@ def main():
         run(arguments, table, dtype, CASES, random=False)
     run(arguments, table, "float32", RANDOM_CASES, random=True)
     run_refused(arguments, table)
+    if not table.failed:  # else they are there to look at
+        shutil.rmtree(ROOT / "mergekit")
+        shutil.rmtree(DATA, ignore_errors=True)
     sys.exit(table.failed)
 
 

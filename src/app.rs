@@ -12,7 +12,7 @@ use tracing::{error, info};
 
 use crate::cache::{Cache, sync_folder};
 use crate::config::{ApiKeys, Config, ModelName};
-use crate::jobs::{Intake, Job, JobStore, Runner, SqliteJobs, Worker};
+use crate::jobs::{Intake, Job, JobStore, KnownContents, Runner, SqliteJobs, Worker};
 use crate::serving::{self, LoadRequest, Serving, ServingLimits};
 use crate::sources::ModelSources;
 
@@ -75,6 +75,7 @@ impl App {
         let runner = Runner {
             sources: sources.clone(),
             cache: cache.clone(),
+            known: KnownContents::default(),
             options: MergeOptions {
                 max_shard_bytes: config.storage.max_shard_bytes,
             },

@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::problem::Problem;
 use crate::config::ModelName;
+use crate::jobs::RecipeBody;
 use crate::server::TooSlow;
 
 /// A path's last parameter as a typed value; anything else is the same 404.
@@ -71,25 +72,48 @@ impl<S: Send + Sync> FromRequest<S> for JsonBytes {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        check_json_headers(request.headers())?;
-        match Bytes::from_request(request, state).await {
-            Ok(bytes) => Ok(Self(bytes.into())),
-            Err(rejection) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(Problem::new(
-                StatusCode::PAYLOAD_TOO_LARGE,
-                "body-too-large",
-                "the body is larger than this route takes",
-            )),
-            Err(rejection) if TooSlow::caused(&rejection) => Err(Problem::new(
-                StatusCode::REQUEST_TIMEOUT,
-                "body-too-slow",
-                "the body did not come in time",
-            )),
-            Err(_) => Err(Problem::new(
-                StatusCode::BAD_REQUEST,
-                "unreadable-body",
-                "the body could not be read",
-            )),
-        }
+        refuse_other_types(request.headers(), &[JSON])?;
+        read_body(request, state).await.map(Self)
+    }
+}
+
+const JSON: &str = "application/json";
+/// RFC 9512, and what was written before it.
+const YAML: [&str; 3] = ["application/yaml", "application/x-yaml", "text/yaml"];
+
+/// A recipe, as JSON or as a mergekit configuration in YAML.
+impl<S: Send + Sync> FromRequest<S> for RecipeBody {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let known = [JSON, YAML[0], YAML[1], YAML[2]];
+        let kind = refuse_other_types(request.headers(), &known)?;
+        let body = read_body(request, state).await?;
+        Ok(match kind == JSON {
+            true => Self::Json(body),
+            false => Self::Yaml(body),
+        })
+    }
+}
+
+async fn read_body<S: Send + Sync>(request: Request, state: &S) -> Result<Vec<u8>, Problem> {
+    match Bytes::from_request(request, state).await {
+        Ok(bytes) => Ok(bytes.into()),
+        Err(rejection) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(Problem::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "body-too-large",
+            "the body is larger than this route takes",
+        )),
+        Err(rejection) if TooSlow::caused(&rejection) => Err(Problem::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "body-too-slow",
+            "the body did not come in time",
+        )),
+        Err(_) => Err(Problem::new(
+            StatusCode::BAD_REQUEST,
+            "unreadable-body",
+            "the body could not be read",
+        )),
     }
 }
 
@@ -129,8 +153,9 @@ impl<'de> Visitor<'de> for Fields<'_> {
     }
 }
 
-/// A browser can send other content types across origins without asking; JSON it cannot.
-fn check_json_headers(headers: &HeaderMap) -> Result<(), Problem> {
+/// The type of a body, which must be one of `known`. A browser can send some types across origins without asking; these
+/// it cannot.
+fn refuse_other_types<'a>(headers: &HeaderMap, known: &[&'a str]) -> Result<&'a str, Problem> {
     let refuse = |detail: &str| {
         Err(Problem::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -140,11 +165,14 @@ fn check_json_headers(headers: &HeaderMap) -> Result<(), Problem> {
     };
     let kind = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok());
     let kind = kind.and_then(|k| k.split(';').next()).unwrap_or_default().trim();
-    if !kind.eq_ignore_ascii_case("application/json") {
-        return refuse("send the body as Content-Type: application/json");
-    }
+    let Some(found) = known.iter().find(|known| kind.eq_ignore_ascii_case(known)) else {
+        return refuse(&format!(
+            "send the body as Content-Type: {}",
+            known[..known.len().min(2)].join(" or ")
+        ));
+    };
     match headers.get(header::CONTENT_ENCODING) {
         Some(encoding) if encoding != "identity" => refuse("compressed bodies are not taken"),
-        _ => Ok(()),
+        _ => Ok(found),
     }
 }

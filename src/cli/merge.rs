@@ -11,12 +11,12 @@ use serde_json::json;
 
 use crate::app::App;
 use crate::config::{Config, LogConfig, StorageConfig};
-use crate::jobs::{Job, JobStatus, Submission};
+use crate::jobs::{Job, JobStatus, RecipeBody, Submission};
 use crate::telemetry;
 
 #[derive(Debug, Args)]
 pub struct MergeArgs {
-    /// File with the recipe as JSON; - is standard input.
+    /// File with the recipe as JSON, or (.yaml, .yml) a mergekit configuration; - is JSON on standard input.
     recipe: PathBuf,
     #[command(flatten)]
     storage: StorageConfig,
@@ -26,19 +26,28 @@ pub struct MergeArgs {
 
 pub fn run(args: MergeArgs) -> anyhow::Result<()> {
     telemetry::init_logs(&args.log)?;
+    let is_yaml = matches!(
+        args.recipe.extension().and_then(|e| e.to_str()),
+        Some("yaml" | "yml")
+    );
     let mut body = Vec::new();
     match args.recipe.to_str() {
         Some("-") => std::io::stdin().lock().read_to_end(&mut body).map(|_| ()),
         _ => std::fs::read(&args.recipe).map(|bytes| body = bytes),
     }
     .context("reading the recipe")?;
+    let body = if is_yaml {
+        RecipeBody::Yaml(body)
+    } else {
+        RecipeBody::Json(body)
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let merged = runtime.block_on(merge(args, body));
     runtime.shutdown_timeout(Duration::from_secs(1));
     merged
 }
 
-async fn merge(args: MergeArgs, body: Vec<u8>) -> anyhow::Result<()> {
+async fn merge(args: MergeArgs, body: RecipeBody) -> anyhow::Result<()> {
     let app = App::open(Config::for_storage(args.storage, args.log)).await?;
     let taken = app.intake.submit(body, None).await?;
     let id = match taken.submission {

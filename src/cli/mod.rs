@@ -1,6 +1,7 @@
 //! The command line: serve, merge, openapi.
 
 mod merge;
+pub mod render_template;
 mod serve;
 
 use clap::{Parser, Subcommand};
@@ -24,6 +25,9 @@ enum Command {
     Merge(merge::MergeArgs),
     /// Print the OpenAPI document.
     Openapi,
+    /// Render a chat template, standard input to standard output, under limits; `serve` starts it for each conversation.
+    #[command(hide = true, name = render_template::NAME)]
+    RenderTemplate,
 }
 
 impl Cli {
@@ -35,6 +39,7 @@ impl Cli {
                 print!("{}", api::openapi()?);
                 Ok(())
             }
+            Command::RenderTemplate => render_template::run(),
         }
     }
 }

@@ -25,6 +25,7 @@ const LINGER: Duration = Duration::from_secs(2);
 pub fn run(config: Config) -> anyhow::Result<()> {
     telemetry::init_logs(&config.log)?;
     telemetry::metrics_handle()?;
+    super::render_template::enable()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let served = runtime.block_on(serve(config));
     // A merge that does not stop in time is not waited for: it starts again after the next start.

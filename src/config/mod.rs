@@ -12,7 +12,7 @@ use clap::{Args, ValueEnum};
 pub use keys::{ApiKeys, Scope};
 pub use names::{ModelName, NameError};
 
-const DEFAULT_BATCH_TOKENS: u32 = 2048;
+const DEFAULT_BATCH_TOKENS: u32 = 256;
 const DEFAULT_RUNNING: u32 = 64;
 const DEFAULT_WAITING: u32 = 4096;
 const DEFAULT_MODELS: u32 = 32;
@@ -107,7 +107,8 @@ pub struct EngineArgs {
     /// Where merges run and models are served. `auto` takes a GPU if this build and machine have one.
     #[arg(long, env = "CAULDRON_DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
-    /// Tokens of one forward pass over all its sequences.
+    /// Tokens of one forward pass over all its sequences. A pass is not interrupted: it is what a stream waits for
+    /// beside a long prompt, and a request that is cancelled. The default is for a CPU; a GPU has time for 2048.
     #[arg(long, env = "CAULDRON_MAX_BATCH_TOKENS", default_value_t = DEFAULT_BATCH_TOKENS, value_parser = clap::value_parser!(u32).range(16..=1 << 20))]
     pub max_batch_tokens: u32,
     /// Sequences that generate at the same time, a model.

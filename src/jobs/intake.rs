@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use cauldron_checkpoint::Digest;
-use cauldron_merge::{Recipe, RecipeError, parse_recipe};
+use cauldron_merge::{Recipe, RecipeError, RecipeSpec, parse_mergekit, parse_recipe};
 use rand::TryRng;
 
 use super::runner::DISK_RESERVE;
@@ -44,10 +44,37 @@ pub enum IntakeError {
     Interrupted,
 }
 
+/// A recipe as it was sent.
+#[derive(Debug, Clone)]
+pub enum RecipeBody {
+    Json(Vec<u8>),
+    /// A mergekit configuration.
+    Yaml(Vec<u8>),
+}
+
+impl RecipeBody {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Json(bytes) | Self::Yaml(bytes) => bytes,
+        }
+    }
+
+    fn parse(&self) -> Result<RecipeSpec, RecipeError> {
+        match self {
+            Self::Json(bytes) => parse_recipe(bytes),
+            Self::Yaml(bytes) => parse_mergekit(bytes),
+        }
+    }
+}
+
 impl Intake {
     /// Checks a recipe against its models and queues it, or finds the job that does the same.
-    pub async fn submit(&self, body: Vec<u8>, idempotency_key: Option<String>) -> Result<Taken, IntakeError> {
-        let idempotency = idempotency_key.map(|key| (key, Digest::of(&body).to_string()));
+    pub async fn submit(
+        &self,
+        body: RecipeBody,
+        idempotency_key: Option<String>,
+    ) -> Result<Taken, IntakeError> {
+        let idempotency = idempotency_key.map(|key| (key, Digest::of(body.bytes()).to_string()));
         // First of all: what was accepted once is answered the same, even if its models have gone since.
         if let Some((key, body)) = &idempotency
             && let Some(submission) = self.store.recall(key, body).await?
@@ -84,9 +111,8 @@ impl Intake {
         blocking(move || Ok(cache.lookup(&digest)?.is_none())).await
     }
 
-    fn check(&self, body: &[u8]) -> Result<NewJob, IntakeError> {
-        let spec = parse_recipe(body)?;
-        let recipe = Recipe::from_spec(&spec, &mut fresh_seed)?;
+    fn check(&self, body: &RecipeBody) -> Result<NewJob, IntakeError> {
+        let recipe = Recipe::from_spec(&body.parse()?, &mut fresh_seed)?;
         if let Some(name) = recipe.serve_as() {
             name.parse::<ModelName>()
                 .map_err(|e| RecipeError::new("serve_as", e.to_string()))?;
@@ -94,7 +120,7 @@ impl Intake {
         let (parents, _held) = self.sources.open(&recipe, Care::Look)?;
         let identity = parents.identity();
         let identity = identity.map_err(|e| SourceError::of_files("models", e))?;
-        let needed = parents.output_bytes(&recipe) + DISK_RESERVE;
+        let needed = parents.output_bytes() + DISK_RESERVE;
         let free = self.cache.free_bytes().unwrap_or(u64::MAX);
         if free < needed {
             return Err(IntakeError::Storage { needed, free });

@@ -1,8 +1,9 @@
 //! Runs one job to its result: recipe -> parents -> digest -> cache or merge. Blocks; called on a thread of its own.
 
+use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cauldron_checkpoint::Digest;
 use cauldron_merge::{MergeError, MergeOptions, Observer, Recipe, merge_digest, merge_to_folder};
@@ -68,6 +69,29 @@ pub struct Runner {
     pub sources: Arc<ModelSources>,
     pub cache: Cache,
     pub options: MergeOptions,
+    pub known: KnownContents,
+}
+
+/// Content digests of parents by the identity of their files, so that files that did not change are not digested again.
+#[derive(Debug, Clone, Default)]
+pub struct KnownContents(Arc<Mutex<HashMap<String, Vec<Digest>>>>);
+
+impl KnownContents {
+    /// Sets of parents that are remembered; beyond, all are forgotten at once.
+    const MOST: usize = 1024;
+
+    fn get(&self, identity: &str) -> Option<Vec<Digest>> {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(identity).cloned()
+    }
+
+    fn put(&self, identity: String, digests: Vec<Digest>) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= Self::MOST {
+            known.clear();
+        }
+        known.insert(identity, digests);
+    }
 }
 
 impl Runner {
@@ -88,23 +112,32 @@ impl Runner {
         progress
             .total
             .store(parents.bytes_total(&recipe), Ordering::Relaxed);
-        let digest = merge_digest(&recipe, &parents, progress)?;
-        let _ = progress.digest.set(digest);
-        if let Some((manifest, _)) = self.cache.verify(&digest)? {
-            return Ok(manifest.into());
+        let identity = parents.identity().map_err(|e| retry("io", &e))?;
+        if let Some(digests) = self.known.get(&identity) {
+            parents.adopt_contents(digests);
+            let digest = merge_digest(&recipe, &parents, progress)?;
+            let _ = progress.digest.set(digest);
+            if let Some((manifest, _)) = self.cache.verify(&digest)? {
+                return Ok(manifest.into());
+            }
         }
-        let needed = parents.output_bytes(&recipe) + DISK_RESERVE;
+        let needed = parents.output_bytes() + DISK_RESERVE;
         let free = self.cache.free_bytes().map_err(CacheError::from)?;
         if free < needed {
             let detail = format!("the result needs {needed} bytes and {free} are free");
             return Err(failed("insufficient-storage", detail));
         }
         let draft = self.cache.draft().map_err(CacheError::from)?;
-        let manifest = merge_to_folder(&recipe, &parents, &digest, draft.dir(), &self.options, progress)?;
+        // New parents are read once: their digests, and with them the result's, are known when the merge is done.
+        let manifest = merge_to_folder(&recipe, &parents, draft.dir(), &self.options, progress)?;
         if progress.cancelled() {
             return Err(Outcome::Cancelled);
         }
-        self.cache.publish(draft, &digest)?;
+        let _ = progress.digest.set(manifest.digest);
+        if let Some(digests) = parents.known_contents() {
+            self.known.put(identity, digests);
+        }
+        self.cache.publish(draft, &manifest.digest)?;
         Ok(manifest.into())
     }
 }

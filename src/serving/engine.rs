@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use cauldron_lm::{Decoder, Engine, EngineConfig, Event, Request};
+use cauldron_lm::{Decoder, Engine, EngineConfig, Event, LmError, Request};
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::error;
 
@@ -198,9 +198,14 @@ impl Resident {
                 self.listeners.insert(id, events);
             }
             Err(e) => {
+                let field = match e {
+                    LmError::Request { field, .. } => Some(field),
+                    _ => None,
+                };
                 let _ = events.send(Event::Failed {
                     id,
                     error: e.to_string(),
+                    field,
                 });
             }
         }
@@ -230,6 +235,7 @@ impl Resident {
             let _ = listener.send(Event::Failed {
                 id,
                 error: detail.to_owned(),
+                field: None,
             });
         }
     }

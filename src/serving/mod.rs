@@ -168,15 +168,15 @@ impl Serving {
         self.slots().by_name.get(name).map(|slot| info_of(name, slot))
     }
 
-    /// The only ready model, if there is just one: what requests without a model name mean.
+    /// The only model, if there is just one that is ready or loading: what requests without a model name mean.
     pub fn only(&self) -> Option<ModelName> {
         let slots = self.slots();
-        let mut ready = slots
+        let mut usable = slots
             .by_name
             .iter()
-            .filter(|(_, slot)| matches!(slot, Slot::Ready { .. }))
+            .filter(|(_, slot)| !matches!(slot, Slot::Failed { .. }))
             .map(|(name, _)| name);
-        ready.next().filter(|_| ready.next().is_none()).cloned()
+        usable.next().filter(|_| usable.next().is_none()).cloned()
     }
 
     /// The model of a name; waits while it is loading.

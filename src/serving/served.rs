@@ -1,10 +1,12 @@
 //! One loaded model as requests hold it: tokenizer, template, fingerprint, and the way to the engine thread.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use cauldron_lm::{ChatTemplate, Decoder, Event, ModelConfig, Request, TextTokenizer};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::engine::{Command, EngineThread, is_last};
 use super::{ServingError, ServingLimits};
@@ -12,6 +14,9 @@ use crate::cache::Pin;
 use crate::config::ModelName;
 
 static NEXT_MODEL: AtomicU64 = AtomicU64::new(1);
+/// Requests that may be held for room, a model; each has its prompts in memory.
+const MOST_HELD: usize = 256;
+
 static NEXT_REQUEST: AtomicU64 = AtomicU64::new(1);
 
 /// A model that answers. Its weights go when the last holder does.
@@ -28,8 +33,12 @@ pub struct Served {
     pub template: Option<ChatTemplate>,
     id: u64,
     engine: Arc<EngineThread>,
-    outstanding: Arc<AtomicUsize>,
-    most_outstanding: usize,
+    /// A permit for each sequence that the engine may have, running and waiting.
+    room: Arc<Semaphore>,
+    most_sequences: usize,
+    /// A permit for each request that may wait for room.
+    held: Semaphore,
+    hold: Duration,
     _pin: Option<Pin>,
 }
 
@@ -69,8 +78,10 @@ impl Served {
             template: parts.template,
             id,
             engine,
-            outstanding: Arc::default(),
-            most_outstanding: limits.max_running + limits.max_waiting,
+            room: Arc::new(Semaphore::new(limits.max_running + limits.max_waiting)),
+            most_sequences: limits.max_running + limits.max_waiting,
+            held: Semaphore::new(MOST_HELD),
+            hold: limits.hold,
             _pin: parts.pin,
         })
     }
@@ -80,16 +91,16 @@ impl Served {
         self.config.max_position_embeddings
     }
 
-    /// Hands requests to the engine, all or none. Each one's events end with `Finished` or `Failed`; dropping a
-    /// [`Generation`] cancels it.
-    pub fn submit(self: &Arc<Self>, requests: Vec<Request>) -> Result<Vec<Generation>, ServingError> {
-        let count = requests.len();
-        let before = self.outstanding.fetch_add(count, Ordering::Relaxed);
-        if before + count > self.most_outstanding {
-            self.outstanding.fetch_sub(count, Ordering::Relaxed);
-            return Err(ServingError::Busy(self.name.to_string()));
-        }
-        let mut generations = Vec::with_capacity(count);
+    /// Sequences that one call of [`Served::submit`] can have at most.
+    pub fn most_sequences(&self) -> usize {
+        self.most_sequences
+    }
+
+    /// Hands requests to the engine, all or none; holds them while there is no room. Each one's events end with
+    /// `Finished` or `Failed`; dropping a [`Generation`] cancels it.
+    pub async fn submit(self: &Arc<Self>, requests: Vec<Request>) -> Result<Vec<Generation>, ServingError> {
+        let mut room = self.room(requests.len()).await?;
+        let mut generations = Vec::with_capacity(requests.len());
         let mut alive = true;
         for mut request in requests {
             request.id = NEXT_REQUEST.fetch_add(1, Ordering::Relaxed);
@@ -99,6 +110,7 @@ impl Served {
                 request: request.id,
                 events,
                 ended: false,
+                _room: room.split(1),
             });
             alive &= self.engine.send(Command::Submit {
                 model: self.id,
@@ -109,6 +121,25 @@ impl Served {
         match alive {
             true => Ok(generations),
             false => Err(ServingError::ShuttingDown),
+        }
+    }
+
+    /// Clients of this API give up after a few refusals, so a request waits in a line first. The line is first come,
+    /// first served: one with many sequences is not overtaken for ever.
+    async fn room(&self, sequences: usize) -> Result<OwnedSemaphorePermit, ServingError> {
+        let busy = || ServingError::Busy(self.name.to_string());
+        let count = u32::try_from(sequences).map_err(|_| busy())?;
+        if sequences > self.most_sequences {
+            return Err(busy());
+        }
+        if let Ok(room) = self.room.clone().try_acquire_many_owned(count) {
+            return Ok(room);
+        }
+        let _held = self.held.try_acquire().map_err(|_| busy())?;
+        let room = self.room.clone().acquire_many_owned(count);
+        match tokio::time::timeout(self.hold, room).await {
+            Ok(room) => room.map_err(|_| ServingError::ShuttingDown),
+            Err(_) => Err(busy()),
         }
     }
 }
@@ -126,6 +157,8 @@ pub struct Generation {
     request: u64,
     events: UnboundedReceiver<Event>,
     ended: bool,
+    /// Given back with the generation.
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 impl Generation {
@@ -148,6 +181,5 @@ impl Drop for Generation {
                 request: self.request,
             });
         }
-        self.served.outstanding.fetch_sub(1, Ordering::Relaxed);
     }
 }

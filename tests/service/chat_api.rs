@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::common::TestApp;
+use crate::common::{Shape, TestApp, write_model};
 
 async fn app() -> TestApp {
     let app = TestApp::start().await;
@@ -124,4 +124,58 @@ async fn bad_requests_are_400_and_name_the_parameter() {
             .await
             .expect_error(400, Some(param));
     }
+}
+
+#[tokio::test]
+async fn hostile_templates_cost_their_own_process_only() {
+    let program = std::path::PathBuf::from(env!("CARGO_BIN_EXE_cauldron"));
+    cauldron_lm::template_sandbox::set(program, cauldron::cli::render_template::NAME);
+    let app = app().await;
+    app.post("/v1/chat/completions", request(json!({})))
+        .await
+        .expect(200);
+    let shared =
+        "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(50) %}{% set n.x = [n.x, n.x] %}{% endfor %}";
+    let nested = "{% set n = namespace(x=[]) %}{% for a in range(20) %}{% for b in range(9999) %}\
+        {% set n.x = [n.x] %}{% endfor %}{% endfor %}";
+    let doubled =
+        "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}";
+    let templates = [
+        format!("{doubled}{{{{ n.x | list | length }}}}"),
+        format!("{shared}{{{{ n.x }}}}"),
+        format!("{shared}{{{{ n.x ~ '' }}}}"),
+        nested.to_owned(),
+        // Harmless until a conversation is long enough.
+        format!("{{% if messages | length > 3 %}}{nested}{{% endif %}}ok"),
+    ];
+    for (index, template) in templates.iter().enumerate() {
+        let dir = app.models_dir().join("hostile");
+        write_model(&dir, 5, &Shape::default());
+        std::fs::write(dir.join("chat_template.jinja"), template).unwrap();
+        app.load("hostile", "hostile").await;
+        let talk: Vec<Value> = (0..5).map(|_| json!({"role": "user", "content": "Hi"})).collect();
+        let body = request(json!({"model": "hostile", "messages": talk}));
+        let refused = app.post("/v1/chat/completions", body).await.expect(400).json();
+        assert_eq!(
+            refused["error"]["code"], "chat_template_error",
+            "template {index}"
+        );
+    }
+    let short = request(json!({"model": "hostile", "messages": [{"role": "user", "content": "Hi"}]}));
+    app.post("/v1/chat/completions", short).await.expect(200);
+}
+
+#[tokio::test]
+async fn the_prompt_need_not_end_where_the_assistant_begins() {
+    let app = app().await;
+    let asked = |changes: Value| {
+        let app = &app;
+        async move {
+            let answer = app.post("/v1/chat/completions", request(changes)).await;
+            answer.expect(200).json()["usage"]["prompt_tokens"].clone()
+        }
+    };
+    let with = asked(json!({})).await;
+    let without = asked(json!({"add_generation_prompt": false})).await;
+    assert_eq!((with, without), (json!(20), json!(20 - "[assistant]".len())));
 }

@@ -337,3 +337,243 @@ async fn a_client_that_goes_away_frees_its_work() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
+
+fn texts(answer: &Value) -> Vec<String> {
+    let choices = answer["choices"].as_array().unwrap();
+    choices
+        .iter()
+        .map(|choice| choice["text"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[tokio::test]
+async fn unseeded_samples_of_equal_prompts_differ_and_seeds_share_no_choice() {
+    let app = app().await;
+    let drawn = json!({"prompt": vec!["Hi"; 8], "temperature": 1.0, "max_tokens": 16, "ignore_eos": true});
+    let mut unseeded = texts(&complete(&app, drawn).await);
+    unseeded.sort();
+    unseeded.dedup();
+    assert_eq!(unseeded.len(), 8);
+    let seeded = |seed: u64, n: usize| json!({"temperature": 1.0, "seed": seed, "n": n, "max_tokens": 16, "ignore_eos": true});
+    let seven = texts(&complete(&app, seeded(7, 3)).await);
+    assert_eq!(seven[..1], texts(&complete(&app, seeded(7, 1)).await));
+    assert_eq!(seven, texts(&complete(&app, seeded(7, 3)).await));
+    let eight = texts(&complete(&app, seeded(8, 3)).await);
+    assert!(eight.iter().all(|text| !seven.contains(text)));
+}
+
+#[tokio::test]
+async fn fields_that_would_change_a_score_are_refused_unless_they_ask_for_nothing() {
+    let app = app().await;
+    for (field, asks, neutral) in [
+        ("top_p", json!(0), json!(1)),
+        ("top_p", json!(1e-50), json!(0.5)),
+        ("include_stop_str_in_output", json!(true), json!(false)),
+        ("chat_template", json!("x"), json!(null)),
+        (
+            "chat_template_kwargs",
+            json!({"enable_thinking": false}),
+            json!({}),
+        ),
+        ("skip_special_tokens", json!(false), json!(true)),
+        ("continue_final_message", json!(true), json!(false)),
+        ("prompt_logprobs", json!(1), json!(null)),
+        ("function_call", json!({"name": "f"}), json!("none")),
+        ("reasoning_effort", json!("high"), json!("none")),
+        ("no_repeat_ngram_size", json!(3), json!(0)),
+        ("typical_p", json!(0.9), json!(1.0)),
+        ("length_penalty", json!(2.0), json!(1.0)),
+        ("tools", json!({"type": "text"}), json!([])),
+        (
+            "response_format",
+            json!({"type": "json_schema"}),
+            json!({"type": "text"}),
+        ),
+        ("stop_token_ids", json!([260]), json!([])),
+        ("stop_token_ids", json!([-1]), json!(null)),
+        ("stop_token_ids", json!("x"), json!([1, 2])),
+    ] {
+        app.post("/v1/completions", request(json!({field: asks})))
+            .await
+            .expect_error(400, Some(field));
+        complete(&app, json!({field: neutral})).await;
+    }
+}
+
+#[tokio::test]
+async fn a_stop_token_ends_an_answer_without_text_and_min_tokens_defers_stops() {
+    let app = app().await;
+    let with = |changes: Value| {
+        let mut body = json!({"max_tokens": 24, "ignore_eos": true, "logprobs": 0});
+        for (key, value) in changes.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        body
+    };
+    let whole = complete(&app, with(json!({"prompt": [72, 105]}))).await;
+    let text = whole["choices"][0]["text"].as_str().unwrap().to_owned();
+    // A token of its own, so that its id is that of its byte.
+    let at = text.find(|c: char| c.is_ascii_graphic()).unwrap();
+    let stop = text.as_bytes()[at];
+    let cut = complete(&app, with(json!({"prompt": [72, 105], "stop_token_ids": [stop]}))).await;
+    let choice = &cut["choices"][0];
+    assert_eq!(
+        (&choice["text"], &choice["finish_reason"]),
+        (&json!(text[..at]), &json!("stop"))
+    );
+    let tokens = choice["logprobs"]["tokens"].as_array().unwrap();
+    assert_eq!(tokens.last().unwrap(), &json!(char::from(stop).to_string()));
+    let stop = char::from(stop).to_string();
+    let deferred = complete(
+        &app,
+        with(json!({"prompt": [72, 105], "stop": stop, "min_tokens": 24})),
+    )
+    .await;
+    assert_eq!(deferred["choices"][0]["text"], json!(text));
+}
+
+#[tokio::test]
+async fn the_default_length_of_a_prompt_does_not_depend_on_its_siblings() {
+    let app = app().await;
+    let body = json!({"model": "m", "prompt": [vec![1; 250], vec![1; 3]], "ignore_eos": true, "temperature": 0,
+        "logprobs": 0});
+    let answer = app.post("/v1/completions", body).await.expect(200).json();
+    let count = |index: usize| {
+        let tokens = &answer["choices"][index]["logprobs"]["tokens"];
+        tokens.as_array().unwrap().len()
+    };
+    assert_eq!((count(0), count(1)), (7, 16));
+}
+
+#[tokio::test]
+async fn offsets_in_a_stream_go_on_from_chunk_to_chunk() {
+    let app = app().await;
+    let changes =
+        json!({"max_tokens": 12, "n": 2, "temperature": 1.0, "seed": 3, "logprobs": 1, "ignore_eos": true});
+    let whole = complete(&app, changes.clone()).await;
+    let mut streamed = request(changes);
+    streamed["stream"] = json!(true);
+    let answer = app.post("/v1/completions", streamed).await.expect(200);
+    let chunks = chunks(&answer.text());
+    for choice in 0..2 {
+        let offsets: Vec<Value> = chunks
+            .iter()
+            .flat_map(|c| c["choices"].as_array().unwrap())
+            .filter(|c| c["index"] == choice && c["logprobs"].is_object())
+            .flat_map(|c| c["logprobs"]["text_offset"].as_array().unwrap().clone())
+            .collect();
+        assert_eq!(
+            json!(offsets),
+            whole["choices"][choice]["logprobs"]["text_offset"]
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_bad_token_list_is_named_by_its_place() {
+    let app = app().await;
+    let mut prompt = vec![json!(1); 40];
+    prompt[37] = json!("secret".repeat(1000));
+    let refused = app
+        .post("/v1/completions", request(json!({"prompt": prompt})))
+        .await
+        .expect_error(400, Some("prompt"));
+    assert!(refused.text().contains("entry 37") && !refused.text().contains("secret"));
+}
+
+#[tokio::test]
+async fn a_path_names_an_existing_model_or_nothing() {
+    let app = app().await;
+    app.load("n", "code").await;
+    for path in ["/m/m/v1/models", "/m/m/v1/models/m", "/v1/models/n"] {
+        app.get(path).await.expect(200);
+    }
+    for path in [
+        "/m/nope/v1/models",
+        "/m/nope/v1/models/m",
+        "/m/m/v1/models/n",
+        "/v1/models/nope",
+        "/m/%ff/v1/models",
+        "/m/%ff/tokenizer_info",
+    ] {
+        app.get(path).await.expect_error(404, Some("model"));
+    }
+    app.post("/m/%ff/v1/completions", request(json!({})))
+        .await
+        .expect_error(404, Some("model"));
+}
+
+#[tokio::test]
+async fn the_only_model_is_waited_for_while_it_loads() {
+    let app = TestApp::start().await;
+    app.post("/models", json!({"name": "m", "source": "math"}))
+        .await
+        .expect(202);
+    let mut body = request(json!({}));
+    body.as_object_mut().unwrap().remove("model");
+    app.post("/v1/completions", body).await.expect(200);
+}
+
+#[tokio::test]
+async fn later_choices_stop_at_their_stop_strings_while_earlier_ones_go_on() {
+    let app = TestApp::with(|config| config.engine.max_running = 4).await;
+    app.load("m", "math").await;
+    // The first prompt answers to the end; the second stops at once and leaves its place.
+    let body = request(json!({"prompt": ["aa", "bb"], "max_tokens": 200, "ignore_eos": true}));
+    let whole = app.post("/v1/completions", body.clone()).await.expect(200).json();
+    let (first, second) = (&texts(&whole)[0], &texts(&whole)[1]);
+    let stop: String = second.chars().take(3).collect();
+    assert!(!first.contains(&stop));
+    let mut stopped = body;
+    stopped["stop"] = json!([stop]);
+    let asked = tokio::spawn({
+        let router = app.router.clone();
+        async move { tower::ServiceExt::oneshot(router, post("/v1/completions", stopped)).await }
+    });
+    let mut seen = Vec::new();
+    while !asked.is_finished() {
+        seen.push(app.app.serving.work().0);
+        tokio::time::sleep(Duration::from_micros(200)).await;
+    }
+    asked.await.unwrap().unwrap();
+    let alone = seen.iter().filter(|running| **running == 1).count();
+    let both = seen.iter().filter(|running| **running == 2).count();
+    assert!(alone > both, "one: {alone}, two: {both}");
+}
+
+#[tokio::test]
+async fn requests_beyond_the_limits_are_held_and_those_that_can_never_fit_are_refused() {
+    let small = |hold: u64| {
+        TestApp::with(move |config| {
+            config.engine.max_running = 2;
+            config.engine.max_waiting = 2;
+            config.engine.hold_seconds = hold;
+        })
+    };
+    let app = small(60).await;
+    app.load("m", "math").await;
+    let four = request(json!({"prompt": ["a", "b", "c", "d"], "max_tokens": 40, "ignore_eos": true}));
+    let together = (0..6).map(|_| {
+        let (router, body) = (app.router.clone(), four.clone());
+        async move { tower::ServiceExt::oneshot(router, post("/v1/completions", body)).await }
+    });
+    let asked: tokio::task::JoinSet<_> = together.collect();
+    for response in asked.join_all().await {
+        assert_eq!(response.unwrap().status(), 200);
+    }
+    app.post("/v1/completions", request(json!({"n": 5})))
+        .await
+        .expect_error(400, Some("n"));
+    app.post("/v1/completions", request(json!({"prompt": vec!["a"; 5]})))
+        .await
+        .expect_error(400, Some("prompt"));
+    let busy = small(0).await;
+    busy.load("m", "math").await;
+    let mut stream = four.clone();
+    stream["stream"] = json!(true);
+    stream["max_tokens"] = json!(200);
+    let running = busy.raw(post("/v1/completions", stream)).await;
+    let refused = busy.post("/v1/completions", four).await.expect_error(429, None);
+    assert!(refused.headers.contains_key("retry-after"));
+    drop(running);
+}

@@ -146,13 +146,23 @@ fn f32_to_f16(bits: u32) -> u16 {
     let sign = (bits >> 16) & 0x8000;
     let magnitude = bits & 0x7fff_ffff;
     // Below 2^-14: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the addition itself.
-    let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0x3f00_0000);
+    let subnormal = (f32::from_bits(magnitude) + 0.5)
+        .to_bits()
+        .wrapping_sub(0x3f00_0000);
     let odd = (magnitude >> 13) & 1;
     let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + odd) >> 13;
     let special = if magnitude > EXPONENT { 0x7e00 } else { 0x7c00 };
-    let rounded = if magnitude < 0x3880_0000 { subnormal } else { normal };
+    let rounded = if magnitude < 0x3880_0000 {
+        subnormal
+    } else {
+        normal
+    };
     // 65536 and above
-    let rounded = if magnitude >= 0x4780_0000 { special } else { rounded };
+    let rounded = if magnitude >= 0x4780_0000 {
+        special
+    } else {
+        rounded
+    };
     (rounded | sign) as u16
 }
 
@@ -196,7 +206,11 @@ mod tests {
         for value in values.into_iter().filter(|v| v.is_finite()) {
             let mut out = [0u8; 2];
             narrow(Dtype::BF16, &[value], &mut out);
-            assert_eq!(u16::from_le_bytes(out), bf16::from_f32(value).to_bits(), "{value}");
+            assert_eq!(
+                u16::from_le_bytes(out),
+                bf16::from_f32(value).to_bits(),
+                "{value}"
+            );
             narrow(Dtype::F16, &[value], &mut out);
             assert_eq!(u16::from_le_bytes(out), f16::from_f32(value).to_bits(), "{value}");
         }

@@ -1,6 +1,8 @@
 //! config.json of the four supported families as one checked type. Defaults are those of transformers'
 //! configuration classes; whatever would change the numbers and is not done here is refused by name.
 
+mod rope;
+
 use serde_json::{Map, Value};
 
 use crate::LmError;
@@ -103,7 +105,9 @@ impl ModelConfig {
             Architecture::Mistral => 131_072,
             Architecture::Qwen2 | Architecture::Qwen3 => 32_768,
         };
-        let (rope_theta, rope_scaling) = rope(&fields)?;
+        let max_position_embeddings =
+            fields.size("max_position_embeddings", 1 << 24, Some(max_position_default))?;
+        let (rope_theta, rope_scaling) = rope::read(&fields, max_position_embeddings)?;
         Ok(Self {
             architecture,
             vocab_size: fields.size("vocab_size", 1 << 22, None)?,
@@ -113,11 +117,7 @@ impl ModelConfig {
             num_heads,
             num_kv_heads,
             head_dim,
-            max_position_embeddings: fields.size(
-                "max_position_embeddings",
-                1 << 24,
-                Some(max_position_default),
-            )?,
+            max_position_embeddings,
             rms_norm_eps: fields.positive("rms_norm_eps", 1e-6)?,
             rope_theta,
             rope_scaling,
@@ -261,62 +261,6 @@ fn head_dim(
         return Err(LmError::config("head_dim", detail));
     }
     Ok(head_dim)
-}
-
-/// `rope_theta` and `rope_scaling`, or `rope_parameters`, which newer configs have in their stead.
-fn rope(fields: &Fields) -> Result<(f64, RopeScaling), LmError> {
-    let (key, table) = match (fields.get("rope_parameters"), fields.get("rope_scaling")) {
-        (Some(table), _) => ("rope_parameters", table),
-        (None, Some(table)) => ("rope_scaling", table),
-        (None, None) => return Ok((fields.positive("rope_theta", 10_000.0)?, RopeScaling::Default)),
-    };
-    let table = table
-        .as_object()
-        .ok_or_else(|| LmError::config(key, "must be an object"))?;
-    let named = |name: &str| format!("{key}.{name}");
-    let number = |name: &str| {
-        table
-            .get(name)
-            .and_then(Value::as_f64)
-            .filter(|v| v.is_finite() && *v > 0.0)
-            .ok_or_else(|| LmError::config(&named(name), "must be a number above 0"))
-    };
-    let theta = match table.get("rope_theta") {
-        Some(_) => number("rope_theta")?,
-        None => fields.positive("rope_theta", 10_000.0)?,
-    };
-    whole_heads(table)?;
-    let kind = table.get("rope_type").or(table.get("type"));
-    let scaling = match kind.and_then(Value::as_str) {
-        None if kind.is_none() => RopeScaling::Default,
-        Some("default") => RopeScaling::Default,
-        Some("linear") => RopeScaling::Linear {
-            factor: number("factor")? as f32,
-        },
-        Some("llama3") => {
-            let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
-            if high <= low {
-                return Err(LmError::config(
-                    &named("high_freq_factor"),
-                    "must be above low_freq_factor",
-                ));
-            }
-            RopeScaling::Llama3 {
-                factor: number("factor")? as f32,
-                low_freq_factor: low as f32,
-                high_freq_factor: high as f32,
-                original_max_position: number("original_max_position_embeddings")? as f32,
-            }
-        }
-        other => {
-            let name = printable(other.unwrap_or("(not a string)"));
-            return Err(LmError::config(
-                &named("rope_type"),
-                format!("{name} is not supported (supported: default, linear, llama3)"),
-            ));
-        }
-    };
-    Ok((theta, scaling))
 }
 
 /// The attention window of each layer. Mistral slides everywhere; Qwen only from `max_window_layers` on (or as

@@ -84,14 +84,33 @@ fn rope_is_read_from_old_and_new_configs() {
     let new = json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}});
     let new = read("Qwen3ForCausalLM", new);
     assert_eq!((new.rope_theta, new.rope_scaling), (1e6, RopeScaling::Default));
-    let yarn = refusal(
+    let long = refusal(
         "LlamaForCausalLM",
-        json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+        json!({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}),
     );
     assert!(
-        yarn.contains("rope_scaling.rope_type: yarn is not supported"),
-        "{yarn}"
+        long.contains("rope_scaling.rope_type: longrope is not supported"),
+        "{long}"
     );
+    let yarn = json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "max_position_embeddings": 512});
+    let yarn = read("LlamaForCausalLM", yarn);
+    assert!(
+        matches!(
+            yarn.rope_scaling,
+            RopeScaling::Yarn {
+                original_max_position: 512.0,
+                beta_fast: 32.0,
+                ..
+            }
+        ),
+        "{:?}",
+        yarn.rope_scaling
+    );
+    let bad = refusal(
+        "LlamaForCausalLM",
+        json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}}),
+    );
+    assert!(bad.contains("beta_fast"), "{bad}");
     let short = refusal(
         "LlamaForCausalLM",
         json!({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}),

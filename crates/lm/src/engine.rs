@@ -144,6 +144,7 @@ impl Engine {
     /// One forward over all that can run now. Events of one request are in order.
     pub fn step(&mut self) -> Vec<Event> {
         self.admit();
+        self.fork();
         let shares = self.plan();
         if !shares.is_empty() {
             let run = catch_unwind(AssertUnwindSafe(|| self.run(&shares)));
@@ -188,6 +189,32 @@ impl Engine {
         }
     }
 
+    /// Choices of one prompt run it once: a sequence that has not begun takes over the keys and values of one whose
+    /// prompt is the same and through, but for the last token, whose row it needs.
+    fn fork(&mut self) {
+        for index in 0..self.running.len() {
+            if !self.running[index].may_follow() {
+                continue;
+            }
+            let prompt = &self.running[index].request.prompt;
+            let through = |other: &&Sequence| other.prompt_is_through() && other.request.prompt == *prompt;
+            let Some(leader) = self.running.iter().find(through) else {
+                continue;
+            };
+            let cache = leader.cache.fork(prompt.len() - 1);
+            self.running[index].cache = cache;
+        }
+    }
+
+    /// Whether another sequence, earlier in line, is about to run the same prompt.
+    fn follows(&self, index: usize) -> bool {
+        let sequence = &self.running[index];
+        sequence.may_follow()
+            && self.running[..index]
+                .iter()
+                .any(|other| other.next.is_none() && other.request.prompt == sequence.request.prompt)
+    }
+
     /// Answers first, one token each; then prompts in order of arrival while there is room. At least one
     /// prompt token runs in each step, so that answers cannot hold prompts up for ever.
     fn plan(&self) -> Vec<Share> {
@@ -205,7 +232,7 @@ impl Engine {
         }
         let mut room = self.config.max_batch_tokens.saturating_sub(rows).max(1);
         for (sequence, state) in self.running.iter().enumerate() {
-            if state.next.is_some() || room == 0 {
+            if state.next.is_some() || room == 0 || self.follows(sequence) {
                 continue;
             }
             let from = state.cache.len();
@@ -341,6 +368,11 @@ impl Sequence {
         self.cache.len() >= self.request.prompt.len()
     }
 
+    /// Nothing of its prompt was run, and its rows are of no use but the last.
+    fn may_follow(&self) -> bool {
+        self.cache.is_empty() && self.request.prompt.len() > 1 && self.request.prompt_logprobs.is_none()
+    }
+
     /// Ended sequences hold no reservation and are dropped at the end of the step.
     fn is_done(&self) -> bool {
         self.reserved == 0
@@ -379,6 +411,7 @@ impl Sequence {
         events.push(Event::Failed {
             id,
             error: error.to_owned(),
+            field: None,
         });
         self.reserved = 0;
     }

@@ -51,6 +51,15 @@ impl KvCache {
         self.layers.iter_mut().for_each(|layer| layer.truncate(keep));
     }
 
+    /// A cache of its own with the first `len` tokens.
+    pub(crate) fn fork(&self, len: usize) -> Self {
+        let keep = self.len.min(len);
+        Self {
+            layers: self.layers.iter().map(|layer| layer.fork(keep)).collect(),
+            len: keep,
+        }
+    }
+
     pub(crate) fn layer(&self, layer: usize) -> &LayerKv {
         &self.layers[layer]
     }
@@ -89,6 +98,18 @@ impl LayerKv {
 
     pub(crate) fn values(&self, head: usize, from: usize, to: usize) -> &[f32] {
         &self.heads[head].values[from * self.head_dim..to * self.head_dim]
+    }
+
+    fn fork(&self, len: usize) -> Self {
+        let part = |values: &[f32]| values[..len * self.head_dim].to_vec();
+        let heads = self.heads.iter().map(|head| HeadKv {
+            keys: part(&head.keys),
+            values: part(&head.values),
+        });
+        Self {
+            heads: heads.collect(),
+            head_dim: self.head_dim,
+        }
     }
 
     fn truncate(&mut self, len: usize) {

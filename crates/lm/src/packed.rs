@@ -79,9 +79,11 @@ impl PackedMatrix {
         let width = columns.len();
         let mut out = vec![0f32; rows * width];
         if rows > FEW_ROWS {
-            // Few and large tasks keep the panels in cache, but every thread should have one.
+            // Few and large tasks keep the panels in cache, but every thread should have as many as the others.
             let share = rows.div_ceil(rayon::current_num_threads());
-            let block = share.next_multiple_of(TILE_ROWS).min(ROW_BLOCK);
+            let block = share
+                .div_ceil(share.div_ceil(ROW_BLOCK))
+                .next_multiple_of(TILE_ROWS);
             out.par_chunks_mut(block * width)
                 .zip(x.par_chunks(block * self.inner))
                 .for_each(|(out, x)| self.part(&Rows::pack(x, self.inner), columns.start, width, out));

@@ -6,7 +6,8 @@ use crate::{LmError, ModelConfig, Sampling, TokenLogprobs};
 /// Largest count of likeliest tokens that may be asked for.
 const MAX_LOGPROBS: usize = 1024;
 
-/// One sequence to run. `n` choices of one prompt are `n` requests with seeds of their own.
+/// One sequence to run. `n` choices of one prompt are `n` requests with seeds of their own; the engine runs a prompt
+/// that several of them have once.
 #[derive(Debug, Clone)]
 pub struct Request {
     /// Chosen by the caller, unique among what the engine holds.
@@ -41,7 +42,12 @@ pub enum Event {
     /// The last event of a request, unless it failed.
     Finished { id: u64, reason: FinishReason },
     /// The last event of a request that could not go on.
-    Failed { id: u64, error: String },
+    Failed {
+        id: u64,
+        error: String,
+        /// The field at fault, where it is the request's.
+        field: Option<&'static str>,
+    },
 }
 
 /// Why a request ended.

@@ -1,9 +1,10 @@
 //! Rotary position embeddings: inverse frequencies as transformers computes them, and cosines and sines for
 //! the positions of a packed batch.
 //!
-//! Source: huggingface/transformers, `modeling_rope_utils.py` (default, linear, llama3).
+//! Source: huggingface/transformers, `modeling_rope_utils.py` (default, linear, dynamic, yarn, llama3).
 
 use std::f32::consts::PI;
+use std::f64::consts::TAU;
 
 use crate::ModelConfig;
 
@@ -13,6 +14,22 @@ pub enum RopeScaling {
     Default,
     Linear {
         factor: f32,
+    },
+    /// Changes the frequencies of texts beyond `max_position_embeddings` only, which are not run here.
+    Dynamic {
+        factor: f32,
+    },
+    /// Frequencies that turn often within the original length stay, those that turn seldom are divided.
+    Yarn {
+        factor: f32,
+        original_max_position: f32,
+        /// Turns above which a frequency stays, and below which it is divided by all of `factor`.
+        beta_fast: f32,
+        beta_slow: f32,
+        /// Whether the ends of the ramp between them are whole dimensions.
+        truncate: bool,
+        /// Multiplies cosines and sines.
+        attention_factor: f32,
     },
     Llama3 {
         factor: f32,
@@ -26,6 +43,8 @@ pub enum RopeScaling {
 #[derive(Debug, Clone)]
 pub(crate) struct Rope {
     inv_freq: Vec<f32>,
+    /// Of cosines and sines.
+    amplitude: f32,
 }
 
 /// Cosines and sines of one packed batch: row `t` holds the `head_dim / 2` angles of token `t`.
@@ -45,8 +64,26 @@ impl Rope {
             let exponent = i as f32 / dim as f32;
             1.0 / (config.rope_theta.powf(f64::from(exponent)) as f32)
         });
-        let inv_freq = plain.map(|freq| scale(freq, config.rope_scaling)).collect();
-        Self { inv_freq }
+        let scaling = config.rope_scaling;
+        if let RopeScaling::Yarn {
+            factor,
+            attention_factor,
+            ..
+        } = scaling
+        {
+            let kept = yarn_kept(scaling, dim, config.rope_theta);
+            return Self {
+                inv_freq: plain
+                    .zip(kept)
+                    .map(|(freq, kept)| freq / factor * (1.0 - kept) + freq * kept)
+                    .collect(),
+                amplitude: attention_factor,
+            };
+        }
+        Self {
+            inv_freq: plain.map(|freq| scale(freq, scaling)).collect(),
+            amplitude: 1.0,
+        }
     }
 
     /// Angles are products of f32 numbers, as in transformers, so that far positions round alike.
@@ -57,8 +94,8 @@ impl Rope {
         for &position in positions {
             for &freq in &self.inv_freq {
                 let (s, c) = (position as f32 * freq).sin_cos();
-                cos.push(c);
-                sin.push(s);
+                cos.push(c * self.amplitude);
+                sin.push(s * self.amplitude);
             }
         }
         RopeTable { half, cos, sin }
@@ -81,7 +118,7 @@ impl RopeTable {
 
 fn scale(freq: f32, scaling: RopeScaling) -> f32 {
     match scaling {
-        RopeScaling::Default => freq,
+        RopeScaling::Default | RopeScaling::Dynamic { .. } | RopeScaling::Yarn { .. } => freq,
         RopeScaling::Linear { factor } => freq / factor,
         RopeScaling::Llama3 {
             factor,
@@ -103,9 +140,116 @@ fn scale(freq: f32, scaling: RopeScaling) -> f32 {
     }
 }
 
+/// How much of each frequency stays as it is, from 1 to 0 along a ramp over the dimensions.
+fn yarn_kept(scaling: RopeScaling, dim: usize, theta: f64) -> Vec<f32> {
+    let RopeScaling::Yarn {
+        original_max_position,
+        beta_fast,
+        beta_slow,
+        truncate,
+        ..
+    } = scaling
+    else {
+        return vec![1.0; dim / 2];
+    };
+    // The dimension whose frequency makes so many turns within the original length.
+    let dimension = |turns: f32| {
+        let length = f64::from(original_max_position) / (f64::from(turns) * TAU);
+        dim as f64 * length.ln() / (2.0 * theta.ln())
+    };
+    let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
+    if truncate {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    let (low, mut high) = (low.max(0.0), high.min(dim as f64 - 1.0));
+    if low == high {
+        high += 0.001;
+    }
+    (0..dim / 2)
+        .map(|i| 1.0 - ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0))
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn rope(rope: serde_json::Value) -> Rope {
+        let config = serde_json::json!({"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 128,
+            "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 16,
+            "max_position_embeddings": 131_072, "rope_parameters": rope});
+        Rope::new(&ModelConfig::from_json(config.as_object().expect("an object")).expect("a config"))
+    }
+
+    /// Numbers of transformers 5, `ROPE_INIT_FUNCTIONS[rope_type]` for this config.
+    #[test]
+    fn yarn_and_dynamic_scaling_equal_transformers() {
+        let yarn = |extra: serde_json::Value| {
+            let mut table = serde_json::json!({"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                "original_max_position_embeddings": 4096});
+            for (key, value) in extra.as_object().expect("an object") {
+                table[key] = value.clone();
+            }
+            rope(table)
+        };
+        let rest = [2.5e-4, 7.905_695e-5];
+        for (rope, middle, amplitude) in [
+            (
+                yarn(serde_json::json!({})),
+                [0.025_693_506, 0.006_249_999_6, 0.001_383_496_6],
+                1.138_629_4,
+            ),
+            (
+                yarn(
+                    serde_json::json!({"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.707, "mscale_all_dim": 1.0}),
+                ),
+                [0.031_622_78, 0.007_499_999_4, 0.001_581_139],
+                0.964_326_9,
+            ),
+            (
+                yarn(serde_json::json!({"attention_factor": 1.25, "truncate": false})),
+                [0.028_613_61, 0.006_556_971, 0.001_285_631_9],
+                1.25,
+            ),
+        ] {
+            let expected = [&[1.0, 0.316_227_76, 0.1], &middle[..], &rest[..]].concat();
+            close(&rope.inv_freq, &expected);
+            close(&[rope.amplitude], &[amplitude]);
+        }
+        let long = yarn(serde_json::json!({"rope_theta": 1e6, "original_max_position_embeddings": 32768}));
+        let expected = [
+            1.0,
+            0.177_827_94,
+            0.031_622_78,
+            0.004_217_56,
+            5e-4,
+            4.445_698_5e-5,
+            7.905_694e-6,
+            1.405_853_4e-6,
+        ];
+        close(&long.inv_freq, &expected);
+        let dynamic = rope(serde_json::json!({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}));
+        let plain = rope(serde_json::json!({"rope_type": "default", "rope_theta": 10000.0}));
+        assert_eq!((dynamic.inv_freq, dynamic.amplitude), (plain.inv_freq, 1.0));
+    }
+
+    fn close(ours: &[f32], theirs: &[f32]) {
+        assert_eq!(ours.len(), theirs.len());
+        for (a, b) in ours.iter().zip(theirs) {
+            assert!((a - b).abs() <= 3e-7 * b.abs(), "{ours:?} {theirs:?}");
+        }
+    }
+
+    #[test]
+    fn the_amplitude_scales_what_is_rotated() {
+        let rope = Rope {
+            inv_freq: vec![1.0],
+            amplitude: 2.0,
+        };
+        let mut head = [1.0, 3.0];
+        rope.table(&[0]).rotate(0, &mut head);
+        assert_eq!(head, [2.0, 6.0]);
+    }
 
     #[test]
     fn llama3_scaling_keeps_high_and_divides_low_frequencies() {
@@ -127,6 +271,7 @@ mod tests {
     fn position_zero_leaves_a_head_alone_and_rotation_keeps_its_length() {
         let rope = Rope {
             inv_freq: vec![1.0, 0.1],
+            amplitude: 1.0,
         };
         let table = rope.table(&[0, 3]);
         let mut head = [1.0, 2.0, 3.0, 4.0];

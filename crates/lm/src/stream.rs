@@ -28,6 +28,8 @@ pub struct TextStream {
     /// Text that might begin a stop string.
     held: String,
     stopped: bool,
+    /// Tokens to come before stop strings count.
+    free: usize,
 }
 
 impl TextStream {
@@ -40,11 +42,21 @@ impl TextStream {
             read: 0,
             held: String::new(),
             stopped: false,
+            free: 0,
         }
+    }
+
+    /// Lets the text of the first tokens through whatever it is; stop strings are looked for in what follows.
+    #[must_use]
+    pub fn with_min_tokens(mut self, tokens: usize) -> Self {
+        self.free = tokens;
+        self
     }
 
     /// Takes the next token. After a stop, further tokens have no text.
     pub fn push(&mut self, token: u32) -> Result<Chunk, LmError> {
+        let free = self.free > 0;
+        self.free = self.free.saturating_sub(1);
         if self.stopped || self.tokenizer.is_special(token) {
             return Ok(self.chunk(String::new()));
         }
@@ -56,7 +68,10 @@ impl TextStream {
         }
         self.ids.drain(..self.read);
         self.read = self.ids.len();
-        let text = self.pass(&pending);
+        let text = match free {
+            true => pending,
+            false => self.pass(&pending),
+        };
         Ok(self.chunk(text))
     }
 
@@ -157,6 +172,19 @@ mod tests {
         let (texts, stopped) = run(&["\n\n", "Question:"], &bytes("4\nQuest"));
         assert_eq!((texts.concat().as_str(), stopped), ("4\nQuest", false));
         assert_eq!(texts.last().map(String::as_str), Some("Quest"));
+    }
+
+    #[test]
+    fn stop_strings_count_from_the_first_token_after_the_least() {
+        for (least, expected) in [(0, "a"), (3, "abca"), (5, "abcabca"), (8, "abcabcabc")] {
+            let mut stream = TextStream::new(Arc::new(tiny()), vec!["bc".into()]).with_min_tokens(least);
+            let mut text = String::new();
+            for id in bytes("abcabcabc") {
+                text += &stream.push(id).expect("a chunk").text;
+            }
+            text += &stream.finish().expect("text");
+            assert_eq!(text, expected, "{least}");
+        }
     }
 
     #[test]

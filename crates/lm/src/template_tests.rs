@@ -1,4 +1,5 @@
-use super::{ChatMessage, ChatTemplate, strftime};
+use super::dates::strftime;
+use super::{ChatMessage, ChatTemplate};
 use crate::tokenizer::SpecialTokens;
 
 fn messages() -> Vec<ChatMessage> {
@@ -71,6 +72,10 @@ fn tojson_writes_what_python_writes() {
         render("{{ [1, {'a': none}] | tojson(indent=2) }}").as_deref(),
         Ok("[\n  1,\n  {\n    \"a\": null\n  }\n]")
     );
+    assert_eq!(
+        render("{{ [[], {}, [[1, 2]]] | tojson }}{{ [[], {}] | tojson(indent=1) }}").as_deref(),
+        Ok("[[], {}, [[1, 2]]][\n [],\n {}\n]")
+    );
 }
 
 #[test]
@@ -87,6 +92,39 @@ fn endless_work_and_endless_output_are_cut() {
     assert!(render(slow).is_err_and(|e| e.contains("fuel")));
     let wide = "{% for a in range(99999) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' }}{% endfor %}";
     assert!(render(wide).is_err());
+}
+
+/// What fuel and the bounded writer stop by themselves; the rest is the sandbox's.
+#[test]
+fn doubled_and_endless_values_are_cut() {
+    let shared =
+        "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}";
+    for hostile in [
+        format!("{shared}{{{{ n.x | tojson | length }}}}"),
+        "{% set n = namespace() %}{% set n.n = n %}{{ n | tojson }}".into(),
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}".into(),
+    ] {
+        assert!(render(&hostile).is_err(), "{hostile}");
+    }
+}
+
+#[test]
+fn the_longest_conversation_has_fuel() {
+    let source = "{%- for m in messages %}{%- if m.role == 'user' or (m.role == 'system' and not loop.first) %}\
+        {{- '<|im_start|>' + m.role + '\n' + m.content.strip() + '<|im_end|>' + '\n' }}\
+        {%- elif m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}{{ parts[-1].lstrip('\n') | trim }}\
+        {%- endif %}{%- endfor %}";
+    let turn = |i: usize| ChatMessage {
+        role: ["user", "assistant"][i % 2].into(),
+        content: "word ".repeat(60),
+    };
+    let talk: Vec<ChatMessage> = (0..4096).map(turn).collect();
+    let template = ChatTemplate::new(source).expect("a template");
+    assert!(
+        template
+            .render(&talk, true, &special())
+            .is_ok_and(|text| text.len() > 1 << 20)
+    );
 }
 
 #[test]

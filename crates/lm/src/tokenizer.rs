@@ -4,6 +4,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use cauldron_checkpoint::Checkpoint;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
@@ -17,7 +18,7 @@ pub const MAX_PROMPT_BYTES: usize = 2 << 20;
 const MAX_TEMPLATE_BYTES: usize = 256 << 10;
 
 /// What tokenizer_config.json says about a model's text form.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpecialTokens {
     pub bos_token: Option<String>,
     pub eos_token: Option<String>,

@@ -12,7 +12,10 @@ pub(crate) struct ChunkLog(Mutex<BTreeMap<(usize, String), Seen>>);
 
 #[derive(Debug)]
 enum Seen {
-    Some { chunks: Vec<Option<Digest>>, left: usize },
+    Some {
+        chunks: Vec<Option<Digest>>,
+        left: usize,
+    },
     All(Digest),
 }
 

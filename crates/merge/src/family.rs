@@ -200,11 +200,17 @@ impl<'a> Family<'a> {
     /// Means of vocabulary tensors whose rows are too few.
     fn find_row_means(&mut self, obs: &dyn Observer) -> Result<(), MergeError> {
         for (source, checkpoint) in self.parents.sources.iter().enumerate() {
-            let Some(map) = self.parents.vocab.map(source) else { continue };
+            let Some(map) = self.parents.vocab.map(source) else {
+                continue;
+            };
             if !map.contains(&crate::vocab::Row::OwnMean) {
                 continue;
             }
-            for name in checkpoint.tensors().keys().filter(|name| crate::vocab::is_vocabulary(name)) {
+            for name in checkpoint
+                .tensors()
+                .keys()
+                .filter(|name| crate::vocab::is_vocabulary(name))
+            {
                 let failed = |e| MergeError::parent("a parent", e);
                 let values = checkpoint.read_f32(name).map_err(failed)?;
                 let width = row_len(&checkpoint.tensors()[name].shape).max(1);
@@ -232,7 +238,9 @@ impl<'a> Family<'a> {
             let tensor = &self.tensors()[t];
             let place = tensor.place();
             self.prepared[t].drops = match sparsify.drops.is_random() {
-                true => (0..tensor.members.len()).map(|m| self.random_drop(tensor, m)).collect(),
+                true => (0..tensor.members.len())
+                    .map(|m| self.random_drop(tensor, m))
+                    .collect(),
                 false => self.magnitude_drops(t, &place, obs)?,
             };
             if !sparsify.drops.is_random() {
@@ -318,7 +326,10 @@ impl<'a> Family<'a> {
                 false => ((n as f64 * drop_rate).floor() as u64, n),
                 true if retain >= 1.0 => (0, n),
                 true => {
-                    let own = self.recipe.models[*index].gamma.as_ref().and_then(|g| g.at(place));
+                    let own = self.recipe.models[*index]
+                        .gamma
+                        .as_ref()
+                        .and_then(|g| g.at(place));
                     let gamma = own.or_else(|| sparsify.gamma.at(place)).unwrap_or(0.0);
                     let keep = (retain * n as f64) as u64;
                     let low = n.saturating_sub(keep + (gamma * n as f64) as u64);
@@ -339,7 +350,12 @@ impl<'a> Family<'a> {
         let found = self.find(&[t], targets, &|_, tile| tile.fill_deltas(), obs)?;
         let mut drops = Vec::new();
         for (member, (low, high)) in bounds.into_iter().enumerate() {
-            let edge = |rank: u64| found.iter().find(|(s, r, _)| *s == member && *r == rank).map(|f| f.2);
+            let edge = |rank: u64| {
+                found
+                    .iter()
+                    .find(|(s, r, _)| *s == member && *r == rank)
+                    .map(|f| f.2)
+            };
             let (low, high) = match breadcrumbs {
                 false if low == 0 => (Edge::LOWEST, Edge::HIGHEST),
                 false => {
@@ -445,8 +461,11 @@ impl<'a> Family<'a> {
 
     /// Per tensor and parent: the factor that gives the survivors the L1 norm the delta had.
     fn restore_l1(&mut self, merged: &[usize], obs: &dyn Observer) -> Result<(), MergeError> {
-        let mut sums: Vec<Vec<(f64, f64)>> =
-            self.tensors().iter().map(|t| vec![(0.0, 0.0); t.members.len()]).collect();
+        let mut sums: Vec<Vec<(f64, f64)>> = self
+            .tensors()
+            .iter()
+            .map(|t| vec![(0.0, 0.0); t.members.len()])
+            .collect();
         self.stream(|stream| {
             stream.for_each(
                 merged,
@@ -547,7 +566,11 @@ impl<'a> Family<'a> {
     }
 
     /// mergekit's: exactly max(1, int(n r)) of each tensor stay.
-    fn trim_by_tensor(&mut self, retain: &crate::setting::Setting, obs: &dyn Observer) -> Result<(), MergeError> {
+    fn trim_by_tensor(
+        &mut self,
+        retain: &crate::setting::Setting,
+        obs: &dyn Observer,
+    ) -> Result<(), MergeError> {
         for t in self.merged() {
             let tensor = &self.tensors()[t];
             let n = tensor.plan.numel() as u64;
@@ -557,7 +580,10 @@ impl<'a> Family<'a> {
                 // With a sparsifier, the models' own shares are the sparsifier's.
                 let own = match self.recipe.sparsify {
                     Some(_) => None,
-                    None => self.recipe.models[*index].retain.as_ref().and_then(|r| r.at(&tensor.place())),
+                    None => self.recipe.models[*index]
+                        .retain
+                        .as_ref()
+                        .and_then(|r| r.at(&tensor.place())),
                 };
                 let share = own.or_else(|| retain.at(&tensor.place())).unwrap_or(1.0);
                 let keep = ((share * n as f64) as u64).clamp(1, n.max(1));
@@ -613,7 +639,10 @@ impl<'a> Family<'a> {
             }
         };
         let found = self.search(tensors, targets, MODEL_SAMPLE, &count, obs)?;
-        Ok(found.into_iter().map(|(series, _, statistic)| (series, statistic)).collect())
+        Ok(found
+            .into_iter()
+            .map(|(series, _, statistic)| (series, statistic))
+            .collect())
     }
 
     /// The search itself: a sample, and passes until every target is found. `series` hands over the values of each series
@@ -633,7 +662,10 @@ impl<'a> Family<'a> {
             let wanted: Vec<usize> = targets.iter().map(|t| t.series).collect();
             let (mut samples, totals) = self.sample(tensors, &wanted, sample, series)?;
             for target in &mut targets {
-                let index = wanted.iter().position(|s| *s == target.series).unwrap_or_default();
+                let index = wanted
+                    .iter()
+                    .position(|s| *s == target.series)
+                    .unwrap_or_default();
                 target.guess(&mut samples[index], totals[index]);
             }
         }
@@ -647,7 +679,9 @@ impl<'a> Family<'a> {
                     |work, scratch, chunk| {
                         work.tiles(scratch, chunk, |tile| {
                             series(tile, chunk.tensor, &mut |index, values| {
-                                open.iter().filter(|t| t.series == index).for_each(|t| t.count(values));
+                                open.iter()
+                                    .filter(|t| t.series == index)
+                                    .for_each(|t| t.count(values));
                             });
                             Ok(())
                         })
@@ -657,7 +691,9 @@ impl<'a> Family<'a> {
             })?;
             open.iter_mut().for_each(|t| t.finish());
         }
-        let found = targets.iter().filter_map(|t| Some((t.series, t.rank(), t.found?)));
+        let found = targets
+            .iter()
+            .filter_map(|t| Some((t.series, t.rank(), t.found?)));
         Ok(found.collect())
     }
 

@@ -40,7 +40,10 @@ impl Gram {
     }
 
     fn add(&mut self, other: &Self) {
-        self.products.iter_mut().zip(&other.products).for_each(|(a, b)| *a += b);
+        self.products
+            .iter_mut()
+            .zip(&other.products)
+            .for_each(|(a, b)| *a += b);
     }
 
     /// Adds the products of a run of elements.
@@ -107,7 +110,10 @@ impl Family<'_> {
     /// Whether the method combines deltas and adds the base, or combines whole tensors.
     pub(crate) fn over_deltas(&self) -> bool {
         match self.recipe.method {
-            Method::TaskArithmetic { .. } | Method::Ties { .. } | Method::Sce { .. } | Method::ModelStock { .. } => true,
+            Method::TaskArithmetic { .. }
+            | Method::Ties { .. }
+            | Method::Sce { .. }
+            | Method::ModelStock { .. } => true,
             Method::NuSlerp { .. } | Method::MultiSlerp { .. } => self.recipe.base.is_some(),
             _ => false,
         }
@@ -191,7 +197,10 @@ pub(crate) fn coefficients(method: &Method, gram: &Gram, weights: &[f32], t: f64
 }
 
 fn arc(t: f64, theta: f64) -> Vec<f64> {
-    vec![((1.0 - t) * theta).sin() / theta.sin(), (t * theta).sin() / theta.sin()]
+    vec![
+        ((1.0 - t) * theta).sin() / theta.sin(),
+        (t * theta).sin() / theta.sin(),
+    ]
 }
 
 fn slerp(gram: &Gram, t: f64) -> Vec<f64> {
@@ -205,7 +214,11 @@ fn slerp(gram: &Gram, t: f64) -> Vec<f64> {
 
 fn nuslerp(gram: &Gram, weights: &[f32]) -> Vec<f64> {
     let total = f64::from(weights[0]) + f64::from(weights[1]);
-    let t = if total.abs() < 1e-6 { 0.5 } else { f64::from(weights[1]) / total };
+    let t = if total.abs() < 1e-6 {
+        0.5
+    } else {
+        f64::from(weights[1]) / total
+    };
     let cosine = gram.at(0, 1) / (gram.norm(0).max(1e-7) * gram.norm(1).max(1e-7));
     let cosine = cosine.clamp(-1.0, 1.0);
     match 1.0 - cosine * cosine <= 1e-16 {
@@ -226,7 +239,9 @@ fn multislerp(gram: &Gram, weights: &[f32], normalize: bool) -> Option<Vec<f64>>
         let sum: f64 = weights.iter().sum();
         weights.iter_mut().for_each(|w| *w /= sum);
     }
-    let units: Vec<f64> = (0..gram.count).map(|i| weights[i] / (gram.norm(i) + EPS)).collect();
+    let units: Vec<f64> = (0..gram.count)
+        .map(|i| weights[i] / (gram.norm(i) + EPS))
+        .collect();
     let length = gram.length(&units);
     if length < EPS {
         return (gram.count == 2).then_some(weights);
@@ -291,7 +306,13 @@ fn karcher(gram: &Gram, max_iter: u64, tolerance: f64) -> Vec<f64> {
     }
     let scale: f64 = norms.iter().map(|n| share * n).sum();
     (0..count)
-        .map(|i| if valid.contains(&i) { scale * mean[i] / norms[i] } else { 0.0 })
+        .map(|i| {
+            if valid.contains(&i) {
+                scale * mean[i] / norms[i]
+            } else {
+                0.0
+            }
+        })
         .collect()
 }
 

@@ -166,7 +166,9 @@ impl Fields {
     /// A parameter that may differ by tensor.
     pub fn setting(&mut self, key: &str) -> Result<Option<Setting>, RecipeError> {
         let field = self.path(key);
-        self.take(key).map(|value| Setting::read(&field, value)).transpose()
+        self.take(key)
+            .map(|value| Setting::read(&field, value))
+            .transpose()
     }
 
     pub fn seed(&mut self, key: &str) -> Result<Option<u64>, RecipeError> {

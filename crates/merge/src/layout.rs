@@ -67,7 +67,11 @@ impl OutTensor {
     /// The distinct inputs, the base's included.
     pub fn inputs(&self) -> Vec<&Input> {
         let mut inputs: Vec<&Input> = Vec::new();
-        for input in self.base.iter().chain(self.members.iter().map(|(_, input)| input)) {
+        for input in self
+            .base
+            .iter()
+            .chain(self.members.iter().map(|(_, input)| input))
+        {
             if !inputs.contains(&input) {
                 inputs.push(input);
             }
@@ -100,7 +104,10 @@ impl Layout {
                 tensor.role = Role::Copied;
             } else if recipe.base.is_some() && recipe.excluded.is_match(&tensor.plan.name) {
                 if tensor.base.is_none() {
-                    let detail = format!("{} is to stay the base's, which takes no part in it", tensor.plan.name);
+                    let detail = format!(
+                        "{} is to stay the base's, which takes no part in it",
+                        tensor.plan.name
+                    );
                     return Err(RecipeError::new("exclude", detail));
                 }
                 tensor.role = Role::Excluded;
@@ -115,7 +122,10 @@ impl Layout {
         let order = ShardPlan::new(tensors.iter().map(|t| t.plan.clone()).collect(), u64::MAX);
         let mut by_name: BTreeMap<String, OutTensor> =
             tensors.into_iter().map(|t| (t.plan.name.clone(), t)).collect();
-        let tensors = order.tensors().iter().filter_map(|plan| by_name.remove(&plan.name));
+        let tensors = order
+            .tensors()
+            .iter()
+            .filter_map(|plan| by_name.remove(&plan.name));
         Ok(Self {
             tensors: tensors.collect(),
             layers: (!recipe.slices.is_empty()).then(|| recipe.slices.iter().map(|s| s.layers).sum()),
@@ -258,7 +268,10 @@ fn join(
             None => plan = Some(found),
             Some(first) if first.shape == found.shape && is_float(first.dtype) == is_float(found.dtype) => {}
             Some(first) => {
-                let detail = format!("tensor {name} is {:?}, where {:?} is wanted", found.shape, first.shape);
+                let detail = format!(
+                    "tensor {name} is {:?}, where {:?} is wanted",
+                    found.shape, first.shape
+                );
                 return Err(RecipeError::new(field(), detail));
             }
         }

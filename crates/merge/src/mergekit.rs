@@ -40,11 +40,26 @@ const METHODS: &[Known] = &[
     known("dare_linear", &["weight", "density"], GENERALIZED, true),
     known("dare_ties", &["weight", "density"], GENERALIZED, true),
     known("breadcrumbs", &["weight", "density", "gamma"], GENERALIZED, true),
-    known("breadcrumbs_ties", &["weight", "density", "gamma"], GENERALIZED, true),
+    known(
+        "breadcrumbs_ties",
+        &["weight", "density", "gamma"],
+        GENERALIZED,
+        true,
+    ),
     known("della", &["weight", "density", "epsilon"], GENERALIZED, true),
-    known("della_linear", &["weight", "density", "epsilon"], GENERALIZED, true),
+    known(
+        "della_linear",
+        &["weight", "density", "epsilon"],
+        GENERALIZED,
+        true,
+    ),
     known("slerp", &[], &["t"], false),
-    known("nuslerp", &["weight"], &["nuslerp_row_wise", "nuslerp_flatten"], true),
+    known(
+        "nuslerp",
+        &["weight"],
+        &["nuslerp_row_wise", "nuslerp_flatten"],
+        true,
+    ),
     known("multislerp", &["weight"], &["normalize_weights"], true),
     known("karcher", &[], &["max_iter", "tol"], false),
     known("model_stock", &[], &["filter_wise"], false),
@@ -78,7 +93,10 @@ pub fn parse_mergekit(text: &[u8]) -> Result<RecipeSpec, RecipeError> {
     let value: Value = serde_saphyr::from_str(text).map_err(|e| RecipeError::new("", e.to_string()))?;
     let mut fields = Fields::new("", value)?;
     let name = fields.string("merge_method")?;
-    let base = fields.take("base_model").map(|v| reference("base_model", v)).transpose()?;
+    let base = fields
+        .take("base_model")
+        .map(|v| reference("base_model", v))
+        .transpose()?;
     let models = fields.array("models")?;
     let slices = fields.array("slices")?;
     let shared = fields.take("parameters");
@@ -89,7 +107,10 @@ pub fn parse_mergekit(text: &[u8]) -> Result<RecipeSpec, RecipeError> {
     let name = name.ok_or_else(|| RecipeError::new("merge_method", "is required"))?;
     let known = METHODS.iter().find(|known| known.method == name).ok_or_else(|| {
         let names: Vec<&str> = METHODS.iter().map(|known| known.method).collect();
-        RecipeError::new("merge_method", format!("is not supported; known are {}", names.join(", ")))
+        RecipeError::new(
+            "merge_method",
+            format!("is not supported; known are {}", names.join(", ")),
+        )
     })?;
     let shared = Parameters::read("parameters", shared, known)?;
     let inputs = match (models, slices) {
@@ -127,7 +148,9 @@ enum Parameter {
 
 impl Parameters {
     fn read(field: &str, value: Option<Value>, known: &Known) -> Result<Self, RecipeError> {
-        let Some(value) = value else { return Ok(Self::default()) };
+        let Some(value) = value else {
+            return Ok(Self::default());
+        };
         let Value::Object(entries) = value else {
             return Err(RecipeError::new(field, "must be a mapping"));
         };
@@ -135,7 +158,10 @@ impl Parameters {
         for (key, value) in entries {
             let field = format!("{field}.{key}");
             if !known.own.contains(&key.as_str()) && !known.shared.contains(&key.as_str()) {
-                return Err(RecipeError::new(field, format!("is no parameter of {}", known.method)));
+                return Err(RecipeError::new(
+                    field,
+                    format!("is no parameter of {}", known.method),
+                ));
             }
             let parameter = match value {
                 Value::Null => continue,
@@ -156,7 +182,11 @@ impl Parameters {
 
     /// Switches hold for the whole model; elsewhere they would be left out of account.
     fn no_switches(&self, field: &str) -> Result<(), RecipeError> {
-        match self.0.iter().find(|(_, parameter)| matches!(parameter, Parameter::Switch(_))) {
+        match self
+            .0
+            .iter()
+            .find(|(_, parameter)| matches!(parameter, Parameter::Switch(_)))
+        {
             None => Ok(()),
             Some((key, _)) => {
                 let detail = "is supported for the whole model only, under the top-level parameters";
@@ -169,7 +199,10 @@ impl Parameters {
         match self.0.iter().find(|(name, _)| name == key) {
             None => Ok(default),
             Some((_, Parameter::Switch(on))) => Ok(*on),
-            Some(_) => Err(RecipeError::new(format!("parameters.{key}"), "must be true or false")),
+            Some(_) => Err(RecipeError::new(
+                format!("parameters.{key}"),
+                "must be true or false",
+            )),
         }
     }
 
@@ -226,7 +259,9 @@ impl Inputs {
             let model = model.ok_or_else(|| RecipeError::new(format!("{field}.model"), "is required"))?;
             let parameters = Parameters::read(&format!("{field}.parameters"), parameters, known)?;
             parameters.no_switches(&format!("{field}.parameters"))?;
-            inputs.models.push((reference(&format!("{field}.model"), model)?, vec![parameters]));
+            inputs
+                .models
+                .push((reference(&format!("{field}.model"), model)?, vec![parameters]));
         }
         Ok(inputs)
     }
@@ -242,7 +277,8 @@ impl Inputs {
             let mut fields = Fields::new(&field, value)?;
             let (sources, parameters) = (fields.array("sources")?, fields.take("parameters"));
             fields.finish(&["sources", "parameters"])?;
-            let sources = sources.ok_or_else(|| RecipeError::new(format!("{field}.sources"), "is required"))?;
+            let sources =
+                sources.ok_or_else(|| RecipeError::new(format!("{field}.sources"), "is required"))?;
             let of_slice = Parameters::read(&format!("{field}.parameters"), parameters, known)?;
             of_slice.no_switches(&format!("{field}.parameters"))?;
             let of_slice = of_slice.in_slice(index);
@@ -288,7 +324,9 @@ impl Inputs {
         known: &Known,
     ) -> Result<(), RecipeError> {
         let mut models = self.models;
-        let at_base = base.as_ref().and_then(|base| models.iter().position(|(name, _)| name == base));
+        let at_base = base
+            .as_ref()
+            .and_then(|base| models.iter().position(|(name, _)| name == base));
         match known.method {
             // Methods to which the base is a model like any other.
             "linear" | "karcher" => {
@@ -298,7 +336,9 @@ impl Inputs {
             }
             "passthrough" => {}
             "slerp" => {
-                let base = base.clone().ok_or_else(|| RecipeError::new("base_model", "is required"))?;
+                let base = base
+                    .clone()
+                    .ok_or_else(|| RecipeError::new("base_model", "is required"))?;
                 let first = match at_base {
                     Some(at) => models.remove(at),
                     None => (base, Vec::new()),
@@ -314,7 +354,10 @@ impl Inputs {
         }
         for (index, (model, scopes)) in models.into_iter().enumerate() {
             let find = |key: &str| {
-                let scopes = scopes.iter().chain([shared]).filter_map(|scope| scope.setting(key));
+                let scopes = scopes
+                    .iter()
+                    .chain([shared])
+                    .filter_map(|scope| scope.setting(key));
                 scopes.reduce(Setting::or)
             };
             let weight = match known.method {
@@ -336,7 +379,11 @@ impl Inputs {
         }
         spec.slices = self.slices;
         for key in ["lambda", "t"] {
-            let scopes = self.shared.iter().chain([shared]).filter_map(|scope| scope.setting(key));
+            let scopes = self
+                .shared
+                .iter()
+                .chain([shared])
+                .filter_map(|scope| scope.setting(key));
             let setting = scopes.reduce(Setting::or);
             match key {
                 "lambda" => spec.scaling = setting,
@@ -378,7 +425,10 @@ fn fill_method(spec: &mut RecipeSpec, shared: &Parameters, known: &Known) -> Res
         "task_arithmetic" => spec.normalize = Some(shared.switch("normalize", false)?),
         "ties" => {
             if shared.switch("rescale", false)? {
-                return Err(RecipeError::new("parameters.rescale", "is not supported for ties"));
+                return Err(RecipeError::new(
+                    "parameters.rescale",
+                    "is not supported for ties",
+                ));
             }
             spec.variant = Some("tensor".to_owned());
             spec.retain = Some(1.0.into());
@@ -425,7 +475,12 @@ fn fill_tokenizer(
     tokenizer: Option<Value>,
 ) -> Result<(), RecipeError> {
     let (field, source) = match (source, tokenizer) {
-        (Some(_), Some(_)) => return Err(RecipeError::new("tokenizer", "give tokenizer_source or tokenizer, not both")),
+        (Some(_), Some(_)) => {
+            return Err(RecipeError::new(
+                "tokenizer",
+                "give tokenizer_source or tokenizer, not both",
+            ));
+        }
         (Some(source), None) => ("tokenizer_source", Some(source)),
         (None, Some(tokenizer)) => {
             let mut fields = Fields::new("tokenizer", tokenizer)?;
@@ -475,7 +530,10 @@ mod tests {
         let found = recipe(
             "merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [0, 2]}]\n  - sources:\n    - model: b\n      layer_range: [1, 3]\n      parameters: {scale: [{filter: o_proj, value: 0.5}, {value: 1}]}\n",
         );
-        assert_eq!(found["slices"][1]["sources"], json!([{"model": "b", "layers": [1, 3]}]));
+        assert_eq!(
+            found["slices"][1]["sources"],
+            json!([{"model": "b", "layers": [1, 3]}])
+        );
         assert_eq!(
             found["models"][1]["weight"],
             json!([{"filter": "o_proj", "slice": 1, "value": 0.5}, {"slice": 1, "value": 1.0}])
@@ -488,7 +546,10 @@ mod tests {
             ("merge_method: magic\nmodels: []\n", "merge_method"),
             ("merge_method: linear\nmodels: []\nslices: []\n", "models"),
             ("merge_method: linear\nmodles: []\n", "modles"),
-            ("merge_method: linear\nmodels: [{model: a}]\n", "models[0].parameters.weight"),
+            (
+                "merge_method: linear\nmodels: [{model: a}]\n",
+                "models[0].parameters.weight",
+            ),
             (
                 "merge_method: linear\nmodels: [{model: a, parameters: {wieght: 1}}]\n",
                 "models[0].parameters.wieght",
@@ -497,12 +558,19 @@ mod tests {
                 "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: yes please}\n",
                 "parameters.t",
             ),
-            ("merge_method: ties\nmodels: []\nchat_template: chatml\n", "chat_template"),
+            (
+                "merge_method: ties\nmodels: []\nchat_template: chatml\n",
+                "chat_template",
+            ),
             ("- a\n- b\n", ""),
             ("a: &x [*x]", ""),
         ];
         for (yaml, field) in cases {
-            assert_eq!(parse_mergekit(yaml.as_bytes()).unwrap_err().field, field, "{yaml}");
+            assert_eq!(
+                parse_mergekit(yaml.as_bytes()).unwrap_err().field,
+                field,
+                "{yaml}"
+            );
         }
     }
 }

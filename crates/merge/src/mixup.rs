@@ -52,7 +52,9 @@ mod tests {
     fn shares_of_two_are_lambda_and_of_more_have_the_moments_of_a_dirichlet() {
         assert_eq!(draw_shares(0.5, 42, 2).unwrap()[0], draw_lambda(0.5, 42).unwrap());
         for (alpha, parents) in [(0.5, 3), (2.0, 4)] {
-            let draws: Vec<Vec<f64>> = (0..20_000).map(|seed| draw_shares(alpha, seed, parents).unwrap()).collect();
+            let draws: Vec<Vec<f64>> = (0..20_000)
+                .map(|seed| draw_shares(alpha, seed, parents).unwrap())
+                .collect();
             let n = draws.len() as f64;
             for k in 0..parents {
                 let mean = draws.iter().map(|d| d[k]).sum::<f64>() / n;
@@ -60,7 +62,10 @@ mod tests {
                 let share = 1.0 / parents as f64;
                 let expected = share * (1.0 - share) / (alpha * parents as f64 + 1.0);
                 assert!((mean - share).abs() < 0.01, "{alpha} {parents} {k}: {mean}");
-                assert!((variance - expected).abs() < 0.005, "{alpha} {parents} {k}: {variance}");
+                assert!(
+                    (variance - expected).abs() < 0.005,
+                    "{alpha} {parents} {k}: {variance}"
+                );
             }
             assert!(draws.iter().all(|d| (d.iter().sum::<f64>() - 1.0).abs() < 1e-12));
         }
@@ -74,13 +79,19 @@ mod tests {
             (1.0, (|x| x) as fn(f64) -> f64),
             (0.5, |x: f64| 2.0 / std::f64::consts::PI * x.sqrt().asin()),
         ] {
-            let mut draws: Vec<f64> = (0..20_000).map(|seed| draw_lambda(alpha, seed).unwrap()).collect();
+            let mut draws: Vec<f64> = (0..20_000)
+                .map(|seed| draw_lambda(alpha, seed).unwrap())
+                .collect();
             draws.sort_by(f64::total_cmp);
             let n = draws.len() as f64;
             let distance = draws
                 .iter()
                 .enumerate()
-                .map(|(i, x)| (cdf(*x) - i as f64 / n).abs().max((cdf(*x) - (i + 1) as f64 / n).abs()))
+                .map(|(i, x)| {
+                    (cdf(*x) - i as f64 / n)
+                        .abs()
+                        .max((cdf(*x) - (i + 1) as f64 / n).abs())
+                })
                 .fold(0.0, f64::max);
             // The 1e-6 quantile of the statistic.
             assert!(distance * n.sqrt() < 2.69, "{alpha}: {distance}");

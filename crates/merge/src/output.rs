@@ -177,7 +177,12 @@ fn write_weights(
     })?;
     let models = family.recipe.models.len();
     let stats = tensors.iter().zip(totals);
-    Ok((files, stats.map(|(tensor, total)| tensor_stats(tensor, models, total)).collect()))
+    Ok((
+        files,
+        stats
+            .map(|(tensor, total)| tensor_stats(tensor, models, total))
+            .collect(),
+    ))
 }
 
 fn drain(mut writer: ShardedWriter, windows: Receiver<Vec<u8>>) -> Result<Vec<FileEntry>, CheckpointError> {
@@ -207,7 +212,11 @@ fn tensor_stats(tensor: &OutTensor, models: usize, total: ChunkStats) -> TensorS
         true => Vec::new(),
         false => {
             let mut all = vec![0.0; models];
-            tensor.members.iter().zip(values).for_each(|((model, _), value)| all[*model] = value);
+            tensor
+                .members
+                .iter()
+                .zip(values)
+                .for_each(|((model, _), value)| all[*model] = value);
             all
         }
     };
@@ -324,7 +333,9 @@ fn reshape(config: &mut Map<String, Value>, recipe: &Recipe, parents: &Parents) 
     if let Some(rows) = parents.vocab.rows() {
         config.insert("vocab_size".into(), rows.into());
     }
-    let Some(layers) = parents.layout.layers else { return };
+    let Some(layers) = parents.layout.layers else {
+        return;
+    };
     config.insert("num_hidden_layers".into(), layers.into());
     // One entry a layer (attention kinds): each layer keeps that of the layer it came from.
     let Some(kinds) = config.get("layer_types").and_then(Value::as_array).cloned() else {

@@ -208,10 +208,17 @@ impl Parents {
     /// An adapter of a vocabulary's rows knows only the rows it was made for.
     fn check_adapters(&self) -> Result<(), RecipeError> {
         let base = self.base.iter().map(|p| ("base".to_owned(), p));
-        let models = self.models.iter().enumerate().map(|(i, p)| (format!("models[{i}]"), p));
+        let models = self
+            .models
+            .iter()
+            .enumerate()
+            .map(|(i, p)| (format!("models[{i}]"), p));
         for (field, parent) in base.chain(models) {
             let mapped = self.vocab.map(parent.source).is_some();
-            let target = parent.expert.adapter().and_then(|a| a.targets().find(|t| is_vocabulary(t)));
+            let target = parent
+                .expert
+                .adapter()
+                .and_then(|a| a.targets().find(|t| is_vocabulary(t)));
             if let (true, Some(target)) = (mapped, target) {
                 let detail = format!("its adapter changes {target}, whose rows the vocabulary policy moves");
                 return Err(RecipeError::new(field, detail));
@@ -380,7 +387,9 @@ impl Fit<'_> {
 
     /// Whether shapes are the same for all that the vocabulary policy does not decide.
     fn same_shape(&self, name: &str, ours: &[usize], theirs: &[usize]) -> bool {
-        let from = usize::from(!self.strict() && is_vocabulary(name) && ours.len() == theirs.len() && !ours.is_empty());
+        let from = usize::from(
+            !self.strict() && is_vocabulary(name) && ours.len() == theirs.len() && !ours.is_empty(),
+        );
         ours[from..] == theirs[from..]
     }
 

@@ -55,7 +55,10 @@ impl<'a> Family<'a> {
             }
             tensors.push(combination);
         }
-        Ok(Point { family: self, tensors })
+        Ok(Point {
+            family: self,
+            tensors,
+        })
     }
 
     fn combination(
@@ -135,7 +138,8 @@ impl Point<'_, '_> {
         }
         let recipe = self.family.recipe;
         let by_weight = matches!(recipe.method, Method::Average { .. }) && !recipe.on_deltas();
-        let base = recipe.on_deltas() || matches!(recipe.method, Method::NearSwap { .. } | Method::ArceeFusion);
+        let base =
+            recipe.on_deltas() || matches!(recipe.method, Method::NearSwap { .. } | Method::ArceeFusion);
         let weights = &self.tensors[tensor].weights;
         Needs {
             base: base && out.base.is_some(),
@@ -160,7 +164,11 @@ impl Point<'_, '_> {
     }
 
     /// One tensor as the merged checkpoint has it: its dtype, its shape and its little-endian bytes.
-    pub fn tensor(&self, index: usize, obs: &dyn Observer) -> Result<(Dtype, Vec<usize>, Vec<u8>), MergeError> {
+    pub fn tensor(
+        &self,
+        index: usize,
+        obs: &dyn Observer,
+    ) -> Result<(Dtype, Vec<usize>, Vec<u8>), MergeError> {
         let plan = &self.family.tensors()[index].plan;
         let mut all = Vec::with_capacity(plan.byte_len() as usize);
         self.stream(|stream| {
@@ -258,7 +266,15 @@ impl Point<'_, '_> {
                     [] => kernel::weighted_sum(&combination.weights, inputs, &mut merged),
                     coefficients => {
                         let row = row_len(&tensor.plan.shape).max(1);
-                        combine(granularity(method), coefficients, row, start, len, inputs, &mut merged);
+                        combine(
+                            granularity(method),
+                            coefficients,
+                            row,
+                            start,
+                            len,
+                            inputs,
+                            &mut merged,
+                        );
                     }
                 }
                 tile.merged = merged;
@@ -355,7 +371,9 @@ impl Point<'_, '_> {
         if !parents.has_contents() {
             let shape = &tensor.plan.shape;
             for input in tensor.inputs() {
-                parents.log.note(input.source, &input.name, shape, chunk.index, Digest::of(out));
+                parents
+                    .log
+                    .note(input.source, &input.name, shape, chunk.index, Digest::of(out));
             }
         }
         Ok(())
@@ -384,7 +402,9 @@ fn combine(
 ) {
     merged.fill(0.0);
     match (granularity, coefficients) {
-        (Granularity::Tensor, [one]) | (Granularity::Column, [one]) => kernel::weighted_sum(one, inputs, merged),
+        (Granularity::Tensor, [one]) | (Granularity::Column, [one]) => {
+            kernel::weighted_sum(one, inputs, merged)
+        }
         (Granularity::Column, columns) => {
             for (k, input) in inputs.iter().enumerate() {
                 for i in 0..len {

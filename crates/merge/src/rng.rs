@@ -153,7 +153,10 @@ mod tests {
         let bits = |seed, parent, name| -> Vec<bool> {
             let threshold = drop_threshold(0.2);
             let words = words(MaskWords::new(seed, parent, name), 0, 100_000);
-            words.into_iter().map(|word| u64::from(word) < threshold).collect()
+            words
+                .into_iter()
+                .map(|word| u64::from(word) < threshold)
+                .collect()
         };
         let first = bits(0, 0, "w");
         let dropped = first.iter().filter(|d| **d).count() as f64 / 1e5;

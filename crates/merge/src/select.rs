@@ -95,7 +95,9 @@ impl Target {
     pub fn start(&mut self) {
         let width = u64::from(self.last - self.low) + 1;
         self.below = AtomicU64::new(0);
-        self.bins = (0..width.div_ceil(1 << self.shift)).map(|_| AtomicU64::new(0)).collect();
+        self.bins = (0..width.div_ceil(1 << self.shift))
+            .map(|_| AtomicU64::new(0))
+            .collect();
     }
 
     /// Counts some of the series' values; from any thread.

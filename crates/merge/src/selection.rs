@@ -43,7 +43,10 @@ fn divergence(params: &[f32], base: &[f32]) -> f64 {
         let sum: f64 = exps.iter().sum();
         exps.into_iter().map(move |e| e / sum + EPS)
     };
-    softmax(params).zip(softmax(base)).map(|(p, q)| p * (p / q).ln()).sum()
+    softmax(params)
+        .zip(softmax(base))
+        .map(|(p, q)| p * (p / q).ln())
+        .sum()
 }
 
 /// Zeroes the deltas of elements whose score lies below the edge.
@@ -75,7 +78,9 @@ impl Family<'_> {
                 if n > 0 {
                     // The smallest score tells how many are 0.
                     let least = self.search(&[t], vec![Target::new(0, 0)], SAMPLE, series, obs)?;
-                    let zeros = least.first().map_or(0, |(_, _, s)| if s.bits == 0 { s.equal } else { 0 });
+                    let zeros = least
+                        .first()
+                        .map_or(0, |(_, _, s)| if s.bits == 0 { s.equal } else { 0 });
                     let keep = ((n - zeros) as f64 * select) as u64;
                     edges[t] = Some(match keep {
                         0 => Edge::HIGHEST,
@@ -116,7 +121,11 @@ impl Family<'_> {
     }
 
     fn selected_squares(&self, merged: &[usize], obs: &dyn Observer) -> Result<Vec<Vec<f64>>, MergeError> {
-        let mut sums: Vec<Vec<f64>> = self.tensors().iter().map(|t| vec![0.0; t.members.len()]).collect();
+        let mut sums: Vec<Vec<f64>> = self
+            .tensors()
+            .iter()
+            .map(|t| vec![0.0; t.members.len()])
+            .collect();
         self.stream(|stream| {
             stream.for_each(
                 merged,
@@ -132,17 +141,29 @@ impl Family<'_> {
                     })?;
                     Ok(parts)
                 },
-                |chunk, parts| sums[chunk.tensor].iter_mut().zip(parts).for_each(|(s, p)| *s += p),
+                |chunk, parts| {
+                    sums[chunk.tensor]
+                        .iter_mut()
+                        .zip(parts)
+                        .for_each(|(s, p)| *s += p)
+                },
             )
         })?;
         for (sums, tensor) in sums.iter_mut().zip(self.tensors()) {
-            sums.iter_mut().for_each(|s| *s /= tensor.plan.numel().max(1) as f64);
+            sums.iter_mut()
+                .for_each(|s| *s /= tensor.plan.numel().max(1) as f64);
         }
         Ok(sums)
     }
 
     /// The edge below the score of a rank. Of equal scores those with the lowest indices are selected.
-    fn score_edge(&self, t: usize, rank: u64, series: Series<'_>, obs: &dyn Observer) -> Result<Edge, MergeError> {
+    fn score_edge(
+        &self,
+        t: usize,
+        rank: u64,
+        series: Series<'_>,
+        obs: &dyn Observer,
+    ) -> Result<Edge, MergeError> {
         let found = self.search(&[t], vec![Target::new(0, rank)], SAMPLE, series, obs)?;
         let Some((_, _, found)) = found.into_iter().next() else {
             return Ok(Edge::LOWEST);
@@ -198,7 +219,10 @@ impl Family<'_> {
                 self.form(tensor, tile);
                 let mut scores = std::mem::take(&mut tile.extra);
                 let Tile {
-                    theta0, thetas, deltas, ..
+                    theta0,
+                    thetas,
+                    deltas,
+                    ..
                 } = tile;
                 match self.recipe.sparsify {
                     None => importance(theta0, &thetas[0], row, &mut scores),

@@ -64,7 +64,10 @@ impl Setting {
 
     /// The number of a tensor; None where no rule fits.
     pub fn at(&self, place: &Place<'_>) -> Option<f64> {
-        self.0.iter().find(|rule| rule.fits(place)).map(|rule| rule.at(place.t))
+        self.0
+            .iter()
+            .find(|rule| rule.fits(place))
+            .map(|rule| rule.at(place.t))
     }
 
     /// Every number that is written down: a range that holds for these holds for all tensors.
@@ -89,7 +92,10 @@ impl Setting {
         let rules = match value {
             Value::Array(items) if items.iter().any(Value::is_object) => {
                 if items.len() > MAX_RULES {
-                    return Err(RecipeError::new(field, format!("has more than {MAX_RULES} rules")));
+                    return Err(RecipeError::new(
+                        field,
+                        format!("has more than {MAX_RULES} rules"),
+                    ));
                 }
                 let rules = items.into_iter().enumerate();
                 rules
@@ -126,20 +132,28 @@ impl Rule {
         fields.finish(&["filter", "layers", "slice", "value"])?;
         let value_field = format!("{field}.value");
         let value = value.ok_or_else(|| RecipeError::new(&value_field, "is required"))?;
-        if filter.as_ref().is_some_and(|f| f.is_empty() || f.len() > MAX_FILTER_CHARS) {
+        if filter
+            .as_ref()
+            .is_some_and(|f| f.is_empty() || f.len() > MAX_FILTER_CHARS)
+        {
             let detail = format!("must have 1 to {MAX_FILTER_CHARS} characters");
             return Err(RecipeError::new(format!("{field}.filter"), detail));
         }
         Ok(Self {
             filter,
-            layers: layers.map(|range| layer_range(&format!("{field}.layers"), &range)).transpose()?,
+            layers: layers
+                .map(|range| layer_range(&format!("{field}.layers"), &range))
+                .transpose()?,
             slice: slice.map(|s| s as usize),
             values: gradient(&value_field, value)?,
         })
     }
 
     fn fits(&self, place: &Place<'_>) -> bool {
-        let named = self.filter.as_ref().is_none_or(|part| place.name.contains(part.as_str()));
+        let named = self
+            .filter
+            .as_ref()
+            .is_none_or(|part| place.name.contains(part.as_str()));
         let sliced = self.slice.is_none_or(|slice| slice == place.slice);
         let layered = match (self.layers, place.layer) {
             (None, _) => true,
@@ -259,12 +273,17 @@ mod tests {
         for (t, expected) in [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 0.5)] {
             assert_eq!(gradient.at(&place("w", Some(1), t)), Some(expected));
         }
-        let rules = read(json!([{"filter": "self_attn", "value": [0, 1]}, {"layers": [2, 4], "value": 3}, {"filter": "*", "value": 7}]));
+        let rules = read(
+            json!([{"filter": "self_attn", "value": [0, 1]}, {"layers": [2, 4], "value": 3}, {"filter": "*", "value": 7}]),
+        );
         assert_eq!(
             rules.at(&place("model.layers.1.self_attn.q_proj.weight", Some(1), 0.5)),
             Some(0.5)
         );
-        assert_eq!(rules.at(&place("model.layers.3.mlp.up_proj.weight", Some(3), 0.9)), Some(3.0));
+        assert_eq!(
+            rules.at(&place("model.layers.3.mlp.up_proj.weight", Some(3), 0.9)),
+            Some(3.0)
+        );
         assert_eq!(rules.at(&place("lm_head.weight", None, 0.0)), Some(7.0));
         let partial = read(json!({"filter": "mlp", "value": 1}));
         assert_eq!(partial.at(&place("lm_head.weight", None, 0.0)), None);
@@ -292,7 +311,11 @@ mod tests {
             (json!([{"layers": [3, 3], "value": 1}]), "x[0].layers"),
             (json!({"filter": "", "value": 1}), "x.filter"),
         ] {
-            assert_eq!(Setting::read("x", value.clone()).unwrap_err().field, field, "{value}");
+            assert_eq!(
+                Setting::read("x", value.clone()).unwrap_err().field,
+                field,
+                "{value}"
+            );
         }
     }
 }

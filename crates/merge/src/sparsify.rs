@@ -45,9 +45,17 @@ impl Edge {
 pub(crate) enum Drop {
     Nothing,
     /// At random; survivors are divided or multiplied.
-    Dare { words: MaskWords, threshold: u64, survivors: Survivors },
+    Dare {
+        words: MaskWords,
+        threshold: u64,
+        survivors: Survivors,
+    },
     /// Keeps what lies above `low` and not above `high`.
-    Between { low: Edge, high: Edge, survivors: Survivors },
+    Between {
+        low: Edge,
+        high: Edge,
+        survivors: Survivors,
+    },
     /// At random, by rank in the row.
     Della {
         words: MaskWords,
@@ -84,7 +92,9 @@ impl Drop {
     pub fn with(mut self, new: Survivors) -> Self {
         match &mut self {
             Self::Nothing => {}
-            Self::Dare { survivors, .. } | Self::Between { survivors, .. } | Self::Della { survivors, .. } => {
+            Self::Dare { survivors, .. }
+            | Self::Between { survivors, .. }
+            | Self::Della { survivors, .. } => {
                 *survivors = new;
             }
         }
@@ -140,7 +150,14 @@ impl Survivors {
 
 /// One row. Element by element: its rank from 0, in half steps, as equal magnitudes share the mean of their ranks; so its
 /// probability follows from its magnitude alone.
-fn magprune(retain: f64, epsilon: f64, divide: bool, words_at: usize, delta: &mut [f32], scratch: &mut DropScratch) {
+fn magprune(
+    retain: f64,
+    epsilon: f64,
+    divide: bool,
+    words_at: usize,
+    delta: &mut [f32],
+    scratch: &mut DropScratch,
+) {
     let n = delta.len();
     let DropScratch {
         words,
@@ -178,7 +195,10 @@ impl Chances {
         let chances: Vec<f64> = (0..2 * n.max(1)).map(chance).collect();
         Self {
             of: (n, retain, epsilon),
-            thresholds: chances.iter().map(|q| drop_threshold(1.0 - q).min(u64::from(u32::MAX)) as u32).collect(),
+            thresholds: chances
+                .iter()
+                .map(|q| drop_threshold(1.0 - q).min(u64::from(u32::MAX)) as u32)
+                .collect(),
             survival: chances.iter().map(|q| *q as f32).collect(),
         }
     }
@@ -206,7 +226,11 @@ fn keep(low: Edge, high: Edge, start: usize, delta: &mut [f32]) {
     // Where no tie has to be told apart in this tile, the edges are plain magnitudes.
     let plain = |edge: Edge| edge.index >= end || edge.index <= start;
     if plain(low) && plain(high) {
-        let first = if low.index >= end { low.bits } else { low.bits.saturating_add(1) };
+        let first = if low.index >= end {
+            low.bits
+        } else {
+            low.bits.saturating_add(1)
+        };
         let last = match high {
             Edge::HIGHEST => u32::MAX,
             _ if high.index >= end => match high.bits.checked_sub(1) {
@@ -307,7 +331,9 @@ mod tests {
     #[test]
     fn della_ranks_each_row_and_divides_by_the_probability() {
         let d1 = [0.1f32, -0.4, 0.3, 0.05, -0.02, 0.5, -0.2, 0.0];
-        let expected = [0.685714, 0.771429, 0.742857, 0.657143, 0.628571, 0.8, 0.714286, 0.6];
+        let expected = [
+            0.685714, 0.771429, 0.742857, 0.657143, 0.628571, 0.8, 0.714286, 0.6,
+        ];
         let mut kept = [0u32; 8];
         for seed in 0..4000 {
             let drop = Drop::Della {
@@ -353,7 +379,10 @@ mod tests {
         for (rank, index) in sorted.into_iter().enumerate() {
             if delta[index] != 0.0 {
                 let q = 0.1 + rank as f64 / 999.0 * 0.8;
-                assert!((f64::from(original[index] / delta[index]) - q).abs() < 1e-5, "{rank}");
+                assert!(
+                    (f64::from(original[index] / delta[index]) - q).abs() < 1e-5,
+                    "{rank}"
+                );
             }
         }
     }
@@ -379,7 +408,10 @@ mod tests {
             assert_eq!(run(low, Edge::HIGHEST, cut), [0.5, 0.0, -0.5, 0.0, 0.9, 0.0]);
             let high = Edge { bits: half, index: 3 };
             assert_eq!(run(Edge::LOWEST, high, cut), [0.0, 0.2, 0.0, 0.5, 0.0, 0.5]);
-            assert_eq!(run(Edge::LOWEST, Edge::HIGHEST, cut), [0.5, 0.2, -0.5, 0.5, 0.9, 0.5]);
+            assert_eq!(
+                run(Edge::LOWEST, Edge::HIGHEST, cut),
+                [0.5, 0.2, -0.5, 0.5, 0.9, 0.5]
+            );
         }
     }
 }

@@ -268,7 +268,9 @@ fn each<T>(
     read: impl Fn(&str, Value) -> Result<T, RecipeError>,
 ) -> Result<Vec<T>, RecipeError> {
     let items = items.unwrap_or_default().into_iter().enumerate();
-    items.map(|(i, item)| read(&format!("{field}[{i}]"), item)).collect()
+    items
+        .map(|(i, item)| read(&format!("{field}[{i}]"), item))
+        .collect()
 }
 
 fn model(field: &str, value: Value) -> Result<ModelEntry, RecipeError> {
@@ -330,7 +332,9 @@ fn mixup(value: Value) -> Result<MixupSpec, RecipeError> {
     let mut fields = Fields::new("mixup", value)?;
     let shares = fields.array("shares")?.map(|items| {
         each(Some(items), "mixup.shares", |field, share| {
-            share.as_f64().ok_or_else(|| RecipeError::new(field, "must be a number"))
+            share
+                .as_f64()
+                .ok_or_else(|| RecipeError::new(field, "must be a number"))
         })
     });
     let spec = MixupSpec {

@@ -219,7 +219,9 @@ impl Stream<'_> {
                         }
                         compute(&work, scratch, chunk, out)
                     })??;
-                    obs.advance(self.parents.bytes_per_element(&self.tensors[chunk.tensor]) * chunk.len as u64);
+                    obs.advance(
+                        self.parents.bytes_per_element(&self.tensors[chunk.tensor]) * chunk.len as u64,
+                    );
                     Ok(result)
                 })
                 .collect::<Result<_, _>>()?;
@@ -282,7 +284,10 @@ impl Stream<'_> {
             let (start, last) = (window[at].start, window[at + run - 1]);
             for input in self.tensors[tensor].inputs() {
                 let source = &self.parents.sources[input.source];
-                let item = source.get(&input.name).and_then(|info| dtype_size(info.dtype)).unwrap_or(0);
+                let item = source
+                    .get(&input.name)
+                    .and_then(|info| dtype_size(info.dtype))
+                    .unwrap_or(0);
                 let len = (last.start + last.len - start) as u64 * item;
                 source.prefetch(&input.name, start as u64 * item, len);
             }
@@ -298,7 +303,10 @@ impl Stream<'_> {
                 continue;
             }
             let tensor = &self.tensors[chunk.tensor];
-            let members = tensor.members.iter().map(|(model, input)| (&self.parents.models[*model], input));
+            let members = tensor
+                .members
+                .iter()
+                .map(|(model, input)| (&self.parents.models[*model], input));
             let base = self.parents.base.iter().zip(&tensor.base);
             for (index, (parent, input)) in members.chain(base).enumerate() {
                 let found = parent
@@ -370,7 +378,9 @@ impl Work<'_> {
         let tensor = &stream.tensors[chunk.tensor];
         let inputs = tensor.inputs();
         let needed = self.needed(chunk.tensor);
-        scratch.raw.resize_with(scratch.raw.len().max(inputs.len()), Raw::default);
+        scratch
+            .raw
+            .resize_with(scratch.raw.len().max(inputs.len()), Raw::default);
         for (raw, input) in scratch.raw.iter_mut().zip(&inputs) {
             let wants_digest = || stream.wants_digest(tensor, input, chunk);
             if !needed.contains(input) && !wants_digest() {
@@ -382,7 +392,10 @@ impl Work<'_> {
                 let info = stream.parents.sources[input.source].get(&input.name);
                 let shape = info.map(|info| info.shape.as_slice()).unwrap_or_default();
                 let digest = Digest::of(&raw.bytes);
-                stream.parents.log.note(input.source, &input.name, shape, chunk.index, digest);
+                stream
+                    .parents
+                    .log
+                    .note(input.source, &input.name, shape, chunk.index, digest);
             }
         }
         Ok(())
@@ -392,12 +405,22 @@ impl Work<'_> {
         let needs = (self.stream.needs)(tensor);
         let tensor = &self.stream.tensors[tensor];
         let base = tensor.base.iter().filter(|_| needs.base);
-        let members = tensor.members.iter().zip(&needs.members).filter(|(_, need)| **need);
+        let members = tensor
+            .members
+            .iter()
+            .zip(&needs.members)
+            .filter(|(_, need)| **need);
         base.chain(members.map(|((_, input), _)| input)).collect()
     }
 
     /// Fills `thetas` and `theta0` of the tile; what the pass does not need is left as it was.
-    fn fill_tile(&self, scratch: &mut Scratch, chunk: Chunk, from: usize, len: usize) -> Result<(), MergeError> {
+    fn fill_tile(
+        &self,
+        scratch: &mut Scratch,
+        chunk: Chunk,
+        from: usize,
+        len: usize,
+    ) -> Result<(), MergeError> {
         let tensor = &self.stream.tensors[chunk.tensor];
         let inputs = tensor.inputs();
         let needs = (self.stream.needs)(chunk.tensor);
@@ -405,7 +428,10 @@ impl Work<'_> {
         tile.start = chunk.start + from;
         tile.len = len;
         tile.thetas.resize_with(tensor.members.len(), Vec::new);
-        let members = tensor.members.iter().map(|(model, input)| (&self.stream.parents.models[*model], input));
+        let members = tensor
+            .members
+            .iter()
+            .map(|(model, input)| (&self.stream.parents.models[*model], input));
         let base = self.stream.parents.base.iter().zip(&tensor.base);
         for (index, (parent, input)) in members.chain(base).enumerate() {
             let is_base = index == tensor.members.len();
@@ -416,10 +442,17 @@ impl Work<'_> {
                 true => &mut tile.theta0,
                 false => &mut tile.thetas[index],
             };
-            let slot = inputs.iter().position(|known| *known == input).unwrap_or_default();
+            let slot = inputs
+                .iter()
+                .position(|known| *known == input)
+                .unwrap_or_default();
             let item = dtype_size(raw[slot].dtype).unwrap_or(1) as usize;
             target.resize(len, 0.0);
-            widen(raw[slot].dtype, &raw[slot].bytes[from * item..(from + len) * item], target);
+            widen(
+                raw[slot].dtype,
+                &raw[slot].bytes[from * item..(from + len) * item],
+                target,
+            );
             if let Some(factors) = self.factors.get(&(chunk.tensor, index)) {
                 factors.fold(tile.start, target);
             }
@@ -445,7 +478,10 @@ impl Stream<'_> {
             return false;
         };
         let canonical = info.shape == tensor.plan.shape
-            && parents.vocab.map(input.source).is_none_or(|_| !tensor.is_vocabulary)
+            && parents
+                .vocab
+                .map(input.source)
+                .is_none_or(|_| !tensor.is_vocabulary)
             && Chunks::of(&info.shape) == self.chunks_of(tensor);
         canonical && parents.log.wants(input.source, &input.name, chunk.index)
     }
@@ -466,7 +502,11 @@ fn read_input(
     let checkpoint = &stream.parents.sources[input.source];
     let dtype = checkpoint.get(&input.name).map_or(Dtype::F32, |info| info.dtype);
     let item = dtype_size(dtype).unwrap_or(1) as usize;
-    let map = stream.parents.vocab.map(input.source).filter(|_| tensor.is_vocabulary);
+    let map = stream
+        .parents
+        .vocab
+        .map(input.source)
+        .filter(|_| tensor.is_vocabulary);
     let Some(map) = map else {
         raw.dtype = dtype;
         raw.bytes.resize(chunk.len * item, 0);
@@ -490,7 +530,9 @@ fn read_input(
                     let values = row_values(stream, *source, &input.name, *id, width)?;
                     sum.iter_mut().zip(values).for_each(|(s, v)| *s += f64::from(v));
                 }
-                sum.iter().map(|s| (s / rows.len().max(1) as f64) as f32).collect()
+                sum.iter()
+                    .map(|s| (s / rows.len().max(1) as f64) as f32)
+                    .collect()
             }
         };
         raw.bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));

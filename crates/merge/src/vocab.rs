@@ -83,7 +83,9 @@ pub(crate) fn is_vocabulary(tensor: &str) -> bool {
 
 fn own_rows(checkpoint: &Checkpoint) -> usize {
     let vocabulary = checkpoint.tensors().iter().find(|(name, _)| is_vocabulary(name));
-    vocabulary.and_then(|(_, info)| info.shape.first().copied()).unwrap_or(0)
+    vocabulary
+        .and_then(|(_, info)| info.shape.first().copied())
+        .unwrap_or(0)
 }
 
 fn identity(rows: usize) -> Vec<Row> {
@@ -122,9 +124,9 @@ impl Tokens {
             .map_err(|e| bad(e.to_string()))?
             .ok_or_else(|| bad("a model lacks it".into()))?;
         let json: Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
-        let vocab = json["model"]["vocab"]
-            .as_object()
-            .ok_or_else(|| bad("only vocabularies by token text are supported (BPE, WordPiece, WordLevel)".into()))?;
+        let vocab = json["model"]["vocab"].as_object().ok_or_else(|| {
+            bad("only vocabularies by token text are supported (BPE, WordPiece, WordLevel)".into())
+        })?;
         let mut ids = BTreeMap::new();
         let mut note = |text: &str, id: Option<u64>| match id {
             Some(id) if id < rows as u64 => {
@@ -180,7 +182,11 @@ fn union(
                 continue;
             }
             let id = texts.len();
-            let mut entry = other.added.get(text).cloned().unwrap_or_else(|| plain_token(text));
+            let mut entry = other
+                .added
+                .get(text)
+                .cloned()
+                .unwrap_or_else(|| plain_token(text));
             entry.insert("id".into(), json!(id));
             new_entries.push(Value::Object(entry));
             texts.push(Some(text));

@@ -12,10 +12,10 @@ use serde::Serialize;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
-use super::extract::{FromSegment, JsonBytes, Segment};
+use super::extract::{FromSegment, Segment};
 use super::problem::Problem;
 use crate::app::{App, AppState};
-use crate::jobs::{Cancelled, Job, JobStatus, Submission};
+use crate::jobs::{Cancelled, Job, JobStatus, RecipeBody, Submission};
 use query::ListQuery;
 use view::{JobView, view};
 
@@ -41,7 +41,8 @@ struct JobList {
 ///
 /// Answers 202 with a new job, or 200 with the job that does or did the same. The job is durable when this answers.
 #[utoipa::path(post, path = "/merge", tag = "merge",
-    request_body = cauldron_merge::RecipeSpec,
+    request_body(description = "A recipe; or a mergekit 0.1.5 configuration as YAML", content(
+        (cauldron_merge::RecipeSpec = "application/json"), (String = "application/yaml"))),
     params(("Idempotency-Key" = Option<String>, Header, description = "Repeating a request with its key gives the first one's job")),
     responses((status = 202, body = JobView, headers(("Location" = String, description = "The job"))),
         (status = 200, body = JobView, headers(("Location" = String, description = "The job"))), (status = 422, body = Problem, content_type = "application/problem+json"),
@@ -49,7 +50,7 @@ struct JobList {
 async fn post_merge(
     State(AppState(app)): State<AppState>,
     headers: HeaderMap,
-    JsonBytes(body): JsonBytes,
+    body: RecipeBody,
 ) -> Result<Response, Problem> {
     let key = idempotency_key(&headers)?;
     let taken = app.intake.submit(body, key).await?;

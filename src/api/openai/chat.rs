@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::completions::Usage;
 use super::error::{ApiError, ErrorBody};
-use super::generate::{Answer, Finished, MAX_LOGPROBS, Settings, Step, collect};
+use super::generate::{Finished, MAX_LOGPROBS, Settings, Step, begin, collect};
 use super::logprobs::{ChatLogprob, ChatLogprobs};
 use super::params::Params;
 use super::sse::{self, Chunks};
@@ -21,6 +21,8 @@ use crate::serving::Served;
 use crate::telemetry;
 
 const MAX_MESSAGES: usize = 4096;
+/// Fields of chat that would change an answer and are not done.
+const UNSUPPORTED: &[&str] = &["echo"];
 const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
 
 /// The fields that have an effect beside those of /v1/completions.
@@ -40,6 +42,9 @@ pub struct ChatBody {
     n: Option<usize>,
     #[schema(value_type = Option<Object>)]
     stop: Option<Value>,
+    stop_token_ids: Option<Vec<u32>>,
+    /// Whether the prompt ends where the assistant begins. Default true.
+    add_generation_prompt: Option<bool>,
     logprobs: Option<bool>,
     /// At most 20.
     top_logprobs: Option<usize>,
@@ -53,6 +58,7 @@ pub struct ChatBody {
 struct Chat {
     settings: Settings,
     messages: Vec<ChatMessage>,
+    add_generation_prompt: bool,
     /// Alternatives a token, if log-probabilities are asked for.
     logprobs: Option<usize>,
 }
@@ -106,7 +112,7 @@ pub async fn create_chat_completion(
         blocking(move || chat.render(&served)).await?
     };
     match chat.settings.stream {
-        true => chat.stream(&served, prompt),
+        true => chat.stream(&served, prompt).await,
         false => chat.answer(&served, prompt).await,
     }
 }
@@ -123,16 +129,19 @@ impl Chat {
         let older = params.integer("max_tokens", 1, i64::from(u32::MAX))?;
         let mut settings = Settings::read(&mut params)?;
         settings.max_tokens = newer.or(older).map(|n| n as usize);
+        let add_generation_prompt = params.bool("add_generation_prompt")?.unwrap_or(true);
+        params.refuse(UNSUPPORTED)?;
         params.finish(&["user", "metadata", "store", "tool_choice", "parallel_tool_calls"]);
         Ok(Self {
             settings,
             messages,
+            add_generation_prompt,
             logprobs: with_logprobs.then_some(top.unwrap_or(0) as usize),
         })
     }
 
     fn render(self, served: &Served) -> Result<(Self, Vec<u32>), ApiError> {
-        let prompt = render(served, &self.messages, true)?;
+        let prompt = render(served, &self.messages, self.add_generation_prompt)?;
         metrics::counter!(telemetry::PROMPT_TOKENS).increment(prompt.len() as u64);
         Ok((self, prompt))
     }
@@ -144,11 +153,11 @@ impl Chat {
 
     async fn answer(self, served: &Arc<Served>, prompt: Vec<u32>) -> Result<Response, ApiError> {
         let prompt_tokens = prompt.len();
-        let max_tokens = self.max_tokens(served, prompt_tokens);
+        let max_tokens = |prompt| self.max_tokens(served, prompt);
         let requests = self
             .settings
             .requests(served, &[prompt], max_tokens, self.logprobs, None)?;
-        let finished = collect(served, requests, &self.settings.stops).await?;
+        let finished = collect(served, requests, &self.settings).await?;
         let completion_tokens = finished.iter().map(|f| f.tokens).sum();
         let mut response = frame(served, "chat.completion");
         response.choices = finished
@@ -179,17 +188,13 @@ impl Chat {
         }
     }
 
-    fn stream(self, served: &Arc<Served>, prompt: Vec<u32>) -> Result<Response, ApiError> {
+    async fn stream(self, served: &Arc<Served>, prompt: Vec<u32>) -> Result<Response, ApiError> {
         let prompt_tokens = prompt.len();
-        let max_tokens = self.max_tokens(served, prompt_tokens);
+        let max_tokens = |prompt| self.max_tokens(served, prompt);
         let requests = self
             .settings
             .requests(served, &[prompt], max_tokens, self.logprobs, None)?;
-        let answers = served
-            .submit(requests)?
-            .into_iter()
-            .map(|generation| Answer::new(served, generation, &self.settings.stops))
-            .collect();
+        let answers = begin(served, requests, &self.settings).await?;
         let chunks = ChatChunks {
             served: served.clone(),
             frame: frame(served, "chat.completion.chunk"),

@@ -2,6 +2,7 @@
 //! entry a prompt token (null first) and one a generated token, end-of-text included.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use axum::Json;
 use axum::extract::State;
@@ -11,9 +12,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::error::{ApiError, ErrorBody};
-use super::generate::{Answer, Finished, MAX_LOGPROBS, MAX_SEQUENCES, Settings, Step, collect};
+use super::generate::{Finished, MAX_LOGPROBS, MAX_SEQUENCES, Settings, Step, begin, collect};
 use super::logprobs::CompletionLogprobs;
-use super::params::Params;
+use super::params::{Params, token_ids};
 use super::sse::{self, Chunks};
 use super::{PathModel, blocking};
 use crate::app::AppState;
@@ -48,6 +49,8 @@ pub struct CompletionBody {
     /// At most 64 strings of at most 1024 bytes.
     #[schema(value_type = Option<Object>)]
     stop: Option<Value>,
+    /// At most 64 ids that end an answer and have no text.
+    stop_token_ids: Option<Vec<u32>>,
     /// Likeliest tokens a position, at most 20.
     logprobs: Option<usize>,
     /// Put the prompt in front of the text; with `logprobs` its log-probabilities too.
@@ -133,7 +136,7 @@ pub async fn create_completion(
         blocking(move || completion.encode(&served)).await?
     };
     match completion.settings.stream {
-        true => completion.stream(&served, prompts),
+        true => completion.stream(&served, prompts).await,
         false => completion.answer(&served, prompts).await,
     }
 }
@@ -191,10 +194,9 @@ impl Completion {
         Ok((self, prompts))
     }
 
-    fn max_tokens(&self, served: &Served, prompts: &[Vec<u32>]) -> usize {
+    fn max_tokens(&self, served: &Served, prompt: usize) -> usize {
         // Unasked for, an answer is cut at the context's end instead of refused.
-        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        let room = (served.max_model_len() + 1).saturating_sub(longest);
+        let room = (served.max_model_len() + 1).saturating_sub(prompt);
         self.settings
             .max_tokens
             .unwrap_or_else(|| DEFAULT_MAX_TOKENS.min(room.max(1)))
@@ -205,11 +207,11 @@ impl Completion {
         let requests = self.settings.requests(
             served,
             &prompts,
-            self.max_tokens(served, &prompts),
+            |prompt| self.max_tokens(served, prompt),
             self.logprobs,
             prompt_logprobs,
         )?;
-        let finished = collect(served, requests, &self.settings.stops).await?;
+        let finished = collect(served, requests, &self.settings).await?;
         let served = served.clone();
         // Texts of many tokens: off the async threads.
         blocking(move || self.respond(&served, &prompts, finished)).await
@@ -260,20 +262,17 @@ impl Completion {
         })
     }
 
-    fn stream(self, served: &Arc<Served>, prompts: Vec<Vec<u32>>) -> Result<Response, ApiError> {
-        let max_tokens = self.max_tokens(served, &prompts);
+    async fn stream(self, served: &Arc<Served>, prompts: Vec<Vec<u32>>) -> Result<Response, ApiError> {
+        let max_tokens = |prompt| self.max_tokens(served, prompt);
         let requests = self
             .settings
             .requests(served, &prompts, max_tokens, self.logprobs, None)?;
-        let generations = served.submit(requests)?;
-        let answers = generations
-            .into_iter()
-            .map(|generation| Answer::new(served, generation, &self.settings.stops))
-            .collect();
+        let answers = begin(served, requests, &self.settings).await?;
         let chunks = CompletionChunks {
             served: served.clone(),
             frame: frame(served),
             with_logprobs: self.logprobs.is_some(),
+            offsets: answers.iter().map(|_| AtomicUsize::new(0)).collect(),
             usage: self.settings.include_usage,
             prompt_tokens: prompts.iter().map(Vec::len).sum(),
         };
@@ -286,6 +285,8 @@ struct CompletionChunks {
     served: Arc<Served>,
     frame: CompletionResponse,
     with_logprobs: bool,
+    /// Characters that each choice's tokens have so far.
+    offsets: Vec<AtomicUsize>,
     usage: bool,
     prompt_tokens: usize,
 }
@@ -303,10 +304,13 @@ impl CompletionChunks {
         })
     }
 
-    fn logprobs(&self, entry: Option<&TokenLogprobs>) -> Option<CompletionLogprobs> {
+    fn logprobs(&self, choice: usize, entry: Option<&TokenLogprobs>) -> Option<CompletionLogprobs> {
         let entry = entry.filter(|_| self.with_logprobs)?;
         let mut out = CompletionLogprobs::default();
-        out.push(&self.served.tokenizer, entry.token, Some(entry), &mut 0);
+        let kept = self.offsets.get(choice)?;
+        let mut offset = kept.load(Ordering::Relaxed);
+        out.push(&self.served.tokenizer, entry.token, Some(entry), &mut offset);
+        kept.store(offset, Ordering::Relaxed);
         Some(out)
     }
 }
@@ -322,7 +326,7 @@ impl Chunks for CompletionChunks {
             Step::Piece(piece) if piece.text.is_empty() && !self.with_logprobs => return None,
             Step::Piece(piece) => Choice {
                 index: choice,
-                logprobs: self.logprobs(piece.logprobs.as_ref()),
+                logprobs: self.logprobs(choice, piece.logprobs.as_ref()),
                 text: piece.text,
                 finish_reason: None,
             },
@@ -367,7 +371,7 @@ fn read_prompts(value: Option<Value>) -> Result<Prompts, ApiError> {
         return Err(bad("is an empty list"));
     }
     if matches!(items[0], Value::Number(_)) {
-        return Ok(Prompts::Tokens(vec![token_ids(&items)?]));
+        return Ok(Prompts::Tokens(vec![token_ids("prompt", &items)?]));
     }
     if items.len() > MAX_SEQUENCES {
         return Err(bad(&format!("at most {MAX_SEQUENCES} prompts in one request")));
@@ -382,19 +386,11 @@ fn read_prompts(value: Option<Value>) -> Result<Prompts, ApiError> {
         }
         Value::Array(_) => {
             let lists = items.iter().map(|item| match item {
-                Value::Array(ids) => token_ids(ids),
+                Value::Array(ids) => token_ids("prompt", ids),
                 _ => Err(bad(shape)),
             });
             Ok(Prompts::Tokens(lists.collect::<Result<_, _>>()?))
         }
         _ => Err(bad(shape)),
     }
-}
-
-fn token_ids(items: &[Value]) -> Result<Vec<u32>, ApiError> {
-    let id = |item: &Value| item.as_u64().and_then(|id| u32::try_from(id).ok());
-    items
-        .iter()
-        .map(|item| id(item).ok_or_else(|| ApiError::invalid("prompt", format!("{item} is not a token id"))))
-        .collect()
 }

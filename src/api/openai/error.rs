@@ -53,6 +53,13 @@ impl ApiError {
         error
     }
 
+    /// 400 for a field that the model refused; the message names it already.
+    pub fn at_fault(field: &str, message: String) -> Self {
+        let mut error = Self::new(StatusCode::BAD_REQUEST, message).with_code("invalid_value");
+        error.param = Some(field.to_owned());
+        error
+    }
+
     pub fn with_code(mut self, code: &'static str) -> Self {
         self.code = Some(code);
         self
@@ -127,11 +134,7 @@ impl From<ServingError> for ApiError {
 impl From<LmError> for ApiError {
     fn from(error: LmError) -> Self {
         match &error {
-            LmError::Request { field, .. } => {
-                let mut out = Self::new(StatusCode::BAD_REQUEST, error.to_string());
-                out.param = Some((*field).to_owned());
-                out.with_code("invalid_value")
-            }
+            LmError::Request { field, .. } => Self::at_fault(field, error.to_string()),
             LmError::Tokenizer { .. } => {
                 Self::new(StatusCode::BAD_REQUEST, error.to_string()).with_code("tokenizer_error")
             }

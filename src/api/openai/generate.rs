@@ -6,9 +6,10 @@ use std::time::Instant;
 use cauldron_lm::{Event, FinishReason, Request, Sampling, TextStream, TokenLogprobs};
 use rand::TryRng;
 use serde_json::Value;
+use tokio::task::JoinSet;
 
 use super::error::ApiError;
-use super::params::Params;
+use super::params::{Params, token_ids};
 use crate::serving::{Generation, Served};
 use crate::telemetry;
 
@@ -19,6 +20,8 @@ pub const MAX_LOGPROBS: i64 = 20;
 /// Stop strings of one request, and bytes of one.
 pub const MAX_STOPS: usize = 64;
 pub const MAX_STOP_BYTES: usize = 1024;
+/// Ids of `stop_token_ids`.
+const MAX_STOP_IDS: usize = 64;
 /// Sequences of one request: prompts times n.
 pub const MAX_SEQUENCES: usize = 4096;
 
@@ -40,6 +43,16 @@ const UNSUPPORTED: &[&str] = &[
     "bad_words",
     "truncate_prompt_tokens",
     "logits_processors",
+    "chat_template",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "function_call",
+    "include_stop_str_in_output",
+    "no_repeat_ngram_size",
+    "prompt_logprobs",
+    "reasoning_effort",
+    "skip_special_tokens",
+    "typical_p",
 ];
 
 /// How to generate.
@@ -51,6 +64,8 @@ pub struct Settings {
     pub max_tokens: Option<usize>,
     pub min_tokens: usize,
     pub stops: Vec<String>,
+    /// End an answer as EOS does, and also where EOS is ignored.
+    pub stop_ids: Vec<u32>,
     pub ignore_eos: bool,
     pub stream: bool,
     pub include_usage: bool,
@@ -82,6 +97,8 @@ impl Settings {
                 .unwrap_or(defaults.presence_penalty),
             seed: 0,
         };
+        // What is above 0 as it came may not be as an f32.
+        sampling.validate()?;
         let n = params.integer("n", 1, MAX_N)?.unwrap_or(1);
         if let Some(best_of) = params.integer("best_of", 1, MAX_N)?
             && best_of != n
@@ -107,18 +124,20 @@ impl Settings {
             max_tokens: None,
             min_tokens: params.integer("min_tokens", 0, i64::from(u32::MAX))?.unwrap_or(0) as usize,
             stops: stops(params.take("stop"))?,
+            stop_ids: stop_ids(params.take("stop_token_ids"))?,
             ignore_eos: params.bool("ignore_eos")?.unwrap_or(false),
             stream,
             include_usage,
         })
     }
 
-    /// One request for each choice of each prompt: choices of a prompt lie next to each other.
+    /// One request for each choice of each prompt: choices of a prompt lie next to each other. `max_tokens` is asked
+    /// with the length of each prompt. A prompt is scored with its first choice only.
     pub fn requests(
         &self,
         served: &Served,
         prompts: &[Vec<u32>],
-        max_tokens: usize,
+        max_tokens: impl Fn(usize) -> usize,
         logprobs: Option<usize>,
         prompt_logprobs: Option<usize>,
     ) -> Result<Vec<Request>, ApiError> {
@@ -126,34 +145,69 @@ impl Settings {
             let message = format!("prompts times n must be at most {MAX_SEQUENCES}");
             return Err(ApiError::invalid("prompt", message));
         }
-        let seed = self.seed.unwrap_or_else(|| {
-            rand::rngs::SysRng
-                .try_next_u64()
-                .unwrap_or_else(|_| uuid::Uuid::now_v7().as_u128() as u64)
-        });
+        let most = served.most_sequences();
+        if prompts.len() * self.n > most {
+            let field = if prompts.len() > most { "prompt" } else { "n" };
+            let message = format!("this server takes at most {most} sequences (prompts times n) at once");
+            return Err(ApiError::invalid(field, message));
+        }
+        let rows = served.config.vocab_size;
+        if let Some(bad) = self.stop_ids.iter().find(|id| **id as usize >= rows) {
+            let message = format!("token id {bad} is beyond the vocabulary of {rows}");
+            return Err(ApiError::invalid("stop_token_ids", message));
+        }
+        let stop_ids = self.all_stop_ids(served);
         let mut requests = Vec::with_capacity(prompts.len() * self.n);
         for prompt in prompts {
+            let max_tokens = max_tokens(prompt.len());
             check_length(served, prompt.len(), max_tokens)?;
             for choice in 0..self.n {
                 let mut sampling = self.sampling;
-                sampling.seed = seed.wrapping_add(choice as u64);
+                sampling.seed = self
+                    .seed
+                    .map_or_else(fresh_seed, |seed| seed_of(seed, choice as u64));
                 requests.push(Request {
                     id: 0,
                     prompt: prompt.clone(),
                     max_tokens,
                     min_tokens: self.min_tokens.min(max_tokens),
                     sampling,
-                    stop_ids: match self.ignore_eos {
-                        true => Vec::new(),
-                        false => served.tokenizer.eos_ids().to_vec(),
-                    },
-                    prompt_logprobs,
+                    stop_ids: stop_ids.clone(),
+                    prompt_logprobs: prompt_logprobs.filter(|_| choice == 0),
                     logprobs,
                 });
             }
         }
         Ok(requests)
     }
+
+    fn all_stop_ids(&self, served: &Served) -> Vec<u32> {
+        let eos: &[u32] = match self.ignore_eos {
+            true => &[],
+            false => served.tokenizer.eos_ids(),
+        };
+        [&self.stop_ids, eos].concat()
+    }
+}
+
+fn fresh_seed() -> u64 {
+    rand::rngs::SysRng
+        .try_next_u64()
+        .unwrap_or_else(|_| uuid::Uuid::now_v7().as_u128() as u64)
+}
+
+/// The first choice has the seed that was asked for. Those of the others are far from it, so that neighbouring seeds
+/// share no choice (the finaliser of SplitMix64).
+fn seed_of(seed: u64, choice: u64) -> u64 {
+    if choice == 0 {
+        return seed;
+    }
+    let mix = |value: u64| {
+        let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        value ^ (value >> 31)
+    };
+    mix(mix(seed).wrapping_add(choice.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
 }
 
 /// The last token that is drawn is never run, so one more than the context fits.
@@ -194,6 +248,17 @@ fn stops(value: Option<Value>) -> Result<Vec<String>, ApiError> {
     Ok(stops)
 }
 
+fn stop_ids(value: Option<Value>) -> Result<Vec<u32>, ApiError> {
+    match value {
+        None => Ok(Vec::new()),
+        Some(Value::Array(items)) if items.len() <= MAX_STOP_IDS => token_ids("stop_token_ids", &items),
+        Some(_) => Err(ApiError::invalid(
+            "stop_token_ids",
+            format!("must be a list of at most {MAX_STOP_IDS} token ids"),
+        )),
+    }
+}
+
 /// A token of an answer with the text that became certain with it.
 #[derive(Debug, Clone)]
 pub struct Piece {
@@ -218,6 +283,8 @@ pub enum Step {
 pub struct Answer {
     generation: Option<Generation>,
     text: TextStream,
+    /// Tokens that end it and have no text.
+    stop_ids: Vec<u32>,
     /// A stop string ended it; the end has not been handed out yet.
     stopped: bool,
     pub tokens: usize,
@@ -226,10 +293,12 @@ pub struct Answer {
 }
 
 impl Answer {
-    pub fn new(served: &Served, generation: Generation, stops: &[String]) -> Self {
+    pub fn new(served: &Served, generation: Generation, settings: &Settings) -> Self {
+        let text = TextStream::new(served.tokenizer.clone(), settings.stops.clone());
         Self {
             generation: Some(generation),
-            text: TextStream::new(served.tokenizer.clone(), stops.to_vec()),
+            text: text.with_min_tokens(settings.min_tokens),
+            stop_ids: settings.all_stop_ids(served),
             stopped: false,
             tokens: 0,
             started: Instant::now(),
@@ -251,14 +320,43 @@ impl Answer {
             Some(Event::PromptLogprobs { tokens, .. }) => Ok(Some(Step::Prompt(tokens))),
             Some(Event::Token { token, logprobs, .. }) => self.token(token, logprobs).map(Some),
             Some(Event::Finished { reason, .. }) => self.end(reason).map(Some),
-            Some(Event::Failed { error, .. }) => Err(ApiError::failed(error)),
+            Some(Event::Failed { error, field, .. }) => Err(match field {
+                Some(field) => ApiError::at_fault(field, error),
+                None => ApiError::failed(error),
+            }),
             None => Err(ApiError::failed("the model was stopped")),
         }
+    }
+
+    /// All that is left of it.
+    async fn finish(mut self) -> Result<Finished, ApiError> {
+        let mut out = Finished::default();
+        while let Some(step) = self.next().await? {
+            match step {
+                Step::Prompt(logprobs) => out.prompt_logprobs = logprobs,
+                Step::Piece(piece) => {
+                    out.text.push_str(&piece.text);
+                    out.logprobs.extend(piece.logprobs);
+                }
+                Step::End { text, reason } => {
+                    out.text.push_str(&text);
+                    out.reason = reason;
+                }
+            }
+        }
+        out.tokens = self.tokens;
+        Ok(out)
     }
 
     fn token(&mut self, token: u32, logprobs: Option<TokenLogprobs>) -> Result<Step, ApiError> {
         self.tokens += 1;
         self.measure();
+        if self.stop_ids.contains(&token) {
+            return Ok(Step::Piece(Piece {
+                text: String::new(),
+                logprobs,
+            }));
+        }
         let chunk = self.text.push(token)?;
         if chunk.stopped {
             // What the engine would still draw is of no use.
@@ -309,35 +407,59 @@ pub struct Finished {
     pub logprobs: Vec<TokenLogprobs>,
 }
 
-/// Runs requests to their ends. Answers come in the order of the requests.
+/// Hands requests to the model, which may hold them for a while.
+pub async fn begin(
+    served: &Arc<Served>,
+    requests: Vec<Request>,
+    settings: &Settings,
+) -> Result<Vec<Answer>, ApiError> {
+    let generations = served.submit(requests).await?;
+    Ok(generations
+        .into_iter()
+        .map(|generation| Answer::new(served, generation, settings))
+        .collect())
+}
+
+/// Runs requests to their ends, all at once: one that met a stop string frees its place whatever the others do. Answers
+/// come in the order of the requests.
 pub async fn collect(
     served: &Arc<Served>,
     requests: Vec<Request>,
-    stops: &[String],
+    settings: &Settings,
 ) -> Result<Vec<Finished>, ApiError> {
-    let generations = served.submit(requests)?;
-    let mut answers: Vec<Answer> = generations
-        .into_iter()
-        .map(|generation| Answer::new(served, generation, stops))
-        .collect();
-    let mut finished = Vec::with_capacity(answers.len());
-    for answer in &mut answers {
-        let mut out = Finished::default();
-        while let Some(step) = answer.next().await? {
-            match step {
-                Step::Prompt(logprobs) => out.prompt_logprobs = logprobs,
-                Step::Piece(piece) => {
-                    out.text.push_str(&piece.text);
-                    out.logprobs.extend(piece.logprobs);
-                }
-                Step::End { text, reason } => {
-                    out.text.push_str(&text);
-                    out.reason = reason;
-                }
+    let answers = begin(served, requests, settings).await?;
+    let mut finished = vec![Finished::default(); answers.len()];
+    // Dropping the set, with this future or after an error, ends the rest.
+    let mut tasks = JoinSet::new();
+    for (index, answer) in answers.into_iter().enumerate() {
+        tasks.spawn(async move { answer.finish().await.map(|out| (index, out)) });
+    }
+    while let Some(done) = tasks.join_next().await {
+        let (index, out) = done.map_err(|_| ApiError::failed("a task of this request failed"))??;
+        finished[index] = out;
+    }
+    for group in finished.chunks_mut(settings.n) {
+        if let Some((first, others)) = group.split_first_mut() {
+            for other in others {
+                other.prompt_logprobs.clone_from(&first.prompt_logprobs);
             }
         }
-        out.tokens = answer.tokens;
-        finished.push(out);
     }
     Ok(finished)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::seed_of;
+
+    #[test]
+    fn neighbouring_seeds_share_no_choice() {
+        let mut seeds: Vec<u64> = (0..64)
+            .flat_map(|seed| (0..64).map(move |choice| seed_of(seed, choice)))
+            .collect();
+        assert_eq!((seeds[0], seeds[64]), (0, 1));
+        seeds.sort_unstable();
+        seeds.dedup();
+        assert_eq!(seeds.len(), 64 * 64);
+    }
 }

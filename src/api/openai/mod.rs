@@ -20,7 +20,7 @@ use axum::http::request::Parts;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::app::{App, AppState};
-use crate::serving::Served;
+use crate::serving::{Served, ServingError};
 use error::ApiError;
 
 pub fn routes() -> OpenApiRouter<AppState> {
@@ -47,7 +47,9 @@ impl<S: Send + Sync> FromRequestParts<S> for PathModel {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let path = Path::<HashMap<String, String>>::from_request_parts(parts, state).await;
+        // No parameters is a path without a model; parameters that cannot be read are no model's name.
+        let path = Option::<Path<HashMap<String, String>>>::from_request_parts(parts, state).await;
+        let path = path.map_err(|_| ApiError::from(ServingError::Unknown("(not UTF-8)".to_owned())))?;
         let mut path = path.map(|Path(parameters)| parameters).unwrap_or_default();
         Ok(Self {
             model: path.remove("model"),

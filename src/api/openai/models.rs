@@ -2,14 +2,13 @@
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
 use serde::Serialize;
 
 use super::PathModel;
 use super::error::{ApiError, ErrorBody};
-use crate::app::AppState;
+use crate::app::{App, AppState};
 use crate::config::ModelName;
-use crate::serving::SlotInfo;
+use crate::serving::{ServingError, SlotInfo};
 
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub struct ServedList {
@@ -28,16 +27,21 @@ pub struct ServedView {
 }
 
 /// List models that answer
-#[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, body = ServedList)))]
-pub async fn list_served(State(AppState(app)): State<AppState>, path: PathModel) -> Json<ServedList> {
-    let wanted = path.model;
-    let data = app.serving.list().into_iter().filter(|slot| {
-        slot.status == "ready" && wanted.as_deref().is_none_or(|name| slot.name.as_str() == name)
-    });
-    Json(ServedList {
+#[utoipa::path(get, path = "/v1/models", tag = "openai",
+    responses((status = 200, body = ServedList), (status = 404, body = ErrorBody)))]
+pub async fn list_served(
+    State(AppState(app)): State<AppState>,
+    path: PathModel,
+) -> Result<Json<ServedList>, ApiError> {
+    let slots = match &path.model {
+        None => app.serving.list(),
+        Some(model) => vec![slot(&app, model)?],
+    };
+    let ready = slots.into_iter().filter(|slot| slot.status == "ready");
+    Ok(Json(ServedList {
         object: "list",
-        data: data.map(view).collect(),
-    })
+        data: ready.map(view).collect(),
+    }))
 }
 
 /// One model that answers
@@ -47,13 +51,18 @@ pub async fn get_served(
     State(AppState(app)): State<AppState>,
     path: PathModel,
 ) -> Result<Json<ServedView>, ApiError> {
-    let name = path.id.and_then(|id| id.parse::<ModelName>().ok());
-    let slot = name.and_then(|name| app.serving.info(&name));
-    slot.filter(|slot| slot.status == "ready")
-        .map(|slot| Json(view(slot)))
-        .ok_or_else(|| {
-            ApiError::new(StatusCode::NOT_FOUND, "no such model is loaded").with_code("model_not_found")
-        })
+    let id = path.id.unwrap_or_default();
+    let found = slot(&app, &id)?;
+    match found.status == "ready" && path.model.is_none_or(|model| model == id) {
+        true => Ok(Json(view(found))),
+        false => Err(ServingError::Unknown(id).into()),
+    }
+}
+
+fn slot(app: &App, name: &str) -> Result<SlotInfo, ApiError> {
+    let key = name.parse::<ModelName>().ok();
+    key.and_then(|key| app.serving.info(&key))
+        .ok_or_else(|| ServingError::Unknown(name.chars().take(100).collect()).into())
 }
 
 fn view(slot: SlotInfo) -> ServedView {

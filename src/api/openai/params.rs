@@ -45,6 +45,36 @@ impl<S: Send + Sync> FromRequest<S> for Params {
     }
 }
 
+/// Values that change no answer: those that turn a field off, and its default.
+fn asks_nothing(key: &str, value: &Value) -> bool {
+    match (key, value) {
+        ("skip_special_tokens", value) => *value == Value::Bool(true),
+        ("response_format", Value::Object(format)) => {
+            format.is_empty() || format.get("type").and_then(Value::as_str) == Some("text")
+        }
+        ("length_penalty" | "typical_p", value) => value.as_f64() == Some(1.0),
+        ("no_repeat_ngram_size", value) => value.as_f64() == Some(0.0),
+        ("function_call", Value::String(choice)) => ["none", "auto"].contains(&choice.as_str()),
+        (_, Value::Bool(on)) => !on,
+        (_, Value::Array(items)) => items.is_empty(),
+        (_, Value::Object(fields)) => fields.is_empty(),
+        (_, Value::String(text)) => text.is_empty() || text == "none",
+        _ => false,
+    }
+}
+
+/// A list of token ids. Errors name the place, not what stood there: that may be megabytes.
+pub fn token_ids(key: &str, items: &[Value]) -> Result<Vec<u32>, ApiError> {
+    let id = |item: &Value| item.as_u64().and_then(|id| u32::try_from(id).ok());
+    items
+        .iter()
+        .enumerate()
+        .map(|(index, item)| {
+            id(item).ok_or_else(|| ApiError::invalid(key, format!("entry {index} is not a token id")))
+        })
+        .collect()
+}
+
 impl Params {
     /// Null counts as absent.
     pub fn take(&mut self, key: &str) -> Option<Value> {
@@ -94,15 +124,7 @@ impl Params {
     /// Refuses fields that would change the answer and are not done, unless they ask for nothing.
     pub fn refuse(&mut self, fields: &[&str]) -> Result<(), ApiError> {
         for key in fields {
-            let asks = match self.take(key) {
-                None | Some(Value::Bool(false)) => false,
-                Some(Value::Array(items)) => !items.is_empty(),
-                Some(Value::Object(items)) => {
-                    !items.is_empty() && items.get("type").and_then(Value::as_str) != Some("text")
-                }
-                Some(Value::String(text)) => !text.is_empty() && text != "none",
-                Some(_) => true,
-            };
+            let asks = self.take(key).is_some_and(|value| !asks_nothing(key, &value));
             if asks {
                 let error = ApiError::invalid(key, "is not supported by this server");
                 return Err(error.with_code("unsupported_parameter"));

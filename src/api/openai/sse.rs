@@ -7,12 +7,13 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use tokio::sync::mpsc::{Sender, channel};
+use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::error::ApiError;
 use super::generate::{Answer, Step};
 
-/// Chunks that may wait for a slow client before its generation waits too.
+/// Chunks that may wait for a slow client. Beyond, what its choices generate waits unread, up to their `max_tokens`.
 const BUFFER: usize = 64;
 
 /// Makes the chunks of a stream.
@@ -42,20 +43,30 @@ pub fn stream(answers: Vec<Answer>, chunks: impl Chunks) -> Response {
 
 async fn run(answers: Vec<Answer>, chunks: impl Chunks, sender: &Sender<Result<Event, Infallible>>) {
     let chunks = std::sync::Arc::new(chunks);
-    let mut tasks = tokio::task::JoinSet::new();
+    let mut tasks = JoinSet::new();
     for (choice, answer) in answers.into_iter().enumerate() {
         tasks.spawn(one(choice, answer, chunks.clone(), sender.clone()));
     }
+    finish(tasks, &*chunks, sender).await;
+}
+
+/// Ends the stream: after the last choice, or with the first error.
+async fn finish(
+    mut tasks: JoinSet<Result<usize, Option<ApiError>>>,
+    chunks: &impl Chunks,
+    sender: &Sender<Result<Event, Infallible>>,
+) {
     let mut completion_tokens = 0;
     while let Some(done) = tasks.join_next().await {
+        let done = done.unwrap_or_else(|_| Err(Some(ApiError::failed("a task of this stream failed"))));
         match done {
-            Ok(Ok(tokens)) => completion_tokens += tokens,
-            Ok(Err(Some(error))) => {
+            Ok(tokens) => completion_tokens += tokens,
+            Err(Some(error)) => {
                 // Dropping the set ends the other choices.
                 let _ = send(sender, json(&error.body())).await;
                 return;
             }
-            Ok(Err(None)) | Err(_) => return,
+            Err(None) => return,
         }
     }
     if let Some(usage) = chunks.usage(completion_tokens) {
@@ -92,4 +103,38 @@ async fn send(sender: &Sender<Result<Event, Infallible>>, data: String) -> Resul
 /// JSON of a chunk; its types cannot fail to be written.
 pub fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Silent;
+
+    impl Chunks for Silent {
+        fn opening(&self, _choice: usize) -> Option<String> {
+            None
+        }
+
+        fn step(&self, _choice: usize, _step: Step) -> Option<String> {
+            None
+        }
+
+        fn usage(&self, _completion_tokens: usize) -> Option<String> {
+            None
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_ends_the_stream_with_an_error_event() {
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async { Ok(3) });
+        tasks.spawn(async { panic!("a chunk cannot be made") });
+        let (sender, mut receiver) = channel(BUFFER);
+        finish(tasks, &Silent, &sender).await;
+        drop(sender);
+        let last = receiver.recv().await.unwrap().unwrap();
+        assert!(format!("{last:?}").contains("generation_failed"), "{last:?}");
+        assert!(receiver.recv().await.is_none());
+    }
 }

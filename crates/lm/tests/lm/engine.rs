@@ -292,3 +292,56 @@ fn bad_requests_are_refused_before_they_are_queued() {
     }
     assert!(engine.is_idle());
 }
+
+#[test]
+fn choices_of_one_prompt_run_it_once_and_answer_as_each_alone() {
+    let decoder = tiny();
+    let choice = |id: u64| Request {
+        sampling: Sampling {
+            temperature: 1.2,
+            seed: id,
+            ..Sampling::default()
+        },
+        prompt_logprobs: (id == 0).then_some(0),
+        ..request(id, prompt(100, 4), 10)
+    };
+    // 100 tokens in steps of 20: five for the prompt, whatever the number of choices, and one more to follow.
+    let mut engine = engine(&decoder, 20, 64);
+    for id in 0..8 {
+        engine.add(choice(id)).expect("taken");
+    }
+    let mut together = BTreeMap::new();
+    for _ in 0..6 {
+        collect(&mut together, engine.step());
+    }
+    assert!(together.len() == 8 && together.values().all(|answer| !answer.tokens.is_empty()));
+    // One that comes later follows one that is answering.
+    engine.add(choice(8)).expect("taken");
+    collect(&mut together, engine.step());
+    assert_eq!(together[&8].tokens.len(), 1);
+    while !engine.is_idle() {
+        collect(&mut together, engine.step());
+    }
+    assert_eq!(engine.kv_usage().0, 0);
+    for id in 0..9 {
+        let alone = run(self::engine(&decoder, 20, 64), vec![choice(id)]);
+        assert_eq!(together[&id].tokens, alone[&id].tokens, "choice {id}");
+    }
+}
+
+#[test]
+fn a_choice_whose_leader_is_cancelled_runs_the_prompt_itself() {
+    let decoder = tiny();
+    let mut engine = engine(&decoder, 20, 64);
+    for id in 0..3 {
+        engine.add(request(id, prompt(100, 4), 5)).expect("taken");
+    }
+    let mut answers = BTreeMap::new();
+    collect(&mut answers, engine.step());
+    engine.cancel(0);
+    while !engine.is_idle() {
+        collect(&mut answers, engine.step());
+    }
+    let expected = oracle(&decoder, &prompt(100, 4), 5);
+    assert!(answers[&1].tokens == expected && answers[&2].tokens == expected);
+}

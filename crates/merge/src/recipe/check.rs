@@ -5,8 +5,8 @@ use regex::RegexSet;
 use serde_json::Value;
 
 use super::{
-    Amount, Drops, Granularity, MAX_MODELS, Method, Mixup, Model, ModelRef, Recipe, Rescale, Shares, Slice, Sparsify,
-    Trim, Vocab,
+    Amount, Drops, Granularity, MAX_MODELS, Method, Mixup, Model, ModelRef, Recipe, Rescale, Shares, Slice,
+    Sparsify, Trim, Vocab,
 };
 use crate::RecipeError;
 use crate::mixup::{draw_lambda, draw_shares};
@@ -55,7 +55,14 @@ const WEIGHTED: &[&str] = &[
     "passthrough",
 ];
 /// Methods that take a contribution ratio.
-const MIXABLE: &[&str] = &["average", "task_arithmetic", "ties", "slerp", "nuslerp", "multislerp"];
+const MIXABLE: &[&str] = &[
+    "average",
+    "task_arithmetic",
+    "ties",
+    "slerp",
+    "nuslerp",
+    "multislerp",
+];
 
 pub(super) fn recipe(spec: &RecipeSpec, draw_seed: &mut dyn FnMut() -> u64) -> Result<Recipe, RecipeError> {
     let sugar = WITH_SPARSIFIER.iter().find(|(name, ..)| *name == spec.method);
@@ -65,7 +72,11 @@ pub(super) fn recipe(spec: &RecipeSpec, draw_seed: &mut dyn FnMut() -> u64) -> R
     };
     known_method(name, &spec.method)?;
     fields_of(name, spec)?;
-    let base = spec.base.as_deref().map(|b| ModelRef::parse("base", b)).transpose()?;
+    let base = spec
+        .base
+        .as_deref()
+        .map(|b| ModelRef::parse("base", b))
+        .transpose()?;
     let sparsify = sparsifier(spec.sparsify.as_ref(), sugar.map(|(_, _, drops, _)| *drops))?;
     let method = method(name, spec, sugar.map(|(.., normalize)| *normalize))?;
     let models = models(spec, name, &method, sparsify.as_ref())?;
@@ -168,13 +179,23 @@ fn method(name: &str, spec: &RecipeSpec, sugar: Option<bool>) -> Result<Method, 
                 n @ 1..=10_000 => n,
                 _ => return Err(RecipeError::new("max_iter", "must be from 1 to 10000")),
             },
-            tolerance: within("tolerance", spec.tolerance.unwrap_or(1e-5), |v| v > 0.0 && v < 1.0, "must be above 0 and below 1")?,
+            tolerance: within(
+                "tolerance",
+                spec.tolerance.unwrap_or(1e-5),
+                |v| v > 0.0 && v < 1.0,
+                "must be above 0 and below 1",
+            )?,
         },
         "model_stock" => Method::ModelStock {
             granularity: granularity(spec, false)?,
         },
         "sce" => Method::Sce {
-            select: within("select", spec.select.unwrap_or(1.0), |v| (0.0..=1.0).contains(&v), "must be from 0 to 1")?,
+            select: within(
+                "select",
+                spec.select.unwrap_or(1.0),
+                |v| (0.0..=1.0).contains(&v),
+                "must be from 0 to 1",
+            )?,
         },
         "nearswap" => Method::NearSwap {
             t: match &spec.t {
@@ -199,7 +220,10 @@ fn ties(spec: &RecipeSpec, scaling: Setting, sugar: Option<bool>) -> Result<Meth
     let trim = match spec.variant.as_deref().unwrap_or(default_variant) {
         "global" => Trim::Global {
             retain: retain.as_constant().ok_or_else(|| {
-                RecipeError::new("retain", "the variant global has one threshold over the whole model: one number")
+                RecipeError::new(
+                    "retain",
+                    "the variant global has one threshold over the whole model: one number",
+                )
             })?,
         },
         "tensor" => Trim::Tensor { retain },
@@ -222,7 +246,10 @@ fn ties(spec: &RecipeSpec, scaling: Setting, sugar: Option<bool>) -> Result<Meth
 
 fn slerp_share(spec: &RecipeSpec) -> Result<Setting, RecipeError> {
     match (&spec.t, &spec.mixup) {
-        (Some(_), Some(_)) => Err(RecipeError::new("t", "t and mixup exclude each other: t is 1 - lambda")),
+        (Some(_), Some(_)) => Err(RecipeError::new(
+            "t",
+            "t and mixup exclude each other: t is 1 - lambda",
+        )),
         (Some(t), None) => Ok(t.clone()),
         // Replaced by 1 - lambda.
         (None, Some(_)) => Ok(0.5.into()),
@@ -300,7 +327,10 @@ fn model(
     };
     let refuse = |key: &str, detail: &str| Err(RecipeError::new(format!("{field}.{key}"), detail));
     if own.weight.is_some() && spec.mixup.is_some() {
-        return refuse("weight", "weights and mixup exclude each other: lambda is the weight");
+        return refuse(
+            "weight",
+            "weights and mixup exclude each other: lambda is the weight",
+        );
     }
     if own.weight.is_some() && !WEIGHTED.contains(&name) {
         return refuse("weight", &format!("{name} has no weights"));
@@ -318,7 +348,10 @@ fn model(
     );
     if let Some(retain) = &own.retain {
         if sparsify.is_none() && !trims {
-            return refuse("retain", "belongs to a sparsifier or to ties in the variant tensor");
+            return refuse(
+                "retain",
+                "belongs to a sparsifier or to ties in the variant tensor",
+            );
         }
         if !retain.numbers().all(|r| r > 0.0 && r <= 1.0) {
             return refuse("retain", "must be above 0 and at most 1");
@@ -335,7 +368,13 @@ fn model(
         let amount = own.retain.clone().map(Amount::Retain);
         let epsilon = own.epsilon.as_ref().unwrap_or(&sparsify.epsilon);
         let gamma = own.gamma.as_ref().unwrap_or(&sparsify.gamma);
-        amounts(&field, sparsify.drops, amount.as_ref().unwrap_or(&sparsify.amount), epsilon, gamma)?;
+        amounts(
+            &field,
+            sparsify.drops,
+            amount.as_ref().unwrap_or(&sparsify.amount),
+            epsilon,
+            gamma,
+        )?;
     }
     Ok(Model {
         reference: ModelRef::parse(&field, &own.model)?,
@@ -356,7 +395,11 @@ fn weights(models: &[Model], method: &Method) -> Result<(), RecipeError> {
             ..
         }
     );
-    if global_ties && let Some(index) = models.iter().position(|m| !m.weight.numbers().all(|w| w as f32 > 0.0)) {
+    if global_ties
+        && let Some(index) = models
+            .iter()
+            .position(|m| !m.weight.numbers().all(|w| w as f32 > 0.0))
+    {
         let detail = "ties takes a mean over the parents that agree: weights must be above 0";
         return Err(RecipeError::new(format!("models[{index}].weight"), detail));
     }
@@ -410,7 +453,10 @@ fn mixup(
     }
     if let Some(shares) = &spec.shares {
         if spec.lambda.is_some() {
-            return Err(RecipeError::new("mixup.shares", "give lambda or shares, not both"));
+            return Err(RecipeError::new(
+                "mixup.shares",
+                "give lambda or shares, not both",
+            ));
         }
         let sound = shares.len() == models && shares.iter().all(|s| (0.0..=1.0).contains(s));
         if !sound || (shares.iter().sum::<f64>() - 1.0).abs() > 1e-6 {
@@ -438,7 +484,11 @@ fn mixup(
         };
     };
     if given && spec.seed.is_none() {
-        let field = if spec.lambda.is_some() { "mixup.lambda" } else { "mixup.shares" };
+        let field = if spec.lambda.is_some() {
+            "mixup.lambda"
+        } else {
+            "mixup.shares"
+        };
         return Err(RecipeError::new(field, "give alpha or this, not both"));
     }
     // 2^53: so that a seed survives clients whose numbers are f64.
@@ -450,16 +500,25 @@ fn mixup(
     };
     // What a resolved recipe says of its draw must be the draw.
     let agrees = match &shares {
-        Shares::Lambda(drawn) => spec.lambda.as_ref().is_none_or(|given| given == drawn) && spec.shares.is_none(),
+        Shares::Lambda(drawn) => {
+            spec.lambda.as_ref().is_none_or(|given| given == drawn) && spec.shares.is_none()
+        }
         Shares::Each(drawn) => spec.shares.as_ref().is_none_or(|given| given == drawn),
     };
     if !agrees {
-        let field = if spec.lambda.is_some() { "mixup.lambda" } else { "mixup.shares" };
+        let field = if spec.lambda.is_some() {
+            "mixup.lambda"
+        } else {
+            "mixup.shares"
+        };
         let drawn = match &shares {
             Shares::Lambda(lambda) => lambda.to_json().to_string(),
             Shares::Each(shares) => format!("{shares:?}"),
         };
-        return Err(RecipeError::new(field, format!("alpha and seed draw {drawn}; give one or the other")));
+        return Err(RecipeError::new(
+            field,
+            format!("alpha and seed draw {drawn}; give one or the other"),
+        ));
     }
     Ok(Mixup {
         shares,
@@ -481,7 +540,10 @@ fn sparsifier(spec: Option<&SparsifySpec>, wanted: Option<Drops>) -> Result<Opti
         .find(|drops| drops.name() == spec.kind)
         .ok_or_else(|| RecipeError::new("sparsify.kind", "must be dare, magnitude, della or breadcrumbs"))?;
     if wanted.is_some_and(|wanted| wanted != drops) {
-        return Err(RecipeError::new("sparsify.kind", "is not the one that the method is named for"));
+        return Err(RecipeError::new(
+            "sparsify.kind",
+            "is not the one that the method is named for",
+        ));
     }
     let only = |given: bool, field: &str, drops_with: &[Drops]| match given && !drops_with.contains(&drops) {
         false => Ok(()),
@@ -501,7 +563,10 @@ fn sparsifier(spec: Option<&SparsifySpec>, wanted: Option<Drops>) -> Result<Opti
         Some(Value::Bool(true)) if drops.is_random() => Rescale::Expectation,
         Some(Value::String(s)) if s == "l1" => Rescale::L1,
         Some(_) if drops.is_random() => {
-            return Err(RecipeError::new("sparsify.rescale", "must be true, false or \"l1\""));
+            return Err(RecipeError::new(
+                "sparsify.rescale",
+                "must be true, false or \"l1\"",
+            ));
         }
         Some(_) => return Err(RecipeError::new("sparsify.rescale", "must be false or \"l1\"")),
     };
@@ -510,7 +575,10 @@ fn sparsifier(spec: Option<&SparsifySpec>, wanted: Option<Drops>) -> Result<Opti
         (None, Some(share)) => Amount::Retain(share.clone()),
         (None, None) => return Err(RecipeError::new("sparsify.drop_rate", "is required")),
         (Some(_), Some(_)) => {
-            return Err(RecipeError::new("sparsify.retain", "give drop_rate or retain, not both"));
+            return Err(RecipeError::new(
+                "sparsify.retain",
+                "give drop_rate or retain, not both",
+            ));
         }
     };
     let epsilon = match (&spec.epsilon, spec.window) {
@@ -542,13 +610,19 @@ fn amounts(
     let (key, retained): (&str, Vec<f64>) = match amount {
         Amount::Drop(rate) => {
             if !rate.numbers().all(|p| (0.0..1.0).contains(&p)) {
-                return Err(RecipeError::new(format!("{field}.drop_rate"), "must be at least 0 and below 1"));
+                return Err(RecipeError::new(
+                    format!("{field}.drop_rate"),
+                    "must be at least 0 and below 1",
+                ));
             }
             ("drop_rate", rate.numbers().map(|p| 1.0 - p).collect())
         }
         Amount::Retain(share) => {
             if !share.numbers().all(|r| r > 0.0 && r <= 1.0) {
-                return Err(RecipeError::new(format!("{field}.retain"), "must be above 0 and at most 1"));
+                return Err(RecipeError::new(
+                    format!("{field}.retain"),
+                    "must be above 0 and at most 1",
+                ));
             }
             ("retain", share.numbers().collect())
         }
@@ -586,7 +660,10 @@ fn vocabulary(spec: &RecipeSpec, has_base: bool) -> Result<(Vocab, Option<usize>
         Some("base") => Vocab::Base,
         Some("union") => Vocab::Union,
         Some(_) => {
-            return Err(RecipeError::new("vocab", "must be strict, pad_mean, base or union"));
+            return Err(RecipeError::new(
+                "vocab",
+                "must be strict, pad_mean, base or union",
+            ));
         }
     };
     match spec.pad_to_multiple_of {
@@ -596,7 +673,10 @@ fn vocabulary(spec: &RecipeSpec, has_base: bool) -> Result<(Vocab, Option<usize>
             "adds rows, which vocab strict does not",
         )),
         Some(multiple @ 1..=MAX_PADDING) => Ok((vocab, Some(multiple as usize))),
-        Some(_) => Err(RecipeError::new("pad_to_multiple_of", "must be from 1 to 1048576")),
+        Some(_) => Err(RecipeError::new(
+            "pad_to_multiple_of",
+            "must be from 1 to 1048576",
+        )),
     }
 }
 
@@ -607,14 +687,20 @@ fn slices(
     method: &Method,
 ) -> Result<Vec<Slice>, RecipeError> {
     if specs.len() > MAX_SLICES {
-        return Err(RecipeError::new("slices", format!("has more than {MAX_SLICES} slices")));
+        return Err(RecipeError::new(
+            "slices",
+            format!("has more than {MAX_SLICES} slices"),
+        ));
     }
     let slices = specs.iter().enumerate();
     let slices: Vec<Slice> = slices
         .map(|(index, spec)| slice(&format!("slices[{index}]"), spec, base, models, method))
         .collect::<Result<_, _>>()?;
     if slices.iter().map(|s| s.layers).sum::<usize>() > MAX_LAYERS {
-        return Err(RecipeError::new("slices", format!("make more than {MAX_LAYERS} layers")));
+        return Err(RecipeError::new(
+            "slices",
+            format!("make more than {MAX_LAYERS} layers"),
+        ));
     }
     Ok(slices)
 }
@@ -634,14 +720,22 @@ fn slice(
         let model = match models.iter().position(|m| m.reference == reference) {
             Some(model) => Some(model),
             None if base == Some(&reference) => None,
-            None => return Err(RecipeError::new(at("model"), "is neither the base nor one of the models")),
+            None => {
+                return Err(RecipeError::new(
+                    at("model"),
+                    "is neither the base nor one of the models",
+                ));
+            }
         };
         if sources.iter().any(|(known, _)| *known == model) {
             return Err(RecipeError::new(at("model"), "is in this slice already"));
         }
         let [from, to] = source.layers.map(|layer| layer as usize);
         if *layers.get_or_insert(to - from) != to - from {
-            return Err(RecipeError::new(at("layers"), "all sources of a slice have as many layers"));
+            return Err(RecipeError::new(
+                at("layers"),
+                "all sources of a slice have as many layers",
+            ));
         }
         sources.push((model, from));
     }

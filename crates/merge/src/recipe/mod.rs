@@ -23,16 +23,40 @@ pub const MAX_MODELS: usize = 16;
 /// How the parents become one. Formulas: docs/METHODS.md.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Method {
-    Average { normalize: bool },
-    TaskArithmetic { scaling: Setting, normalize: bool },
-    Ties { scaling: Setting, trim: Trim, normalize: bool },
-    Slerp { t: Setting },
-    NuSlerp { granularity: Granularity },
-    MultiSlerp { normalize: bool },
-    Karcher { max_iter: u64, tolerance: f64 },
-    ModelStock { granularity: Granularity },
-    Sce { select: f64 },
-    NearSwap { t: Setting },
+    Average {
+        normalize: bool,
+    },
+    TaskArithmetic {
+        scaling: Setting,
+        normalize: bool,
+    },
+    Ties {
+        scaling: Setting,
+        trim: Trim,
+        normalize: bool,
+    },
+    Slerp {
+        t: Setting,
+    },
+    NuSlerp {
+        granularity: Granularity,
+    },
+    MultiSlerp {
+        normalize: bool,
+    },
+    Karcher {
+        max_iter: u64,
+        tolerance: f64,
+    },
+    ModelStock {
+        granularity: Granularity,
+    },
+    Sce {
+        select: f64,
+    },
+    NearSwap {
+        t: Setting,
+    },
     ArceeFusion,
     Passthrough,
 }
@@ -298,7 +322,10 @@ impl Recipe {
             Some(Shares::Lambda(lambda)) => lambda_weights(lambda.at(place).unwrap_or(0.5)),
             Some(Shares::Each(shares)) => shares.iter().map(|share| *share as f32).collect(),
             None => {
-                let weights = self.models.iter().map(|model| model.weight.at(place).unwrap_or(1.0));
+                let weights = self
+                    .models
+                    .iter()
+                    .map(|model| model.weight.at(place).unwrap_or(1.0));
                 weights.map(|weight| weight as f32).collect()
             }
         }
@@ -307,7 +334,10 @@ impl Recipe {
     /// Whether merging forms deltas from the base.
     pub(crate) fn on_deltas(&self) -> bool {
         let on_deltas = match self.method {
-            Method::TaskArithmetic { .. } | Method::Ties { .. } | Method::Sce { .. } | Method::ModelStock { .. } => true,
+            Method::TaskArithmetic { .. }
+            | Method::Ties { .. }
+            | Method::Sce { .. }
+            | Method::ModelStock { .. } => true,
             Method::NuSlerp { .. } | Method::MultiSlerp { .. } => self.base.is_some(),
             Method::Average { .. }
             | Method::Slerp { .. }

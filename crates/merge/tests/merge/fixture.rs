@@ -180,7 +180,10 @@ impl Models {
         let digest = merge_digest(&recipe, &parents, counter).map_err(Refused::Merge)?;
         // What was digested while merging is what a reading of its own finds.
         let again = Parents::open(&recipe, self).map_err(Refused::Recipe)?;
-        assert_eq!(merge_digest(&recipe, &again, &Counter::default()).unwrap(), digest);
+        assert_eq!(
+            merge_digest(&recipe, &again, &Counter::default()).unwrap(),
+            digest
+        );
         assert_eq!(manifest.digest, digest);
         Ok(Merged {
             total: parents.bytes_total(&recipe),
