@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::extract::{FromSegment, Segment};
 use super::problem::Problem;
 use crate::app::{App, AppState};
-use crate::jobs::{Cancelled, Job, JobStatus, RecipeBody, Submission};
+use crate::jobs::{Cancelled, Job, JobStatus, RecipeBody, Submission, Taken};
 use query::ListQuery;
 use view::{JobView, view};
 
@@ -54,28 +54,7 @@ async fn post_merge(
 ) -> Result<Response, Problem> {
     let key = idempotency_key(&headers)?;
     let taken = app.intake.submit(body, key).await?;
-    match taken.submission {
-        Submission::Created(job) => {
-            app.worker.wake();
-            Ok(accepted(&app, StatusCode::ACCEPTED, job))
-        }
-        Submission::Existing(job) => {
-            serve_finished(&app, &job, taken.serve_as.as_deref());
-            Ok(accepted(&app, StatusCode::OK, job))
-        }
-        Submission::Replayed(job) => Ok(accepted(&app, StatusCode::OK, job)),
-        Submission::QueueFull => Err(Problem::new(
-            StatusCode::TOO_MANY_REQUESTS,
-            "queue-full",
-            "the job queue is full",
-        )
-        .with_retry_after(30)),
-        Submission::KeyReused => Err(Problem::unprocessable(
-            "idempotency-key-reused",
-            "Idempotency-Key",
-            "the key came before with another body",
-        )),
-    }
+    answer(&app, taken)
 }
 
 /// List merges, newest first
@@ -125,6 +104,31 @@ async fn cancel_merge(
         Cancelled::TooLate(job) => Err(Problem::conflict(
             "already-finished",
             format!("the merge is {}", job.status.as_str()),
+        )),
+    }
+}
+
+fn answer(app: &App, taken: Taken) -> Result<Response, Problem> {
+    match taken.submission {
+        Submission::Created(job) => {
+            app.worker.wake();
+            Ok(accepted(app, StatusCode::ACCEPTED, job))
+        }
+        Submission::Existing(job) => {
+            serve_finished(app, &job, taken.serve_as.as_deref());
+            Ok(accepted(app, StatusCode::OK, job))
+        }
+        Submission::Replayed(job) => Ok(accepted(app, StatusCode::OK, job)),
+        Submission::QueueFull => Err(Problem::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            "queue-full",
+            "the job queue is full",
+        )
+        .with_retry_after(30)),
+        Submission::KeyReused => Err(Problem::unprocessable(
+            "idempotency-key-reused",
+            "Idempotency-Key",
+            "the key came before with another body",
         )),
     }
 }

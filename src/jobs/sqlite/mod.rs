@@ -10,8 +10,7 @@ use std::time::Duration;
 use cauldron_checkpoint::Digest;
 use sqlx::Row;
 use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
-    SqliteSynchronous,
+    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 use uuid::Uuid;
 
@@ -20,7 +19,7 @@ use super::store::{
 };
 use super::{Job, JobError, JobStatus, MAX_ATTEMPTS};
 use crate::cache::sync_folder;
-use rows::{COLUMNS, read_job, read_status, sql};
+use rows::{COLUMNS, read_job, read_status, recall_key, sql};
 
 const LEASE_MS: i64 = 30_000;
 const NOW: &str = "CAST(unixepoch('subsec') * 1000 AS INTEGER)";
@@ -299,27 +298,6 @@ impl SqliteJobs {
         }
         Ok(query.execute(&self.pool).await?.rows_affected())
     }
-}
-
-/// What an idempotency key stands for, if it came before.
-async fn recall_key(
-    connection: &mut SqliteConnection,
-    key: &str,
-    body: &str,
-) -> Result<Option<Submission>, StoreError> {
-    let known = sqlx::query("SELECT body_digest, job_id FROM idempotency_keys WHERE key = ?")
-        .bind(key)
-        .fetch_optional(&mut *connection)
-        .await?;
-    let Some(known) = known else { return Ok(None) };
-    if known.try_get::<String, _>("body_digest")? != body {
-        return Ok(Some(Submission::KeyReused));
-    }
-    let row = sqlx::query(sql(format!("SELECT {COLUMNS} FROM jobs WHERE id = ?")))
-        .bind(known.try_get::<String, _>("job_id")?)
-        .fetch_one(connection)
-        .await?;
-    Ok(Some(Submission::Replayed(read_job(&row)?)))
 }
 
 impl JobStore for SqliteJobs {

@@ -1,9 +1,9 @@
 //! Rows as jobs.
 
-use sqlx::sqlite::SqliteRow;
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{AssertSqlSafe, Row};
 
-use crate::jobs::{Job, JobError, JobStatus, StoreError};
+use crate::jobs::{Job, JobError, JobStatus, StoreError, Submission};
 
 pub(super) const COLUMNS: &str = "id, status, recipe, lambda, digest, bytes_done, bytes_total, error_type, \
                                   error_detail, cancel_requested, attempt, epoch, created_at, started_at, finished_at, \
@@ -68,4 +68,25 @@ impl From<sqlx::Error> for StoreError {
             false => Self::Database(Box::new(error)),
         }
     }
+}
+
+/// What an idempotency key stands for, if it came before.
+pub(super) async fn recall_key(
+    connection: &mut SqliteConnection,
+    key: &str,
+    body: &str,
+) -> Result<Option<Submission>, StoreError> {
+    let known = sqlx::query("SELECT body_digest, job_id FROM idempotency_keys WHERE key = ?")
+        .bind(key)
+        .fetch_optional(&mut *connection)
+        .await?;
+    let Some(known) = known else { return Ok(None) };
+    if known.try_get::<String, _>("body_digest")? != body {
+        return Ok(Some(Submission::KeyReused));
+    }
+    let row = sqlx::query(sql(format!("SELECT {COLUMNS} FROM jobs WHERE id = ?")))
+        .bind(known.try_get::<String, _>("job_id")?)
+        .fetch_one(connection)
+        .await?;
+    Ok(Some(Submission::Replayed(read_job(&row)?)))
 }
