@@ -6,7 +6,7 @@ of the random ones (dare_*, della*).
 
 --mergekit    the virtual environment mergekit is taken from; default: the one this runs in (another version goes here)
 --only        cases whose name contains WORD
---stable      mergekit's sorts are made stable, so that of equal magnitudes it keeps those that come first
+--stable      mergekit's sorts are made stable: equal magnitudes stay in their places' order (its usual order is any)
 --self-check  without Cauldron: in its place mergekit in float64 (shows how far float32 alone is from the exact result), for
               bfloat16 mergekit with stable sorts, for random masks mergekit with another seed
 
@@ -56,8 +56,10 @@ FUSION_ROUNDING = 8 * 2.0 ** -24
 FUSION_SHARE = 0.03
 # torch's AVX kernels contract the multiplication and addition of `linear` into one rounding; its baseline does not, nor do we.
 MERGEKIT_ENVIRON = {"ATEN_CPU_CAPABILITY": "default", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+# case -> why Cauldron refuses what mergekit merges. It must refuse: a merge that leaves the setting out would be wrong.
+UNSUPPORTED = {}
 # Where equal scores lie across cuts in bfloat16, and what is tied cannot be told: the densities differ by layer, or what is
-# selected decides the weights of the whole tensor. Run in bfloat16 with --stable only.
+# selected decides the weights of the whole tensor. Run in bfloat16 with --stable only; "sce 3" not even so, for its scores tie only up to rounding.
 TIES_SPREAD = {"ties, density gradients", "ties, slices", "sce 2", "sce 3", "sce, int8_mask"}
 
 
@@ -740,6 +742,12 @@ class Table:
         self.failed = True
         print(f"{name:<38}{dtype:<10}{'':>25}FAILED  mergekit: {error}", flush=True)
 
+    def unsupported(self, name, dtype, reason, mine):
+        merged = not isinstance(mine, str)
+        self.failed |= merged
+        verdict = "FAILED  cauldron merges what is listed as unsupported" if merged else f"skipped: {reason}; cauldron: {mine}"
+        print(f"{name:<38}{dtype:<10}{'':>25}{verdict}", flush=True)
+
     def refused(self, name, reason, theirs, mine):
         """mergekit must refuse for the reason that is listed; Cauldron's answer is for the reader."""
         self.failed |= not isinstance(theirs, str)
@@ -764,7 +772,7 @@ def other_side(arguments, dtype, configs, random=False):
 
 
 def run(arguments, table, dtype, cases, random):
-    skipped = TIES_SPREAD if dtype == "bfloat16" and not arguments.stable else {}
+    skipped = {} if dtype == "float32" else {"sce 3"} if arguments.stable else TIES_SPREAD
     configs = {name: in_dtype(config, dtype) for name, config in cases.items() if arguments.only in name and name not in skipped}
     if not configs:
         return
@@ -774,6 +782,8 @@ def run(arguments, table, dtype, cases, random):
     for name, config in configs.items():
         if isinstance(theirs[name], str):
             table.failed_in_mergekit(name, dtype, theirs[name])
+        elif name in UNSUPPORTED and not arguments.self_check:
+            table.unsupported(name, dtype, UNSUPPORTED[name], mine[name])
         elif isinstance(mine[name], str):
             table.row(name, dtype, wrong=f"cauldron: {mine[name]}")
         elif random:

@@ -75,7 +75,7 @@ pub enum Beat {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Merged {
     pub digest: Digest,
-    pub stats: Summary,
+    pub stats: Box<Summary>,
     pub warnings: Vec<String>,
 }
 
@@ -83,7 +83,7 @@ impl From<Manifest> for Merged {
     fn from(manifest: Manifest) -> Self {
         Self {
             digest: manifest.digest,
-            stats: manifest.summary,
+            stats: Box::new(manifest.summary),
             warnings: manifest.warnings,
         }
     }

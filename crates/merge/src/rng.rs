@@ -66,26 +66,22 @@ wide! {
     fn philox_blocks<'a>(key: [u32; 2], first: u64, words: &'a mut [u32]) {
         for (group, out) in words.as_chunks_mut::<{ LANES * 4 }>().0.iter_mut().enumerate() {
             let mut c = [[0u32; LANES]; 4];
-            for lane in 0..LANES {
+            let [low, high, ..] = &mut c;
+            for (lane, (low, high)) in low.iter_mut().zip(high).enumerate() {
                 let counter = first + (group * LANES + lane) as u64;
-                c[0][lane] = counter as u32;
-                c[1][lane] = (counter >> 32) as u32;
+                *low = counter as u32;
+                *high = (counter >> 32) as u32;
             }
             let mut k = key;
             for _ in 0..10 {
-                for lane in 0..LANES {
-                    let p0 = u64::from(M0) * u64::from(c[0][lane]);
-                    let p1 = u64::from(M1) * u64::from(c[2][lane]);
-                    let next = [
-                        (p1 >> 32) as u32 ^ c[1][lane] ^ k[0],
-                        p1 as u32,
-                        (p0 >> 32) as u32 ^ c[3][lane] ^ k[1],
-                        p0 as u32,
-                    ];
-                    c[0][lane] = next[0];
-                    c[1][lane] = next[1];
-                    c[2][lane] = next[2];
-                    c[3][lane] = next[3];
+                let [c0, c1, c2, c3] = &mut c;
+                for (((c0, c1), c2), c3) in c0.iter_mut().zip(c1).zip(c2).zip(c3) {
+                    let p0 = u64::from(M0) * u64::from(*c0);
+                    let p1 = u64::from(M1) * u64::from(*c2);
+                    *c0 = (p1 >> 32) as u32 ^ *c1 ^ k[0];
+                    *c1 = p1 as u32;
+                    *c2 = (p0 >> 32) as u32 ^ *c3 ^ k[1];
+                    *c3 = p0 as u32;
                 }
                 k = [k[0].wrapping_add(W0), k[1].wrapping_add(W1)];
             }

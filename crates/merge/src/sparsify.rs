@@ -283,8 +283,8 @@ wide! {
         }
         // `buckets[b]` is now the end of bucket b.
         let mut from = 0;
-        for b in 0..n {
-            let to = buckets[b] as usize;
+        for end in &buckets[..n] {
+            let to = *end as usize;
             match &mut order[from..to] {
                 [] => {}
                 [one] => ranks[*one as u32 as usize] = 2 * from as u32,
