@@ -4,6 +4,7 @@
 use cauldron_checkpoint::Dtype;
 use serde_json::{Map, Value, json};
 
+use super::check::has_weights;
 use super::{Amount, Drops, Method, Mixup, Model, ModelRef, Recipe, Rescale, Shares, Sparsify, Trim, Vocab};
 
 impl Recipe {
@@ -35,7 +36,11 @@ impl Recipe {
         let models = self.models.iter().map(|model| self.model_json(model, name));
         out.insert("models".into(), models.collect());
         let mut put = |key: &str, value: Value| out.insert(key.to_owned(), value);
-        method_json(&self.method, &mut put);
+        match (&self.method, &self.mixup) {
+            // t is 1 - lambda.
+            (Method::Slerp { .. }, Some(_)) => {}
+            _ => method_json(&self.method, &mut put),
+        }
         if let Some(sparsify) = &self.sparsify {
             put("sparsify", sparsify_json(sparsify));
         }
@@ -63,7 +68,7 @@ impl Recipe {
 
     fn model_json(&self, model: &Model, name: &dyn Fn(&ModelRef) -> String) -> Value {
         let mut json = Map::from_iter([("model".to_owned(), json!(name(&model.reference)))]);
-        if self.mixup.is_none() {
+        if self.mixup.is_none() && has_weights(self.method.name()) {
             json.insert("weight".into(), model.weight.to_json());
         }
         let own = [

@@ -54,6 +54,11 @@ const WEIGHTED: &[&str] = &[
     "multislerp",
     "passthrough",
 ];
+/// Whether each parent of a method has a weight.
+pub(super) fn has_weights(method: &str) -> bool {
+    WEIGHTED.contains(&method)
+}
+
 /// Methods that take a contribution ratio.
 const MIXABLE: &[&str] = &[
     "average",
@@ -299,7 +304,7 @@ fn models(
     let models = spec.models.iter().enumerate();
     let models = models.map(|(index, entry)| model(index, entry, spec, name, method, sparsify));
     let models: Vec<Model> = models.collect::<Result<_, _>>()?;
-    if spec.mixup.is_none() && WEIGHTED.contains(&name) {
+    if spec.mixup.is_none() && has_weights(name) {
         weights(&models, method)?;
     }
     Ok(models)
@@ -332,7 +337,7 @@ fn model(
             "weights and mixup exclude each other: lambda is the weight",
         );
     }
-    if own.weight.is_some() && !WEIGHTED.contains(&name) {
+    if own.weight.is_some() && !has_weights(name) {
         return refuse("weight", &format!("{name} has no weights"));
     }
     let weight = own.weight.clone().unwrap_or(1.0.into());

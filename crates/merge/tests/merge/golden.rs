@@ -101,3 +101,36 @@ fn magnitude_drops_the_smallest_of_each_tensor() {
     let recipe = json!({"method": "task_arithmetic", "base": "base", "models": ["a"], "sparsify": sparsify});
     assert_close(&merged(recipe), &[0.0, -0.4, 0.3, 0.0, 0.0, 0.5, -0.2, 0.0]);
 }
+
+#[test]
+fn ties_by_tensor_weighs_before_it_elects() {
+    let plain =
+        json!({"method": "ties", "variant": "tensor", "base": "base", "models": ["a", "b"], "retain": 0.5});
+    assert_close(&merged(plain), &[0.0, -0.40, 0.30, 0.0, 0.60, 0.50, -0.45, 0.0]);
+    let weighted = json!({"method": "ties", "variant": "tensor", "base": "base", "retain": 0.5,
+        "models": [{"model": "a", "weight": 0.25}, {"model": "b", "weight": 0.75}]});
+    assert_close(
+        &merged(weighted),
+        &[0.0, 0.30, -0.30, 0.0, 0.60, 0.50, -0.575, 0.0],
+    );
+}
+
+#[test]
+fn slerp() {
+    let expected = [
+        0.170101, -0.25546, 0.162621, 0.046419, 0.213219, 0.502822, -0.456094, 0.015452,
+    ];
+    assert_close(
+        &merged(json!({"method": "slerp", "models": ["a", "b"], "t": 0.25})),
+        &expected,
+    );
+    let mixed = json!({"method": "slerp", "models": ["a", "b"], "mixup": {"lambda": 0.75}});
+    assert_close(&merged(mixed), &expected);
+}
+
+#[test]
+fn breadcrumbs_drop_the_smallest_and_the_largest() {
+    let sparsify = json!({"kind": "breadcrumbs", "retain": 0.5, "gamma": 0.13});
+    let recipe = json!({"method": "breadcrumbs", "base": "base", "models": ["a"], "sparsify": sparsify});
+    assert_close(&merged(recipe), &[0.1, -0.4, 0.3, 0.0, 0.0, 0.0, -0.2, 0.0]);
+}
