@@ -57,7 +57,16 @@ FUSION_SHARE = 0.03
 # torch's AVX kernels contract the multiplication and addition of `linear` into one rounding; its baseline does not, nor do we.
 MERGEKIT_ENVIRON = {"ATEN_CPU_CAPABILITY": "default", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 # case -> why Cauldron refuses what mergekit merges. It must refuse: a merge that leaves the setting out would be wrong.
-UNSUPPORTED = {}
+UNSUPPORTED = {
+    "linear, normalize gradient": "normalize holds for the whole model",
+    "linear, normalize by filter": "normalize holds for the whole model",
+    "linear, slice parameters": "normalize holds for the whole model",
+    "linear, slices of 1 and 2": "mergekit leaves the last slice's extra sources out of the last norm and the head",
+    "ties, rescale": "an L1 rescaling is a sparsifier's",
+    "ties, density 0": "a parent of which nothing is kept is left out of the recipe",
+    "dare_linear, density 0": "a parent of which nothing is kept is left out of the recipe",
+    "multislerp, eps": "eps is fixed at mergekit's default",
+}
 # Where equal scores lie across cuts in bfloat16, and what is tied cannot be told: the densities differ by layer, or what is
 # selected decides the weights of the whole tensor. Run in bfloat16 with --stable only; "sce 3" not even so, for its scores tie only up to rounding.
 TIES_SPREAD = {"ties, density gradients", "ties, slices", "sce 2", "sce 3", "sce, int8_mask"}

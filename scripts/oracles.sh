@@ -3,7 +3,8 @@
 #
 #   scripts/oracles.sh                 all of them
 #   scripts/oracles.sh transformers    the merged folder loads as it is; logprobs, generations, tokens, chat template
-#   scripts/oracles.sh mergekit        bytes of average and linear merges
+#   scripts/oracles.sh mergekit        bytes of average and linear merges of the real models
+#   scripts/oracles.sh methods         every method against mergekit, and the M3 formulas against numpy, on tiny models
 #   scripts/oracles.sh lm-eval [N]     the real client against the service and lm-eval's own hf backend (N items a task)
 #
 # Their packages go into environments under target/oracle, with pinned versions.
@@ -12,13 +13,16 @@ cd "$(dirname "$0")/.."
 . scripts/lib.sh
 
 which=${1:-all}
-case $which in all | transformers | mergekit | lm-eval) ;; *) sed -n 2,10p "$0" >&2; exit 2 ;; esac
+case $which in all | transformers | mergekit | methods | lm-eval) ;; *) sed -n 2,11p "$0" >&2; exit 2 ;; esac
 wanted() { [ "$which" = all ] || [ "$which" = "$1" ]; }
 
 serve
 if wanted mergekit; then
     environment mergekit scripts/requirements-mergekit.txt
     "$environment/bin/python" scripts/oracle_mergekit.py "$url"
+fi
+if wanted methods; then
+    scripts/oracle_mergekit.sh
 fi
 if wanted transformers; then
     environment transformers scripts/requirements-oracles.txt

@@ -309,6 +309,15 @@ impl Inputs {
                     layers: [from as u64, to as u64],
                 });
             }
+            if inputs
+                .slices
+                .first()
+                .is_some_and(|first: &SliceSpec| first.sources.len() < listed.len())
+            {
+                let detail = "has more sources than the first slice: mergekit leaves the others out of the last norm and the \
+                              head; say what is meant as a JSON recipe";
+                return Err(RecipeError::new(format!("{field}.sources"), detail));
+            }
             inputs.slices.push(SliceSpec { sources: listed });
             inputs.shared.push(of_slice);
         }
