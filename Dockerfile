@@ -50,7 +50,7 @@ RUN apt-get update \
     && useradd --system --uid 10001 --user-group --home-dir /data cauldron \
     && install -d -o cauldron -g cauldron /data /models
 COPY --from=build /out/cauldron /usr/local/bin/cauldron
-USER cauldron
+USER 10001
 ENV CAULDRON_LISTEN=0.0.0.0:8080 \
     CAULDRON_DATA_DIR=/data \
     CAULDRON_MODELS_DIR=/models \
