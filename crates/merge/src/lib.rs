@@ -7,6 +7,7 @@
 
 mod card;
 mod contents;
+mod drops;
 mod error;
 mod family;
 mod geometry;
@@ -27,6 +28,8 @@ mod setting;
 mod sparsify;
 mod spec;
 mod stream;
+mod thresholds;
+mod trims;
 mod vocab;
 
 pub use error::{MergeError, RecipeError};

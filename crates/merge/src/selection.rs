@@ -5,14 +5,13 @@
 
 use cauldron_checkpoint::row_len;
 
-use crate::family::{Family, Series};
+use crate::family::Family;
 use crate::kernel::{self, magnitude_bits};
 use crate::select::Target;
 use crate::sparsify::Edge;
 use crate::stream::Tile;
+use crate::thresholds::{Series, TENSOR_SAMPLE};
 use crate::{MergeError, Observer};
-
-const SAMPLE: usize = 1 << 16;
 
 /// `out[i]` = the population variance of the deltas of element i.
 pub(crate) fn variances(deltas: &[Vec<f32>], out: &mut Vec<f32>, len: usize) {
@@ -77,7 +76,7 @@ impl Family<'_> {
                 let n = self.tensors()[t].plan.numel() as u64;
                 if n > 0 {
                     // The smallest score tells how many are 0.
-                    let least = self.search(&[t], vec![Target::new(0, 0)], SAMPLE, series, obs)?;
+                    let least = self.search(&[t], vec![Target::new(0, 0)], TENSOR_SAMPLE, series, obs)?;
                     let zeros = least
                         .first()
                         .map_or(0, |(_, _, s)| if s.bits == 0 { s.equal } else { 0 });
@@ -156,7 +155,7 @@ impl Family<'_> {
         Ok(sums)
     }
 
-    /// The edge below the score of a rank. Of equal scores those with the lowest indices are selected.
+    /// The edge below the score of a rank.
     fn score_edge(
         &self,
         t: usize,
@@ -164,47 +163,8 @@ impl Family<'_> {
         series: Series<'_>,
         obs: &dyn Observer,
     ) -> Result<Edge, MergeError> {
-        let found = self.search(&[t], vec![Target::new(0, rank)], SAMPLE, series, obs)?;
-        let Some((_, _, found)) = found.into_iter().next() else {
-            return Ok(Edge::LOWEST);
-        };
-        let above = found.below + found.equal - rank;
-        if above == found.equal {
-            return Ok(Edge::at_least(found.bits));
-        }
-        let mut left = above;
-        let mut index = 0;
-        self.stream(|stream| {
-            stream.for_each(
-                &[t],
-                obs,
-                |work, scratch, chunk| {
-                    let mut places = Vec::new();
-                    work.tiles(scratch, chunk, |tile| {
-                        let start = tile.start;
-                        series(tile, t, &mut |_, scores| {
-                            let equal = scores.iter().enumerate();
-                            let equal = equal.filter(|(_, s)| magnitude_bits(**s) == found.bits);
-                            places.extend(equal.map(|(i, _)| start + i));
-                        });
-                        Ok(())
-                    })?;
-                    Ok(places)
-                },
-                |_, places| {
-                    for place in places {
-                        if left > 0 {
-                            left -= 1;
-                            index = place + 1;
-                        }
-                    }
-                },
-            )
-        })?;
-        Ok(Edge {
-            bits: found.bits,
-            index,
-        })
+        let found = self.search(&[t], vec![Target::new(0, rank)], TENSOR_SAMPLE, series, obs)?;
+        self.edge(t, 0, rank, found.first().map(|f| f.2), series, obs)
     }
 
     /// The threshold on the importance: median + 1.5 (third quartile - first quartile).
@@ -241,7 +201,7 @@ impl Family<'_> {
                     targets.push(Target::new(0, rank.min(n - 1)));
                 }
             }
-            let found = self.search(&[t], targets, SAMPLE, series, obs)?;
+            let found = self.search(&[t], targets, TENSOR_SAMPLE, series, obs)?;
             let value = |rank: u64| {
                 let found = found.iter().find(|(_, r, _)| *r == rank.min(n - 1));
                 found.map_or(0.0, |(_, _, s)| f32::from_bits(s.bits))

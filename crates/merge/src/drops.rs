@@ -1,0 +1,212 @@
+//! Prepare: what the sparsifier does to every tensor of every parent. The rules themselves are in `sparsify.rs`.
+
+use cauldron_checkpoint::row_len;
+
+use crate::family::Family;
+use crate::kernel;
+use crate::layout::OutTensor;
+use crate::recipe::{Drops, Rescale};
+use crate::rng::{MaskWords, drop_threshold};
+use crate::select::Target;
+use crate::setting::Place;
+use crate::sparsify::{Drop, Edge, Survivors};
+use crate::stream::Tile;
+use crate::thresholds::{TENSOR_SAMPLE, by_member};
+use crate::{MergeError, Observer};
+
+impl Family<'_> {
+    pub(crate) fn prepare_drops(&mut self, obs: &dyn Observer) -> Result<(), MergeError> {
+        let Some(sparsify) = &self.recipe.sparsify else {
+            return Ok(());
+        };
+        let merged = self.merged();
+        for &t in &merged {
+            let tensor = &self.tensors()[t];
+            let place = tensor.place();
+            self.prepared[t].drops = match sparsify.drops.is_random() {
+                true => (0..tensor.members.len())
+                    .map(|m| self.random_drop(tensor, m))
+                    .collect(),
+                false => self.magnitude_drops(t, &place, obs)?,
+            };
+            if !sparsify.drops.is_random() {
+                self.advance(&[t], obs);
+            }
+        }
+        if !sparsify.drops.is_random() {
+            self.advance_rest(obs);
+        }
+        match sparsify.rescale {
+            Rescale::L1 => self.restore_l1(&merged, obs),
+            Rescale::Expectation | Rescale::Off => Ok(()),
+        }
+    }
+
+    fn amount_of(&self, tensor: &OutTensor, member: usize) -> (f64, f64) {
+        let model = &self.recipe.models[tensor.members[member].0];
+        let place = tensor.place();
+        let Some(sparsify) = &self.recipe.sparsify else {
+            return (0.0, 1.0);
+        };
+        match model.retain.as_ref().and_then(|r| r.at(&place)) {
+            Some(retain) => (1.0 - retain, retain),
+            None => (sparsify.amount.drop_at(&place), sparsify.amount.retain_at(&place)),
+        }
+    }
+
+    fn random_drop(&self, tensor: &OutTensor, member: usize) -> Drop {
+        let Some(sparsify) = &self.recipe.sparsify else {
+            return Drop::Nothing;
+        };
+        let (drop_rate, retain) = self.amount_of(tensor, member);
+        if drop_rate <= 0.0 {
+            return Drop::Nothing;
+        }
+        let (index, _) = tensor.members[member];
+        let words = MaskWords::new(sparsify.seed, index, &tensor.plan.name);
+        let divide = sparsify.rescale == Rescale::Expectation;
+        match sparsify.drops {
+            Drops::Della => Drop::Della {
+                words,
+                retain,
+                epsilon: self.recipe.models[index]
+                    .epsilon
+                    .as_ref()
+                    .and_then(|e| e.at(&tensor.place()))
+                    .or_else(|| sparsify.epsilon.at(&tensor.place()))
+                    .unwrap_or(0.0),
+                row: row_len(&tensor.plan.shape),
+                divide,
+                survivors: Survivors::Keep,
+            },
+            _ => Drop::Dare {
+                words,
+                threshold: drop_threshold(drop_rate),
+                survivors: match divide {
+                    true => Survivors::Divide((1.0 - drop_rate) as f32),
+                    false => Survivors::Keep,
+                },
+            },
+        }
+    }
+
+    /// `magnitude`: the floor(n p) smallest go, and what equals the last of them. `breadcrumbs`: exactly int(n r) stay, below
+    /// the int(n gamma) largest.
+    fn magnitude_drops(
+        &self,
+        t: usize,
+        place: &Place<'_>,
+        obs: &dyn Observer,
+    ) -> Result<Vec<Drop>, MergeError> {
+        let tensor = &self.tensors()[t];
+        let n = tensor.plan.numel() as u64;
+        let Some(sparsify) = &self.recipe.sparsify else {
+            return Ok(Vec::new());
+        };
+        let breadcrumbs = sparsify.drops == Drops::Breadcrumbs;
+        let mut targets = Vec::new();
+        let mut bounds = Vec::new();
+        for (member, (index, _)) in tensor.members.iter().enumerate() {
+            let (drop_rate, retain) = self.amount_of(tensor, member);
+            let (low, high) = match breadcrumbs {
+                false => ((n as f64 * drop_rate).floor() as u64, n),
+                true if retain >= 1.0 => (0, n),
+                true => {
+                    let own = self.recipe.models[*index]
+                        .gamma
+                        .as_ref()
+                        .and_then(|g| g.at(place));
+                    let gamma = own.or_else(|| sparsify.gamma.at(place)).unwrap_or(0.0);
+                    let keep = (retain * n as f64) as u64;
+                    let low = n.saturating_sub(keep + (gamma * n as f64) as u64);
+                    (low, n.min(low + keep))
+                }
+            };
+            bounds.push((low, high));
+            match breadcrumbs {
+                // The last that goes.
+                false if low > 0 => targets.push(Target::new(member, low - 1)),
+                false => {}
+                true => {
+                    let inner = [low, high].into_iter().filter(|rank| (1..n).contains(rank));
+                    targets.extend(inner.map(|rank| Target::new(member, rank)));
+                }
+            }
+        }
+        let series = by_member(|tile| tile.fill_deltas());
+        let found = self.search(&[t], targets, TENSOR_SAMPLE, &series, obs)?;
+        let mut drops = Vec::new();
+        for (member, (low, high)) in bounds.into_iter().enumerate() {
+            let edge = |rank: u64| {
+                found
+                    .iter()
+                    .find(|(s, r, _)| *s == member && *r == rank)
+                    .map(|f| f.2)
+            };
+            let (low, high) = match breadcrumbs {
+                false if low == 0 => (Edge::LOWEST, Edge::HIGHEST),
+                false => {
+                    let last = edge(low - 1).map_or(0, |f| f.bits);
+                    (Edge::at_least(last.saturating_add(1)), Edge::HIGHEST)
+                }
+                true => (
+                    self.edge(t, member, low, edge(low), &series, obs)?,
+                    self.edge(t, member, high, edge(high), &series, obs)?,
+                ),
+            };
+            drops.push(Drop::Between {
+                low,
+                high,
+                survivors: Survivors::Keep,
+            });
+        }
+        Ok(drops)
+    }
+
+    /// Per tensor and parent: the factor that gives the survivors the L1 norm the delta had.
+    fn restore_l1(&mut self, merged: &[usize], obs: &dyn Observer) -> Result<(), MergeError> {
+        let mut sums: Vec<Vec<(f64, f64)>> = self
+            .tensors()
+            .iter()
+            .map(|t| vec![(0.0, 0.0); t.members.len()])
+            .collect();
+        self.stream(|stream| {
+            stream.for_each(
+                merged,
+                obs,
+                |work, scratch, chunk| {
+                    let mut parts = vec![(0.0, 0.0); self.tensors()[chunk.tensor].members.len()];
+                    work.tiles(scratch, chunk, |tile| {
+                        tile.fill_deltas();
+                        let Tile {
+                            start, deltas, drops, ..
+                        } = tile;
+                        let rules = &self.prepared[chunk.tensor].drops;
+                        for ((part, drop), delta) in parts.iter_mut().zip(rules).zip(deltas) {
+                            part.0 += kernel::sum_magnitudes(delta);
+                            drop.apply(*start, delta, drops);
+                            part.1 += kernel::sum_magnitudes(delta);
+                        }
+                        Ok(())
+                    })?;
+                    Ok(parts)
+                },
+                |chunk, parts| {
+                    for (sum, part) in sums[chunk.tensor].iter_mut().zip(parts) {
+                        sum.0 += part.0;
+                        sum.1 += part.1;
+                    }
+                },
+            )
+        })?;
+        for (prepared, sums) in self.prepared.iter_mut().zip(&sums) {
+            for (drop, &(before, after)) in prepared.drops.iter_mut().zip(sums) {
+                let factor = if after > 0.0 { (before / after) as f32 } else { 1.0 };
+                *drop = drop.with(Survivors::Multiply(factor));
+            }
+        }
+        self.advance(merged, obs);
+        self.advance_rest(obs);
+        Ok(())
+    }
+}
