@@ -7,4 +7,5 @@ mod fixture;
 mod golden;
 mod recipes;
 mod refusals;
+mod vocabularies;
 mod whole_folder;
