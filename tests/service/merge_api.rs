@@ -382,3 +382,45 @@ async fn jobs_are_listed_newest_first_in_pages() {
             .expect_problem(422, Some(field));
     }
 }
+
+#[tokio::test]
+async fn a_mergekit_configuration_is_taken_as_yaml_and_is_the_same_merge_as_its_recipe() {
+    let app = TestApp::start().await;
+    let send = |yaml: &'static str| {
+        let request = Request::post("/merge").header("content-type", "application/yaml");
+        app.send(request.body(Body::from(yaml)).unwrap())
+    };
+    let yaml = "merge_method: ties\nbase_model: base\nparameters: {weight: 0.5, density: 0.5}\n\
+                models: [{model: math}, {model: code}]\ndtype: float32\n";
+    let job = send(yaml).await.expect(202).json();
+    let done = app.finished(job["id"].as_str().unwrap()).await;
+    assert_eq!(done["status"], "succeeded", "{done}");
+    let recipe = json!({"method": "ties", "variant": "tensor", "base": "base", "retain": 1.0, "dtype": "float32",
+        "models": [{"model": "math", "weight": 0.5, "retain": 0.5}, {"model": "code", "weight": 0.5, "retain": 0.5}]});
+    let same = app.post("/merge", recipe).await.expect(200).json();
+    assert_eq!(same["id"], done["id"]);
+    send("merge_method: ties\nmodels: []\nchat_template: chatml\n")
+        .await
+        .expect_problem(422, Some("chat_template"));
+    send("merge_method: [").await.expect_problem(422, Some(""));
+}
+
+#[tokio::test]
+async fn every_method_runs_from_the_queue() {
+    let app = TestApp::start().await;
+    let both = json!(["math", "code"]);
+    for recipe in [
+        json!({"method": "slerp", "models": both, "t": 0.4}),
+        json!({"method": "karcher", "models": both}),
+        json!({"method": "model_stock", "base": "base", "models": both}),
+        json!({"method": "sce", "base": "base", "models": both, "select": 0.5}),
+        json!({"method": "nearswap", "base": "base", "models": ["math"], "t": 0.01}),
+        json!({"method": "arcee_fusion", "base": "base", "models": ["math"]}),
+        json!({"method": "della", "base": "base", "models": both, "sparsify": {"kind": "della", "drop_rate": 0.5}}),
+        json!({"method": "average", "models": ["base", "math", "code"], "mixup": {"alpha": 0.5, "seed": 1}}),
+    ] {
+        let job = app.merge(recipe.clone()).await;
+        assert_eq!(job["status"], "succeeded", "{recipe}: {job}");
+        assert_eq!(job["progress"]["bytes_done"], job["progress"]["bytes_total"]);
+    }
+}
