@@ -539,7 +539,7 @@ def parse(words):
     parser.add_argument("--cells", type=listed(CELLS), metavar="C,...", help=f"of {','.join(CELLS)} (quick: the first and the last)")
     parser.add_argument("--repeats", type=int, help="runs of ours (2; quick: 1)")
     parser.add_argument("--mergekit-repeats", type=int, default=1, help="runs of mergekit (1); 0: only ours and the limits")
-    parser.add_argument("--mergekit-flags", help="the flags of mergekit-yaml; without: the fastest of a few, tried first")
+    parser.add_argument("--mergekit-flags", help="flags of mergekit-yaml besides the common ones; without: the fastest of a few, tried first")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds after which a merge is killed")
     parser.add_argument("--results", type=pathlib.Path, help="folder of the JSON (bench/results; quick: BENCH_DIR/results)")
     parser.add_argument("--quick", action="store_true", help="tiny checkpoints, one run each")
@@ -563,7 +563,7 @@ def measure(bench, args, result, save):
     if args.mergekit_repeats:
         result["mergekit_startup"] = bench.startup()
         if args.mergekit_flags is not None:
-            flags = {output: args.mergekit_flags for output in bench.outputs}
+            flags = {output: f"{COMMON_FLAGS} {args.mergekit_flags}" for output in bench.outputs}
         elif not args.quick:
             say("looking for mergekit's fastest flags")
             config = write_configs(bench.folder / "configs", ["linear"], 2)["linear"]

@@ -260,12 +260,12 @@ wide! {
         }
         let largest = f32::from_bits(largest);
         let scale = if largest > 0.0 { (n as f32 - 0.5) / largest } else { 0.0 };
-        ranks.clear();
-        for d in delta {
+        ranks.resize(n, 0);
+        for (bucket, d) in ranks.iter_mut().zip(delta) {
             // In range: n is far below 2^24, and a scale that overflowed makes the first bucket take all.
             let place = d.abs() * scale;
             let place = if place < n as f32 { place } else { 0.0 };
-            ranks.push(place as i32 as u32);
+            *bucket = place as i32 as u32;
         }
         buckets.clear();
         buckets.resize(n + 1, 0);

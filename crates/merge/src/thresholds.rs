@@ -14,13 +14,14 @@ pub(crate) const TENSOR_SAMPLE: usize = 1 << 16;
 /// Elements that are sampled together.
 const SAMPLE_RUN: usize = 512;
 
+/// Takes the values of one series.
+pub(crate) type Take<'t> = &'t mut dyn FnMut(usize, &[f32]);
+
 /// Hands the values of each series of a tile to its last argument; the second is the tensor.
-pub(crate) type Series<'a> = &'a (dyn Fn(&mut Tile, usize, &mut dyn FnMut(usize, &[f32])) + Sync);
+pub(crate) type Series<'a> = &'a (dyn Fn(&mut Tile, usize, Take<'_>) + Sync);
 
 /// The deltas of a tile that `form` fills, one series a member.
-pub(crate) fn by_member(
-    form: impl Fn(&mut Tile) + Sync,
-) -> impl Fn(&mut Tile, usize, &mut dyn FnMut(usize, &[f32])) + Sync {
+pub(crate) fn by_member(form: impl Fn(&mut Tile) + Sync) -> impl Fn(&mut Tile, usize, Take<'_>) + Sync {
     move |tile, _, run| {
         form(tile);
         for (member, delta) in tile.deltas.iter().enumerate() {
