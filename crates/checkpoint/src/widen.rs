@@ -8,23 +8,24 @@ use crate::simd::{Loop, widest};
 /// The bits of an f32's exponent: all set in infinities and NaN.
 const EXPONENT: u32 = 0x7f80_0000;
 
-/// Widens little-endian elements of `dtype` (BF16, F16 or F32) into `out`; exact for every finite value.
+/// Widens little-endian elements of `dtype` (BF16, F16 or F32) into `out`; exact for every finite value. Returns false if
+/// any is NaN or infinite.
 ///
 /// # Panics
 /// If `dtype` is another type or the lengths differ: callers check both when they plan.
-pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
     match dtype {
         Dtype::BF16 => {
             assert_eq!(bytes.len(), out.len() * 2);
-            widest(Widen16(bytes, out, |b| f32::from_bits(u32::from(b) << 16)));
+            widest(Widen16(bytes, out, |b| f32::from_bits(u32::from(b) << 16)))
         }
         Dtype::F16 => {
             assert_eq!(bytes.len(), out.len() * 2);
-            widest(Widen16(bytes, out, f16_to_f32));
+            widest(Widen16(bytes, out, f16_to_f32))
         }
         Dtype::F32 => {
             assert_eq!(bytes.len(), out.len() * 4);
-            widest(Widen32(bytes, out));
+            widest(Widen32(bytes, out))
         }
         other => panic!("widen takes float tensors, not {other:?}"),
     }
@@ -65,26 +66,34 @@ pub fn narrow_one_is_finite(dtype: Dtype, value: f32) -> bool {
 struct Widen16<'a, F: Fn(u16) -> f32>(&'a [u8], &'a mut [f32], F);
 
 impl<F: Fn(u16) -> f32> Loop for Widen16<'_, F> {
-    type Output = ();
+    type Output = bool;
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self) -> bool {
+        let mut bad = 0u32;
         for (o, b) in self.1.iter_mut().zip(self.0.as_chunks::<2>().0) {
-            *o = (self.2)(u16::from_le_bytes(*b));
+            let value = (self.2)(u16::from_le_bytes(*b));
+            bad |= u32::from(value.to_bits() & EXPONENT == EXPONENT);
+            *o = value;
         }
+        bad == 0
     }
 }
 
 struct Widen32<'a>(&'a [u8], &'a mut [f32]);
 
 impl Loop for Widen32<'_> {
-    type Output = ();
+    type Output = bool;
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self) -> bool {
+        let mut bad = 0u32;
         for (o, b) in self.1.iter_mut().zip(self.0.as_chunks::<4>().0) {
-            *o = f32::from_le_bytes(*b);
+            let bits = u32::from_le_bytes(*b);
+            bad |= u32::from(bits & EXPONENT == EXPONENT);
+            *o = f32::from_bits(bits);
         }
+        bad == 0
     }
 }
 
@@ -175,7 +184,8 @@ mod tests {
         for bits in 0..=u16::MAX {
             for dtype in [Dtype::BF16, Dtype::F16] {
                 let mut wide = [0f32];
-                widen(dtype, &bits.to_le_bytes(), &mut wide);
+                let finite = widen(dtype, &bits.to_le_bytes(), &mut wide);
+                assert_eq!(finite, wide[0].is_finite(), "{bits:#x}");
                 let exact = match dtype {
                     Dtype::BF16 => bf16::from_bits(bits).to_f32(),
                     _ => f16::from_bits(bits).to_f32(),

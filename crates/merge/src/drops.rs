@@ -140,13 +140,12 @@ impl Family<'_> {
             let edge = |rank: u64| {
                 found
                     .iter()
-                    .find(|(s, r, _)| *s == member && *r == rank)
-                    .map(|f| f.2)
+                    .find(|found| found.series == member && found.rank == rank)
             };
             let (low, high) = match breadcrumbs {
                 false if low == 0 => (Edge::LOWEST, Edge::HIGHEST),
                 false => {
-                    let last = edge(low - 1).map_or(0, |f| f.bits);
+                    let last = edge(low - 1).map_or(0, |found| found.statistic.bits);
                     (Edge::at_least(last.saturating_add(1)), Edge::HIGHEST)
                 }
                 true => (

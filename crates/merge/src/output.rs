@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 
 use cauldron_checkpoint::{
     CheckpointError, Digest, FileEntry, SIDECAR_FILES, ShardPlan, ShardedWriter, pretty, write_small,
@@ -145,14 +145,16 @@ fn write_weights(
     let tensors = family.tensors();
     let mut totals = vec![ChunkStats::default(); tensors.len()];
     let (sender, receiver) = sync_channel::<Vec<u8>>(2);
+    let (written, spare) = channel::<Vec<u8>>();
     let writer = ShardedWriter::new(out, shards.clone(), metadata);
     let all: Vec<usize> = (0..tensors.len()).collect();
     let files = std::thread::scope(|scope| {
-        let writing = scope.spawn(move || drain(writer, receiver));
+        let writing = scope.spawn(move || drain(writer, receiver, written));
         let merged = point.stream(|stream| {
             stream.write_each(
                 &all,
                 obs,
+                || spare.try_recv().unwrap_or_default(),
                 |work, scratch, chunk, bytes| point.merge(work, scratch, chunk, bytes),
                 |chunks: &[Chunk], stats, bytes| {
                     chunks
@@ -185,9 +187,16 @@ fn write_weights(
     ))
 }
 
-fn drain(mut writer: ShardedWriter, windows: Receiver<Vec<u8>>) -> Result<Vec<FileEntry>, CheckpointError> {
+/// Writes the windows; their buffers go back.
+fn drain(
+    mut writer: ShardedWriter,
+    windows: Receiver<Vec<u8>>,
+    written: Sender<Vec<u8>>,
+) -> Result<Vec<FileEntry>, CheckpointError> {
     for bytes in windows {
         writer.write(&bytes)?;
+        // Nobody waits for a buffer any more after the last window.
+        let _ = written.send(bytes);
     }
     // After a failed merge this says "fewer bytes than planned", and the merge's own error is reported instead.
     writer.finish()

@@ -4,7 +4,7 @@ use cauldron_checkpoint::{Digest, Dtype, dtype_size, narrow, row_len};
 
 use crate::family::Family;
 use crate::geometry::{coefficients, granularity, operands};
-use crate::kernel::{self, TiesInput, TiesMean};
+use crate::kernel::{self, TiesMean};
 use crate::layout::{OutTensor, Role};
 use crate::recipe::{Granularity, Method, Trim, dtype_name, lambda_weights};
 use crate::selection::{erase, importance};
@@ -175,6 +175,7 @@ impl Point<'_, '_> {
             stream.write_each(
                 &[index],
                 obs,
+                Vec::new,
                 |work, scratch, chunk, out| self.merge(work, scratch, chunk, out),
                 |_, _, bytes| {
                     all.extend(bytes);
@@ -301,25 +302,11 @@ impl Point<'_, '_> {
         let (mean, majority) = match trim {
             _ if mixed => (TiesMean::Mixup(weights), self.majority(trim)),
             Trim::Global { .. } => (TiesMean::Weighted(weights), self.majority(trim)),
-            Trim::Tensor { .. } => {
-                for (delta, w) in tile.deltas.iter_mut().zip(weights) {
-                    let unscaled = std::mem::take(&mut tile.extra);
-                    let mut scaled = unscaled;
-                    scaled.resize(tile.len, 0.0);
-                    kernel::scale_into(*w, delta, &mut scaled);
-                    tile.extra = std::mem::replace(delta, scaled);
-                }
-                match normalize {
-                    true => (TiesMean::PremultipliedMean(weights), 1),
-                    false => (TiesMean::Premultiplied, 1),
-                }
-            }
+            Trim::Tensor { .. } if normalize => (TiesMean::PremultipliedMean(weights), 1),
+            Trim::Tensor { .. } => (TiesMean::Premultiplied(weights), 1),
         };
-        let input = TiesInput {
-            deltas: &tile.deltas[..tensor.members.len()],
-            majority,
-        };
-        let counts = kernel::ties(&input, mean, &mut tile.merged, &mut tile.ties);
+        let deltas = &mut tile.deltas[..tensor.members.len()];
+        let counts = kernel::ties(deltas, majority, mean, &mut tile.merged, &mut tile.ties);
         stats.kept.resize(counts.kept.len(), 0);
         stats.kept.iter_mut().zip(&counts.kept).for_each(|(s, k)| *s += k);
         stats.conflicting += counts.conflicting;
@@ -444,6 +431,15 @@ fn sce(tile: &mut Tile, weights: &[f32]) {
 fn measure(tile: &Tile, stats: &mut ChunkStats) {
     let count = tile.deltas.len();
     stats.delta_squares.resize(count, 0.0);
+    if let [a, b] = tile.deltas.as_slice() {
+        let (a, b) = (&a[..tile.len], &b[..tile.len]);
+        let [squares_a, squares_b, product, base] = kernel::moments(a, b, &tile.theta0[..tile.len]);
+        stats.delta_squares[0] += squares_a;
+        stats.delta_squares[1] += squares_b;
+        stats.product += product;
+        stats.base_squares += base;
+        return;
+    }
     for (sum, delta) in stats.delta_squares.iter_mut().zip(&tile.deltas) {
         *sum += kernel::sum_squares(&delta[..tile.len]);
     }

@@ -1,18 +1,17 @@
 //! Exact order statistics of |x| over streams that do not fit in memory. A sample says where the wanted element lies, and a
 //! pass counts what lies below and, bit pattern by bit pattern, what lies there. If it lies elsewhere after all, a histogram
-//! over all bit patterns finds it in two passes more.
+//! over all bit patterns finds it in two passes more. Counts are kept by chunk, so that the place of one of several equal
+//! elements is known without looking at all of them again.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::kernel::within;
 
-use crate::kernel::{count_below, magnitude_bits};
-
-/// Bins of a counting pass.
-const BINS: usize = 1 << 18;
-/// Values that are looked at together.
-const BLOCK: usize = 128;
+/// Most bins of a pass.
+const BINS: u64 = 1 << 21;
+/// Bins that a chunk's counter has at hand.
+const RECENT_BITS: u32 = 8;
 const LAST_BITS: u32 = 0x7fff_ffff;
-/// How far around the wanted share of a sample its bracket reaches.
-const MARGIN: f64 = 0.005;
+/// Standard errors of a sample's quantile that its bracket reaches to both sides.
+const MARGIN: f64 = 5.0;
 
 /// The element of a rank, and its place among its equals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,13 +29,116 @@ pub(crate) struct OrderStatistic {
 pub(crate) struct Target {
     pub series: usize,
     /// From 0, in rising order.
-    rank: u64,
+    pub rank: u64,
+    pub bracket: Bracket,
+    below: u64,
+    bins: Vec<u64>,
+    pub found: Option<OrderStatistic>,
+}
+
+/// Where a pass looks: magnitudes from `low` to `last`, in bins of `1 << shift` bit patterns.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bracket {
     low: u32,
     last: u32,
     shift: u32,
-    below: AtomicU64,
-    bins: Vec<AtomicU64>,
-    pub found: Option<OrderStatistic>,
+}
+
+impl Bracket {
+    fn new(low: u32, last: u32) -> Self {
+        let width = u64::from(last - low) + 1;
+        let mut shift = 0;
+        while width.div_ceil(1 << shift) > BINS {
+            shift += 1;
+        }
+        Self { low, last, shift }
+    }
+
+    fn bins(&self) -> usize {
+        ((self.last - self.low) >> self.shift) as usize + 1
+    }
+}
+
+/// What was counted of one target in one chunk.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    below: u64,
+    /// Bin above, number of elements below; by rising bin.
+    bins: Vec<u64>,
+}
+
+fn bin_of(entry: u64) -> u32 {
+    (entry >> 32) as u32
+}
+
+fn count_of(entry: u64) -> u32 {
+    entry as u32
+}
+
+impl Counts {
+    pub fn bins(&self) -> usize {
+        self.bins.len()
+    }
+}
+
+/// Counts one target's values in one chunk. Where values are coarse, a few bins take them all: they are at hand. Where they
+/// are fine, few values lie in the bracket, and each is listed.
+#[derive(Debug)]
+pub(crate) struct Counter {
+    below: u64,
+    recent: [u64; 1 << RECENT_BITS],
+    listed: Vec<u64>,
+    offsets: Vec<u32>,
+}
+
+impl Default for Counter {
+    fn default() -> Self {
+        Self {
+            below: 0,
+            recent: [0; 1 << RECENT_BITS],
+            listed: Vec::new(),
+            offsets: Vec::new(),
+        }
+    }
+}
+
+impl Counter {
+    /// Counts some values of a chunk.
+    pub fn count(&mut self, bracket: Bracket, values: &[f32]) {
+        let Bracket { low, last, shift } = bracket;
+        self.offsets.resize(self.offsets.len().max(values.len()), 0);
+        let (below, inside) = within(values, low, last - low, &mut self.offsets);
+        self.below += below;
+        for offset in &self.offsets[..inside] {
+            let bin = *offset >> shift;
+            let place = bin.wrapping_mul(0x9E37_79B9) >> (32 - RECENT_BITS);
+            let entry = &mut self.recent[place as usize];
+            if bin_of(*entry) != bin {
+                if count_of(*entry) > 0 {
+                    self.listed.push(*entry);
+                }
+                *entry = u64::from(bin) << 32;
+            }
+            *entry += 1;
+        }
+    }
+
+    /// What was counted since the last time.
+    pub fn take(&mut self) -> Counts {
+        let mut bins = std::mem::take(&mut self.listed);
+        bins.extend(self.recent.iter().filter(|entry| count_of(**entry) > 0));
+        self.recent.fill(0);
+        bins.sort_unstable();
+        bins.dedup_by(|later, entry| {
+            let same = bin_of(*later) == bin_of(*entry);
+            *entry += if same { u64::from(count_of(*later)) } else { 0 };
+            same
+        });
+        Counts {
+            below: std::mem::take(&mut self.below),
+            bins,
+        }
+    }
 }
 
 impl Target {
@@ -44,17 +146,11 @@ impl Target {
         Self {
             series,
             rank,
-            low: 0,
-            last: LAST_BITS,
-            shift: 13,
-            below: AtomicU64::new(0),
+            bracket: Bracket::new(0, LAST_BITS),
+            below: 0,
             bins: Vec::new(),
             found: None,
         }
-    }
-
-    pub fn rank(&self) -> u64 {
-        self.rank
     }
 
     /// Narrows the search to where the rank lies in a sample of `total` elements.
@@ -66,106 +162,77 @@ impl Target {
         let share = self.rank as f64 / total as f64;
         let at = |share: f64| ((share * n as f64) as usize).min(n - 1);
         let whole = n as u64 == total;
-        let margin = if whole { 0.0 } else { MARGIN + 2.0 / n as f64 };
+        let margin = MARGIN * (share * (1.0 - share) / n as f64).max(0.0).sqrt() + 2.0 / n as f64;
         let (from, to) = match whole {
             true => (self.rank as usize, self.rank as usize),
             false => (at((share - margin).max(0.0)), at((share + margin).min(1.0))),
         };
         // At the ends a sample says nothing of what lies beyond it.
-        self.low = match from == 0 && !whole {
+        let low = match from == 0 && !whole {
             true => 0,
             false => *sample.select_nth_unstable(from).1,
         };
-        self.last = match to == n - 1 && !whole {
+        let last = match to == n - 1 && !whole {
             true => LAST_BITS,
             false => *sample.select_nth_unstable(to).1,
         };
-        self.narrow();
-    }
-
-    fn narrow(&mut self) {
-        let width = u64::from(self.last - self.low) + 1;
-        self.shift = 0;
-        while width.div_ceil(1 << self.shift) > BINS as u64 {
-            self.shift += 1;
-        }
+        self.bracket = Bracket::new(low, last);
     }
 
     /// Before a pass.
     pub fn start(&mut self) {
-        let width = u64::from(self.last - self.low) + 1;
-        self.below = AtomicU64::new(0);
-        self.bins = (0..width.div_ceil(1 << self.shift))
-            .map(|_| AtomicU64::new(0))
-            .collect();
+        self.below = 0;
+        self.bins = vec![0; self.bracket.bins()];
     }
 
-    /// Counts some of the series' values; from any thread.
-    pub fn count(&self, values: &[f32]) {
-        let mut all_below = 0;
-        // Where values are coarse, many are the same: they are counted together.
-        let (mut bin, mut run) = (0, 0);
-        for block in values.chunks(BLOCK) {
-            let (below, within) = count_below(block, self.low, self.last);
-            all_below += below;
-            if within == 0 {
-                continue;
-            }
-            for v in block {
-                let offset = magnitude_bits(*v).wrapping_sub(self.low);
-                if offset > self.last - self.low {
-                    continue;
-                }
-                let at = (offset >> self.shift) as usize;
-                if at != bin {
-                    self.bins[bin].fetch_add(run, Ordering::Relaxed);
-                    (bin, run) = (at, 0);
-                }
-                run += 1;
-            }
+    /// Adds what was counted in a chunk.
+    pub fn add(&mut self, counts: &Counts) {
+        self.below += counts.below;
+        for entry in &counts.bins {
+            self.bins[bin_of(*entry) as usize] += u64::from(count_of(*entry));
         }
-        self.bins[bin].fetch_add(run, Ordering::Relaxed);
-        self.below.fetch_add(all_below, Ordering::Relaxed);
+    }
+
+    /// Elements of a chunk that equal the found one, if its pass told bit patterns apart.
+    pub fn equals_in(&self, counts: &Counts) -> u64 {
+        let bin = self
+            .found
+            .map_or(0, |found| found.bits.wrapping_sub(self.bracket.low));
+        let at = counts.bins.binary_search_by_key(&bin, |entry| bin_of(*entry));
+        at.map_or(0, |at| u64::from(count_of(counts.bins[at])))
     }
 
     /// After a pass: found, or where to look next.
     pub fn finish(&mut self) {
-        let below = *self.below.get_mut();
-        let mut at = below;
-        let missed = |target: &mut Self| {
-            target.low = 0;
-            target.last = LAST_BITS;
-            target.shift = 13;
-        };
-        if self.rank < below {
-            return missed(self);
-        }
+        let bins = std::mem::take(&mut self.bins);
+        let mut at = self.below;
         let rank = self.rank;
-        let bin = self.bins.iter_mut().map(|bin| *bin.get_mut()).position(|count| {
+        let bin = bins.iter().position(|count| {
             at += count;
             rank < at
         });
-        let Some(bin) = bin else { return missed(self) };
-        let equal = *self.bins[bin].get_mut();
-        let low = self.low + ((bin as u32) << self.shift);
-        if self.shift == 0 {
+        let Some(bin) = bin.filter(|_| rank >= self.below) else {
+            self.bracket = Bracket::new(0, LAST_BITS);
+            return;
+        };
+        let Bracket { low, last, shift } = self.bracket;
+        let low = low + ((bin as u32) << shift);
+        if shift == 0 {
             self.found = Some(OrderStatistic {
                 bits: low,
-                below: at - equal,
-                equal,
+                below: at - bins[bin],
+                equal: bins[bin],
             });
-            self.bins = Vec::new();
             return;
         }
-        self.last = self.last.min(low + ((1u32 << self.shift) - 1));
-        self.low = low;
-        self.narrow();
+        self.bracket = Bracket::new(low, last.min(low + ((1u32 << shift) - 1)));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::magnitude_bits;
     use proptest::prelude::*;
 
     fn find(values: &[f32], rank: u64, sample: Option<Vec<u32>>) -> (OrderStatistic, usize) {
@@ -175,9 +242,21 @@ mod tests {
         }
         for pass in 1..9 {
             target.start();
-            target.count(values);
+            let mut counter = Counter::default();
+            let chunks: Vec<Counts> = values
+                .chunks(37)
+                .map(|chunk| {
+                    chunk
+                        .chunks(5)
+                        .for_each(|tile| counter.count(target.bracket, tile));
+                    counter.take()
+                })
+                .collect();
+            chunks.iter().for_each(|counts| target.add(counts));
             target.finish();
             if let Some(found) = target.found {
+                let equal: u64 = chunks.iter().map(|counts| target.equals_in(counts)).sum();
+                assert_eq!(equal, found.equal);
                 return (found, pass);
             }
         }

@@ -79,7 +79,8 @@ impl Family<'_> {
                     let least = self.search(&[t], vec![Target::new(0, 0)], TENSOR_SAMPLE, series, obs)?;
                     let zeros = least
                         .first()
-                        .map_or(0, |(_, _, s)| if s.bits == 0 { s.equal } else { 0 });
+                        .map(|found| found.statistic)
+                        .map_or(0, |s| if s.bits == 0 { s.equal } else { 0 });
                     let keep = ((n - zeros) as f64 * select) as u64;
                     edges[t] = Some(match keep {
                         0 => Edge::HIGHEST,
@@ -164,7 +165,7 @@ impl Family<'_> {
         obs: &dyn Observer,
     ) -> Result<Edge, MergeError> {
         let found = self.search(&[t], vec![Target::new(0, rank)], TENSOR_SAMPLE, series, obs)?;
-        self.edge(t, 0, rank, found.first().map(|f| f.2), series, obs)
+        self.edge(t, 0, rank, found.first(), series, obs)
     }
 
     /// The threshold on the importance: median + 1.5 (third quartile - first quartile).
@@ -197,14 +198,14 @@ impl Family<'_> {
             let ranks = [0.25f32, 0.5, 0.75].map(|q| (q * (n - 1) as f32) as u64);
             let mut targets: Vec<Target> = Vec::new();
             for rank in ranks {
-                if !targets.iter().any(|t| t.rank() == rank) {
+                if !targets.iter().any(|t| t.rank == rank) {
                     targets.push(Target::new(0, rank.min(n - 1)));
                 }
             }
             let found = self.search(&[t], targets, TENSOR_SAMPLE, series, obs)?;
             let value = |rank: u64| {
-                let found = found.iter().find(|(_, r, _)| *r == rank.min(n - 1));
-                found.map_or(0.0, |(_, _, s)| f32::from_bits(s.bits))
+                let found = found.iter().find(|found| found.rank == rank.min(n - 1));
+                found.map_or(0.0, |found| f32::from_bits(found.statistic.bits))
             };
             let [q1, median, q3] = ranks.map(value);
             let threshold = median + 1.5 * (q3 - q1);

@@ -143,7 +143,7 @@ impl Survivors {
         match self {
             Self::Keep => {}
             Self::Divide(by) => crate::kernel::divide(delta, by),
-            Self::Multiply(by) => multiply(by, delta),
+            Self::Multiply(by) => crate::kernel::multiply(by, delta),
         }
     }
 }
@@ -314,12 +314,6 @@ wide! {
         let threshold = if threshold > 0xffff_ffff { 0xffff_ffff } else { threshold as u32 };
         for (d, word) in delta.iter_mut().zip(words) {
             *d = if *word < threshold { 0.0 } else { *d };
-        }
-    }
-
-    fn multiply<'a>(by: f32, delta: &'a mut [f32]) {
-        for d in delta {
-            *d *= by;
         }
     }
 }

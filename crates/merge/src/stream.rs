@@ -182,11 +182,13 @@ impl Stream<'_> {
         })
     }
 
-    /// As [`Self::for_each`], where each chunk also fills its bytes of the output. `consume` gets whole windows.
+    /// As [`Self::for_each`], where each chunk also fills its bytes of the output. `consume` gets whole windows, in buffers that
+    /// `spare` gives if it has some: memory that was touched before is cheaper than new one.
     pub fn write_each<T: Send>(
         &self,
         which: &[usize],
         obs: &dyn Observer,
+        mut spare: impl FnMut() -> Vec<u8>,
         compute: impl Fn(&Work<'_>, &mut Scratch, Chunk, &mut [u8]) -> Result<T, MergeError> + Sync,
         mut consume: impl FnMut(&[Chunk], Vec<T>, Vec<u8>) -> Result<(), MergeError>,
     ) -> Result<(), MergeError> {
@@ -199,7 +201,8 @@ impl Stream<'_> {
                 factors: &factors,
             };
             let size = |chunk: &Chunk| chunk.len * self.tensors[chunk.tensor].plan.item_bytes();
-            let mut bytes = vec![0u8; window.iter().map(size).sum()];
+            let mut bytes = spare();
+            bytes.resize(window.iter().map(size).sum(), 0);
             let mut rest = bytes.as_mut_slice();
             let mut jobs = Vec::with_capacity(window.len());
             for chunk in window {
@@ -319,6 +322,30 @@ impl Stream<'_> {
             }
         }
         Ok(factors)
+    }
+
+    /// One chunk of a tensor, on this thread.
+    pub fn one<T>(
+        &self,
+        tensor: usize,
+        index: usize,
+        compute: impl FnOnce(&Work<'_>, &mut Scratch, Chunk) -> Result<T, MergeError>,
+    ) -> Result<T, MergeError> {
+        let range = self.chunks_of(&self.tensors[tensor]).range(index);
+        let chunk = Chunk {
+            tensor,
+            index,
+            start: range.start,
+            len: range.len(),
+        };
+        let factors = self.factors(&[chunk])?;
+        let work = Work {
+            stream: self,
+            factors: &factors,
+        };
+        let mut scratch = Scratch::default();
+        work.load(&mut scratch, chunk)?;
+        compute(&work, &mut scratch, chunk)
     }
 
     /// A few elements of a tensor as one tile, without the rest of its chunk: for samples.
@@ -448,15 +475,16 @@ impl Work<'_> {
                 .unwrap_or_default();
             let item = dtype_size(raw[slot].dtype).unwrap_or(1) as usize;
             target.resize(len, 0.0);
-            widen(
+            let mut finite = widen(
                 raw[slot].dtype,
                 &raw[slot].bytes[from * item..(from + len) * item],
                 target,
             );
             if let Some(factors) = self.factors.get(&(chunk.tensor, index)) {
                 factors.fold(tile.start, target);
+                finite &= all_finite(target);
             }
-            if !all_finite(target) {
+            if !finite {
                 return Err(MergeError::NonFiniteInput {
                     tensor: input.name.clone(),
                     parent: parent.reference.to_string(),

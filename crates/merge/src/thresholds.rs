@@ -1,18 +1,22 @@
 //! Exact thresholds over streams: which element has a rank, and which of its equals lie above an edge. How an order statistic is
 //! narrowed down is in `select.rs`; here it is fed.
 
+use cauldron_checkpoint::row_len;
+
 use crate::family::Family;
 use crate::kernel;
-use crate::select::{OrderStatistic, Target};
+use crate::select::{Counter, Counts, OrderStatistic, Target};
 use crate::sparsify::Edge;
-use crate::stream::{Cut, Scratch, Tile};
+use crate::stream::{Cut, PerThread, Scratch, Tile};
 use crate::{MergeError, Observer};
 
 /// Elements of a sample for a threshold over the whole model, and over one tensor.
 pub(crate) const MODEL_SAMPLE: usize = 1 << 20;
 pub(crate) const TENSOR_SAMPLE: usize = 1 << 16;
-/// Elements that are sampled together.
+/// Elements that are sampled together, at least.
 const SAMPLE_RUN: usize = 512;
+/// Bins of chunks that a search remembers: 32 MB.
+const REMEMBERED: usize = 4 << 20;
 
 /// Takes the values of one series.
 pub(crate) type Take<'t> = &'t mut dyn FnMut(usize, &[f32]);
@@ -30,6 +34,16 @@ pub(crate) fn by_member(form: impl Fn(&mut Tile) + Sync) -> impl Fn(&mut Tile, u
     }
 }
 
+/// An order statistic that was searched for.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub series: usize,
+    pub rank: u64,
+    pub statistic: OrderStatistic,
+    /// Its equals by chunk, if one tensor was searched and there was room to remember.
+    equals: Option<Vec<u64>>,
+}
+
 impl Family<'_> {
     /// The search itself: a sample, and passes until every target is found. `series` hands over the values of each series
     /// in a tile.
@@ -40,47 +54,82 @@ impl Family<'_> {
         sample: usize,
         series: Series<'_>,
         obs: &dyn Observer,
-    ) -> Result<Vec<(usize, u64, OrderStatistic)>, MergeError> {
-        if targets.is_empty() {
-            return Ok(Vec::new());
-        }
-        if self.cut == Cut::Elements {
+    ) -> Result<Vec<Found>, MergeError> {
+        if !targets.is_empty() {
             let wanted: Vec<usize> = targets.iter().map(|t| t.series).collect();
-            let (mut samples, totals) = self.sample(tensors, &wanted, sample, series)?;
-            for target in &mut targets {
-                let index = wanted
-                    .iter()
-                    .position(|s| *s == target.series)
-                    .unwrap_or_default();
-                target.guess(&mut samples[index], totals[index]);
+            let (samples, totals) = self.sample(tensors, &wanted, sample, series)?;
+            for ((target, mut sample), total) in targets.iter_mut().zip(samples).zip(totals) {
+                target.guess(&mut sample, total);
             }
         }
-        while targets.iter().any(|t| t.found.is_none()) {
-            let mut open: Vec<&mut Target> = targets.iter_mut().filter(|t| t.found.is_none()).collect();
-            open.iter_mut().for_each(|t| t.start());
-            self.stream(|stream| {
-                stream.for_each(
-                    tensors,
-                    obs,
-                    |work, scratch, chunk| {
+        let mut found = Vec::new();
+        while !targets.is_empty() {
+            let remembered = self.count(tensors, &mut targets, series, obs)?;
+            let mut open = Vec::new();
+            for (mut target, chunks) in targets.into_iter().zip(remembered) {
+                target.finish();
+                match target.found {
+                    None => open.push(target),
+                    Some(statistic) => found.push(Found {
+                        series: target.series,
+                        rank: target.rank,
+                        statistic,
+                        equals: chunks.map(|all| all.iter().map(|counts| target.equals_in(counts)).collect()),
+                    }),
+                }
+            }
+            targets = open;
+        }
+        Ok(found)
+    }
+
+    /// One counting pass. Returns what was counted by target and chunk, as far as that is to be remembered.
+    fn count(
+        &self,
+        tensors: &[usize],
+        targets: &mut [Target],
+        series: Series<'_>,
+        obs: &dyn Observer,
+    ) -> Result<Vec<Option<Vec<Counts>>>, MergeError> {
+        targets.iter_mut().for_each(Target::start);
+        let looks: Vec<_> = targets.iter().map(|t| (t.series, t.bracket)).collect();
+        let counters = PerThread::new(|| looks.iter().map(|_| Counter::default()).collect::<Vec<_>>());
+        let one = tensors.len() == 1;
+        let mut remembered: Vec<Option<Vec<Counts>>> = targets.iter().map(|_| one.then(Vec::new)).collect();
+        let mut entries = 0;
+        self.stream(|stream| {
+            stream.for_each(
+                tensors,
+                obs,
+                |work, scratch, chunk| {
+                    counters.with(|counters| {
                         work.tiles(scratch, chunk, |tile| {
                             series(tile, chunk.tensor, &mut |index, values| {
-                                open.iter()
-                                    .filter(|t| t.series == index)
-                                    .for_each(|t| t.count(values));
+                                for ((series, bracket), counter) in looks.iter().zip(&mut *counters) {
+                                    if *series == index {
+                                        counter.count(*bracket, values);
+                                    }
+                                }
                             });
                             Ok(())
-                        })
-                    },
-                    |_, ()| {},
-                )
-            })?;
-            open.iter_mut().for_each(|t| t.finish());
-        }
-        let found = targets
-            .iter()
-            .filter_map(|t| Some((t.series, t.rank(), t.found?)));
-        Ok(found.collect())
+                        })?;
+                        Ok(counters.iter_mut().map(Counter::take).collect::<Vec<Counts>>())
+                    })?
+                },
+                |_, counts| {
+                    for ((target, remembered), counts) in targets.iter_mut().zip(&mut remembered).zip(counts)
+                    {
+                        target.add(&counts);
+                        entries += counts.bins();
+                        match remembered {
+                            Some(chunks) if entries <= REMEMBERED => chunks.push(counts),
+                            _ => *remembered = None,
+                        }
+                    }
+                },
+            )
+        })?;
+        Ok(remembered)
     }
 
     /// Bits of magnitudes, evenly spread over the tensors, by series; and how many elements each series has.
@@ -92,21 +141,24 @@ impl Family<'_> {
         series: Series<'_>,
     ) -> Result<(Vec<Vec<u32>>, Vec<u64>), MergeError> {
         let total: usize = tensors.iter().map(|t| self.tensors()[*t].plan.numel()).sum();
-        let stride = match total <= size {
-            true => SAMPLE_RUN,
-            false => (total / size).max(1) * SAMPLE_RUN,
-        };
+        let every = (total / size).max(1);
         let mut samples = vec![Vec::new(); wanted.len()];
         let mut totals = vec![0u64; wanted.len()];
         let mut scratch = Scratch::default();
         let mut skip = 0;
         self.stream(|stream| {
             for &t in tensors {
-                let numel = self.tensors()[t].plan.numel();
+                let plan = &self.tensors()[t].plan;
+                let numel = plan.numel();
+                let row = match self.cut {
+                    Cut::Elements => 1,
+                    Cut::Rows => row_len(&plan.shape).max(1),
+                };
+                let run = SAMPLE_RUN.next_multiple_of(row);
                 let mut present = vec![false; wanted.len()];
-                let mut at = skip;
+                let mut at = skip / row * row;
                 while at < numel {
-                    let range = at..numel.min(at + SAMPLE_RUN);
+                    let range = at..numel.min(at + run);
                     stream.peek(&mut scratch, t, range, |tile| {
                         series(tile, t, &mut |index, values| {
                             for (slot, _) in wanted.iter().enumerate().filter(|(_, s)| **s == index) {
@@ -116,12 +168,9 @@ impl Family<'_> {
                         });
                         Ok(())
                     })?;
-                    at += stride;
+                    at += every * run;
                 }
-                skip = match stride == SAMPLE_RUN {
-                    true => 0,
-                    false => at - numel,
-                };
+                skip = if every == 1 { 0 } else { at - numel };
                 for (total, present) in totals.iter_mut().zip(present) {
                     *total += if present { numel as u64 } else { 0 };
                 }
@@ -138,7 +187,7 @@ impl Family<'_> {
         t: usize,
         wanted: usize,
         rank: u64,
-        found: Option<OrderStatistic>,
+        found: Option<&Found>,
         series: Series<'_>,
         obs: &dyn Observer,
     ) -> Result<Edge, MergeError> {
@@ -146,43 +195,86 @@ impl Family<'_> {
         let Some(found) = found else {
             return Ok(if rank >= n { Edge::HIGHEST } else { Edge::LOWEST });
         };
-        let above = found.below + found.equal - rank;
-        if above == found.equal {
-            return Ok(Edge::at_least(found.bits));
+        let OrderStatistic { bits, below, equal } = found.statistic;
+        let above = below + equal - rank;
+        if above == equal {
+            return Ok(Edge::at_least(bits));
         }
+        let counted;
+        let equals = match &found.equals {
+            Some(equals) => equals,
+            None => {
+                counted = self.count_equals(t, wanted, bits, series, obs)?;
+                &counted
+            }
+        };
         let mut left = above;
+        let chunk = equals.iter().position(|here| {
+            let last = left <= *here;
+            left -= if last { 0 } else { *here };
+            last
+        });
         let mut index = 0;
+        self.stream(|stream| {
+            stream.one(t, chunk.unwrap_or_default(), |work, scratch, chunk| {
+                work.tiles(scratch, chunk, |tile| {
+                    let start = tile.start;
+                    series(tile, t, &mut |series, values| {
+                        if series != wanted || left == 0 {
+                            return;
+                        }
+                        let here = kernel::count_equal(values, bits);
+                        if here < left {
+                            left -= here;
+                            return;
+                        }
+                        let mut equal = values.iter().enumerate();
+                        let mut equal = equal
+                            .by_ref()
+                            .filter(|(_, v)| kernel::magnitude_bits(**v) == bits);
+                        if let Some((last, _)) = equal.nth(left as usize - 1) {
+                            index = start + last + 1;
+                        }
+                        left = 0;
+                    });
+                    Ok(())
+                })
+            })
+        })?;
+        Ok(Edge { bits, index })
+    }
+
+    /// Elements of each chunk with just this magnitude.
+    fn count_equals(
+        &self,
+        t: usize,
+        wanted: usize,
+        bits: u32,
+        series: Series<'_>,
+        obs: &dyn Observer,
+    ) -> Result<Vec<u64>, MergeError> {
+        let mut counts = Vec::new();
         self.stream(|stream| {
             stream.for_each(
                 &[t],
                 obs,
                 |work, scratch, chunk| {
-                    let mut places = Vec::new();
+                    let mut count = 0;
                     work.tiles(scratch, chunk, |tile| {
-                        let start = tile.start;
                         series(tile, t, &mut |index, values| {
-                            if index == wanted && kernel::count_equal(values, found.bits) > 0 {
-                                let equal = values.iter().enumerate();
-                                let equal = equal.filter(|(_, v)| kernel::magnitude_bits(**v) == found.bits);
-                                places.extend(equal.map(|(i, _)| start + i));
-                            }
+                            count += if index == wanted {
+                                kernel::count_equal(values, bits)
+                            } else {
+                                0
+                            };
                         });
                         Ok(())
                     })?;
-                    Ok(places)
+                    Ok(count)
                 },
-                |_, places| {
-                    let taken = places.len().min(left as usize);
-                    if let Some(last) = taken.checked_sub(1).and_then(|last| places.get(last)) {
-                        index = last + 1;
-                    }
-                    left -= taken as u64;
-                },
+                |_, count| counts.push(count),
             )
         })?;
-        Ok(Edge {
-            bits: found.bits,
-            index,
-        })
+        Ok(counts)
     }
 }

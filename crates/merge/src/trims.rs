@@ -1,7 +1,7 @@
 //! Prepare: the trimming of TIES, over the whole model or by tensor, and the majority of the elected signs.
 
 use crate::family::Family;
-use crate::kernel::{self, TiesInput, TiesScratch};
+use crate::kernel::{self, TiesScratch};
 use crate::select::{OrderStatistic, Target};
 use crate::setting::Setting;
 use crate::sparsify::Edge;
@@ -51,11 +51,8 @@ impl Family<'_> {
                     let mut ties = TiesScratch::default();
                     work.tiles(scratch, chunk, |tile| {
                         self.form_trimmed(chunk.tensor, tile);
-                        let input = TiesInput {
-                            deltas: &tile.deltas[..self.tensors()[chunk.tensor].members.len()],
-                            majority: 0,
-                        };
-                        signs += kernel::elected_signs(&input, tile.len, &mut ties);
+                        let members = self.tensors()[chunk.tensor].members.len();
+                        signs += kernel::elected_signs(&tile.deltas[..members], tile.len, &mut ties);
                         Ok(())
                     })?;
                     Ok(signs)
@@ -98,10 +95,10 @@ impl Family<'_> {
                 let found = self.search(&[t], targets, TENSOR_SAMPLE, &series, obs)?;
                 let mut trims = Vec::new();
                 for (member, rank) in ranks.into_iter().enumerate() {
-                    let statistic = found.iter().find(|(series, ..)| *series == member).map(|f| f.2);
+                    let found = found.iter().find(|found| found.series == member);
                     trims.push(match rank {
                         0 => Edge::LOWEST,
-                        rank => self.edge(t, member, rank, statistic, &series, obs)?,
+                        rank => self.edge(t, member, rank, found, &series, obs)?,
                     });
                 }
                 trims
@@ -128,7 +125,7 @@ impl Family<'_> {
         let found = self.search(tensors, targets, MODEL_SAMPLE, &count, obs)?;
         Ok(found
             .into_iter()
-            .map(|(series, _, statistic)| (series, statistic))
+            .map(|found| (found.series, found.statistic))
             .collect())
     }
 }

@@ -6,9 +6,9 @@
 
 mod ties;
 
-pub(crate) use ties::{TiesInput, TiesMean, TiesScratch, elected_signs, ties};
+pub(crate) use ties::{TiesMean, TiesScratch, elected_signs, ties};
 
-pub(crate) use cauldron_checkpoint::simd::{Loop, widest};
+pub(crate) use cauldron_checkpoint::simd::{Loop, widest, within};
 
 /// Running sums that vectorise; the order of addition is part of the arithmetic.
 const LANES: usize = 16;
@@ -76,6 +76,13 @@ wide! {
         }
     }
 
+    /// `values *= by`.
+    pub(crate) fn multiply<'a>(by: f32, values: &'a mut [f32]) {
+        for v in values {
+            *v *= by;
+        }
+    }
+
     fn divide_by<'a>(divisor: f32, out: &'a mut [f32]) {
         for o in out {
             *o /= divisor;
@@ -125,17 +132,6 @@ wide! {
             count += u32::from(*v != 0.0);
         }
         u64::from(count)
-    }
-
-    /// Elements whose magnitude lies below `bits`, and whether any lies in `bits..=last`.
-    pub(crate) fn count_below<'a>(values: &'a [f32], bits: u32, last: u32) -> (u64, u32) {
-        let (mut below, mut within) = (0u32, 0u32);
-        for v in values {
-            let magnitude = magnitude_bits(*v);
-            below += u32::from(magnitude < bits);
-            within += u32::from(magnitude.wrapping_sub(bits) <= last - bits);
-        }
-        (u64::from(below), within)
     }
 
     /// Elements whose magnitude is exactly that of `bits`.
@@ -214,6 +210,27 @@ wide! {
             *lane += *a * *b;
         }
         lanes.iter().map(|lane| f64::from(*lane)).sum()
+    }
+
+    /// [`sum_squares`] of `a` and `b`, their [`dot_f32`], and [`sum_squares`] of `base`, in one loop and to the same bits.
+    pub(crate) fn moments<'a>(a: &'a [f32], b: &'a [f32], base: &'a [f32]) -> [f64; 4] {
+        let mut lanes = [[0f32; LANES]; 4];
+        let mut add = |a: &[f32], b: &[f32], base: &[f32]| {
+            let [squares_a, squares_b, products, squares] = &mut lanes;
+            for lane in 0..a.len() {
+                squares_a[lane] += a[lane] * a[lane];
+                squares_b[lane] += b[lane] * b[lane];
+                products[lane] += a[lane] * b[lane];
+                squares[lane] += base[lane] * base[lane];
+            }
+        };
+        let ((a, a_rest), (b, b_rest), (base, base_rest)) =
+            (a.as_chunks::<LANES>(), b.as_chunks::<LANES>(), base.as_chunks::<LANES>());
+        for ((a, b), base) in a.iter().zip(b).zip(base) {
+            add(a, b, base);
+        }
+        add(a_rest, b_rest, base_rest);
+        lanes.map(|lanes| lanes.iter().map(|lane| f64::from(*lane)).sum())
     }
 
     /// Elements where `a` and `b` have opposite signs.

@@ -4,21 +4,13 @@
 
 use super::wide;
 
-/// What goes into one slice: trimmed deltas of the parents, 0 where trimmed.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct TiesInput<'a> {
-    pub deltas: &'a [Vec<f32>],
-    /// Sign of elements whose trimmed deltas sum to 0: 0 drops them.
-    pub majority: i8,
-}
-
 /// How the values that agree are joined.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum TiesMean<'a> {
     /// Sum of w d over sum of w; every delta has one vote (the paper).
     Weighted(&'a [f32]),
-    /// The deltas are w d already, in the election too (mergekit): their sum.
-    Premultiplied,
+    /// Each delta counts as w d, in the election too (mergekit): their sum.
+    Premultiplied(&'a [f32]),
     /// The same, over sum of w.
     PremultipliedMean(&'a [f32]),
     /// As [`Self::Weighted`], but one agreeing parent keeps its value in full (Mixup Model Merge). With two parents whose
@@ -45,22 +37,56 @@ pub(crate) struct TiesScratch {
     sides: Vec<u32>,
 }
 
+impl TiesMean<'_> {
+    /// Of parent k: what its delta is multiplied by before the election, what after it, and what it adds to the divisor.
+    fn factors(&self, k: usize) -> (f32, f32, f32) {
+        match self {
+            Self::Weighted(w) | Self::Mixup(w) => (1.0, w[k], w[k]),
+            Self::Premultiplied(w) | Self::PremultipliedMean(w) => (w[k], 1.0, w[k]),
+        }
+    }
+}
+
 /// Sum of the elected signs of a slice: what the majority over the whole model is made of.
-pub(crate) fn elected_signs(input: &TiesInput<'_>, len: usize, scratch: &mut TiesScratch) -> i64 {
-    vote(input, len, &mut scratch.elected);
+pub(crate) fn elected_signs(deltas: &[Vec<f32>], len: usize, scratch: &mut TiesScratch) -> i64 {
+    if let [a, b] = deltas {
+        return signs_of_two(&a[..len], &b[..len]);
+    }
+    vote(deltas, len, &mut scratch.elected);
     sum_of_signs(&scratch.elected)
 }
 
-/// One slice of the merged delta, before scaling.
+/// One slice of the merged delta, before scaling, from the parents' trimmed deltas: 0 where trimmed. `majority` is the sign
+/// of elements whose deltas sum to 0; 0 drops them. The deltas may come back multiplied.
 pub(crate) fn ties(
-    input: &TiesInput<'_>,
+    deltas: &mut [Vec<f32>],
+    majority: i8,
     mean: TiesMean<'_>,
     out: &mut [f32],
     scratch: &mut TiesScratch,
 ) -> TiesCounts {
     let len = out.len();
-    vote(input, len, &mut scratch.elected);
-    settle(f32::from(input.majority), &mut scratch.elected);
+    let majority = f32::from(majority);
+    if let [a, b] = &*deltas {
+        let (of_a, of_b) = (mean.factors(0), mean.factors(1));
+        let two = OfTwo {
+            before: [of_a.0, of_b.0],
+            after: [of_a.1, of_b.1],
+            share: [of_a.2, of_b.2],
+            divide: matches!(mean, TiesMean::Weighted(_) | TiesMean::PremultipliedMean(_)),
+            keep_single: matches!(mean, TiesMean::Mixup(_)),
+            majority,
+        };
+        return ties_of_two(&a[..len], &b[..len], two, out);
+    }
+    for (k, delta) in deltas.iter_mut().enumerate() {
+        let before = mean.factors(k).0;
+        if before != 1.0 {
+            super::multiply(before, &mut delta[..len]);
+        }
+    }
+    vote(deltas, len, &mut scratch.elected);
+    settle(majority, &mut scratch.elected);
     let TiesScratch {
         elected,
         total,
@@ -77,21 +103,16 @@ pub(crate) fn ties(
         buffer.resize(len, 0);
     }
     out.fill(0.0);
-    let mut kept = Vec::with_capacity(input.deltas.len());
-    for (k, delta) in input.deltas.iter().enumerate() {
-        let (factor, share) = match mean {
-            TiesMean::Weighted(w) | TiesMean::Mixup(w) => (w[k], w[k]),
-            TiesMean::Premultiplied => (1.0, 1.0),
-            TiesMean::PremultipliedMean(w) => (1.0, w[k]),
-        };
+    let mut kept = Vec::with_capacity(deltas.len());
+    for (k, delta) in deltas.iter().enumerate() {
+        let (_, factor, share) = mean.factors(k);
         let delta = &delta[..len];
         note_sides(delta, sides);
         kept.push(join(factor, share, delta, elected, out, total, count, only));
     }
     match mean {
-        TiesMean::Premultiplied => {}
+        TiesMean::Premultiplied(_) => {}
         TiesMean::Weighted(_) | TiesMean::PremultipliedMean(_) => divide_by_kept(total, count, out),
-        TiesMean::Mixup(_) if input.deltas.len() == 2 => keep_single(count, only, out),
         TiesMean::Mixup(_) => {
             divide_by_kept(total, count, out);
             keep_single(count, only, out);
@@ -103,16 +124,69 @@ pub(crate) fn ties(
     }
 }
 
+/// What two parents are joined with. By parent: as [`TiesMean::factors`].
+#[derive(Debug, Clone, Copy)]
+struct OfTwo {
+    before: [f32; 2],
+    after: [f32; 2],
+    share: [f32; 2],
+    divide: bool,
+    keep_single: bool,
+    majority: f32,
+}
+
+/// [`ties`] of two parents in one loop, to the same bits.
+fn ties_of_two(a: &[f32], b: &[f32], two: OfTwo, out: &mut [f32]) -> TiesCounts {
+    let (kept, conflicting) = join_two(a, b, two, out);
+    TiesCounts {
+        kept: kept.map(u64::from).to_vec(),
+        conflicting: u64::from(conflicting),
+    }
+}
+
 /// The sum of the trimmed deltas of each element: its sign is elected.
-fn vote(input: &TiesInput<'_>, len: usize, sums: &mut Vec<f32>) {
+fn vote(deltas: &[Vec<f32>], len: usize, sums: &mut Vec<f32>) {
     sums.clear();
     sums.resize(len, 0.0);
-    for delta in input.deltas {
+    for delta in deltas {
         super::add_scaled(1.0, &delta[..len], sums);
     }
 }
 
 wide! {
+    fn join_two<'a>(a: &'a [f32], b: &'a [f32], two: OfTwo, out: &'a mut [f32]) -> ([u32; 2], u32) {
+        let OfTwo { before, after, share, divide, keep_single, majority } = two;
+        let (mut kept_a, mut kept_b, mut conflicting) = (0u32, 0u32, 0u32);
+        for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+            let (a, b) = (before[0] * *a, before[1] * *b);
+            let sum = a + b;
+            let elected = if sum > 0.0 { 1.0 } else if sum < 0.0 { -1.0 } else { majority };
+            let agrees_a = (a > 0.0) & (elected > 0.0) | (a < 0.0) & (elected < 0.0);
+            let agrees_b = (b > 0.0) & (elected > 0.0) | (b < 0.0) & (elected < 0.0);
+            kept_a += u32::from(agrees_a);
+            kept_b += u32::from(agrees_b);
+            conflicting += u32::from((a > 0.0) & (b < 0.0) | (a < 0.0) & (b > 0.0));
+            let merged = 0.0 + if agrees_a { after[0] * a } else { 0.0 };
+            let merged = merged + if agrees_b { after[1] * b } else { 0.0 };
+            let total = if agrees_a { share[0] } else { 0.0 } + if agrees_b { share[1] } else { 0.0 };
+            let mean = merged / total;
+            let divided = divide & (total != 0.0);
+            let merged = if divided { mean } else { merged };
+            let merged = if keep_single & agrees_a & !agrees_b { a } else { merged };
+            *out = if keep_single & agrees_b & !agrees_a { b } else { merged };
+        }
+        ([kept_a, kept_b], conflicting)
+    }
+
+    fn signs_of_two<'a>(a: &'a [f32], b: &'a [f32]) -> i64 {
+        let mut total = 0i32;
+        for (a, b) in a.iter().zip(b) {
+            let sum = *a + *b;
+            total += i32::from(sum > 0.0) - i32::from(sum < 0.0);
+        }
+        i64::from(total)
+    }
+
     fn sum_of_signs<'a>(sums: &'a [f32]) -> i64 {
         let mut total = 0i32;
         for s in sums {
