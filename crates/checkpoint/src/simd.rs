@@ -48,66 +48,124 @@ fn with_avx2<L: Loop>(work: L) -> L::Output {
 }
 
 /// Counts the values whose magnitude, as bits, lies below `low`; and puts the distances from `low` of those that lie in
-/// `low..=low + span` to the front of `offsets`, in order. Returns both numbers. No compiler makes vectors of such a loop.
+/// `low..=low + span` to the front of `offsets`, in order. Returns both numbers.
 ///
 /// # Panics
 /// If `offsets` is shorter than `values`.
 pub fn within(values: &[f32], low: u32, span: u32, offsets: &mut [u32]) -> (u64, usize) {
+    compact::<f32, false>(values, low, span, offsets)
+}
+
+/// Puts the indices of the words that lie in `low..high` to the front of `indices`, in order. Returns how many.
+///
+/// # Panics
+/// If `indices` is shorter than `words`, or `high` is below `low`.
+pub fn indices_within(words: &[u32], low: u32, high: u32, indices: &mut [u32]) -> usize {
+    match high - low {
+        0 => 0,
+        width => compact::<u32, true>(words, low, width - 1, indices).1,
+    }
+}
+
+/// 32 bits that are compared as a number.
+trait Word: Copy {
+    /// The bits that count.
+    const MASK: u32;
+    fn bits(self) -> u32;
+}
+
+impl Word for u32 {
+    const MASK: u32 = u32::MAX;
+    fn bits(self) -> u32 {
+        self
+    }
+}
+
+impl Word for f32 {
+    const MASK: u32 = 0x7fff_ffff;
+    fn bits(self) -> u32 {
+        self.to_bits()
+    }
+}
+
+/// Counts the values below `low`, and lists those in `low..=low + span`: their indices, or their distances from `low`. No
+/// compiler makes vectors of such a loop.
+fn compact<W: Word, const INDICES: bool>(
+    values: &[W],
+    low: u32,
+    span: u32,
+    list: &mut [u32],
+) -> (u64, usize) {
+    let list = &mut list[..values.len()];
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
         let (vectors, rest) = values.as_chunks::<16>();
-        let (head, tail) = offsets.split_at_mut(vectors.len() * 16);
-        // SAFETY: the machine has the features; `head` has room for every value of `vectors`.
-        let (below, inside) = unsafe { within_avx512(vectors, low, span, head) };
-        let (rest_below, rest_inside) = within_scalar(rest, low, span, tail);
-        offsets.copy_within(vectors.len() * 16..vectors.len() * 16 + rest_inside, inside);
+        let at = vectors.len() * 16;
+        // SAFETY: the machine has the features; `list` has a place for every value, and a `Word` has 32 bits.
+        let (below, inside) = unsafe { compact_avx512::<W, INDICES>(vectors, low, span, list) };
+        let (rest_below, rest_inside) =
+            compact_scalar::<W, INDICES>(rest, at as u32, low, span, &mut list[at..]);
+        list.copy_within(at..at + rest_inside, inside);
         return (below + rest_below, inside + rest_inside);
     }
-    within_scalar(values, low, span, offsets)
+    compact_scalar::<W, INDICES>(values, 0, low, span, list)
 }
 
-fn within_scalar(values: &[f32], low: u32, span: u32, offsets: &mut [u32]) -> (u64, usize) {
+/// `first` is the index of the first value.
+fn compact_scalar<W: Word, const INDICES: bool>(
+    values: &[W],
+    first: u32,
+    low: u32,
+    span: u32,
+    list: &mut [u32],
+) -> (u64, usize) {
     let mut below = 0u32;
     let mut inside = 0;
-    let offsets = &mut offsets[..values.len()];
-    for v in values {
-        let magnitude = v.to_bits() & 0x7fff_ffff;
-        let offset = magnitude.wrapping_sub(low);
-        below += u32::from(magnitude < low);
-        offsets[inside] = offset;
+    let list = &mut list[..values.len()];
+    for (index, value) in values.iter().enumerate() {
+        let word = value.bits() & W::MASK;
+        let offset = word.wrapping_sub(low);
+        below += u32::from(word < low);
+        list[inside] = if INDICES { first + index as u32 } else { offset };
         inside += usize::from(offset <= span);
     }
     (u64::from(below), inside)
 }
 
 /// # Safety
-/// `offsets` has at least 16 places for each vector.
+/// `list` has at least 16 places for each vector, and `W` has 32 bits.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn within_avx512(vectors: &[[f32; 16]], low: u32, span: u32, offsets: &mut [u32]) -> (u64, usize) {
+unsafe fn compact_avx512<W: Word, const INDICES: bool>(
+    vectors: &[[W; 16]],
+    low: u32,
+    span: u32,
+    list: &mut [u32],
+) -> (u64, usize) {
     use std::arch::x86_64::{
-        _mm512_and_si512, _mm512_cmple_epu32_mask, _mm512_cmplt_epu32_mask, _mm512_loadu_si512,
-        _mm512_maskz_compress_epi32, _mm512_set1_epi32, _mm512_storeu_si512, _mm512_sub_epi32,
+        _mm512_add_epi32, _mm512_and_si512, _mm512_cmple_epu32_mask, _mm512_cmplt_epu32_mask,
+        _mm512_loadu_si512, _mm512_maskz_compress_epi32, _mm512_set1_epi32, _mm512_setr_epi32,
+        _mm512_storeu_si512, _mm512_sub_epi32,
     };
-    let magnitudes = _mm512_set1_epi32(0x7fff_ffff);
-    let (lows, spans) = (
-        _mm512_set1_epi32(low.cast_signed()),
-        _mm512_set1_epi32(span.cast_signed()),
-    );
+    let all = |word: u32| _mm512_set1_epi32(word.cast_signed());
+    let (mask, lows, spans) = (all(W::MASK), all(low), all(span));
+    let mut indices = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     let (mut below, mut inside) = (0u64, 0usize);
     for vector in vectors {
-        // SAFETY: 16 floats are 64 bytes.
-        let bits = unsafe { _mm512_loadu_si512(vector.as_ptr().cast()) };
-        let magnitude = _mm512_and_si512(bits, magnitudes);
-        let offset = _mm512_sub_epi32(magnitude, lows);
-        let hit = _mm512_cmple_epu32_mask(offset, spans);
-        below += u64::from(_mm512_cmplt_epu32_mask(magnitude, lows).count_ones());
-        // SAFETY: before this vector at most 16 places for each of those before it are filled.
+        // SAFETY: 16 words are 64 bytes.
+        let words = unsafe { _mm512_loadu_si512(vector.as_ptr().cast()) };
+        let words = _mm512_and_si512(words, mask);
+        let offsets = _mm512_sub_epi32(words, lows);
+        let hit = _mm512_cmple_epu32_mask(offsets, spans);
+        below += u64::from(_mm512_cmplt_epu32_mask(words, lows).count_ones());
+        let listed = if INDICES { indices } else { offsets };
+        // SAFETY: at most 16 places for each of the vectors before are filled.
         unsafe {
-            let place = offsets.as_mut_ptr().add(inside);
-            _mm512_storeu_si512(place.cast(), _mm512_maskz_compress_epi32(hit, offset));
+            let place = list.as_mut_ptr().add(inside);
+            _mm512_storeu_si512(place.cast(), _mm512_maskz_compress_epi32(hit, listed));
         }
         inside += hit.count_ones() as usize;
+        indices = _mm512_add_epi32(indices, all(16));
     }
     (below, inside)
 }
@@ -133,9 +191,15 @@ mod tests {
                 (0, 0),
             ] {
                 let (mut fast, mut plain) = (vec![0; len], vec![0; len]);
-                let found = within(&values[..len], low, last - low, &mut fast);
-                assert_eq!(found, within_scalar(&values[..len], low, last - low, &mut plain));
+                let values = &values[..len];
+                let found = within(values, low, last - low, &mut fast);
+                let expected = compact_scalar::<f32, false>(values, 0, low, last - low, &mut plain);
+                assert_eq!(found, expected);
                 assert_eq!(fast[..found.1], plain[..found.1]);
+                let words: Vec<u32> = values.iter().map(|v| v.to_bits()).collect();
+                let found = indices_within(&words, low, last, &mut fast);
+                let inside = |i: &u32| (low..last).contains(&words[*i as usize]);
+                assert_eq!(fast[..found], (0..len as u32).filter(inside).collect::<Vec<_>>());
             }
         }
     }

@@ -5,6 +5,7 @@ use cauldron_checkpoint::row_len;
 use crate::family::Family;
 use crate::kernel;
 use crate::layout::OutTensor;
+use crate::masks::{self, Mask};
 use crate::recipe::{Drops, Rescale};
 use crate::rng::{MaskWords, drop_threshold};
 use crate::select::Target;
@@ -13,6 +14,9 @@ use crate::sparsify::{Drop, Edge, Survivors};
 use crate::stream::Tile;
 use crate::thresholds::{TENSOR_SAMPLE, by_member};
 use crate::{MergeError, Observer};
+
+/// Most bytes of masks that are held at a time.
+const MASK_BYTES: usize = 128 << 20;
 
 impl Family<'_> {
     pub(crate) fn prepare_drops(&mut self, obs: &dyn Observer) -> Result<(), MergeError> {
@@ -162,6 +166,13 @@ impl Family<'_> {
         Ok(drops)
     }
 
+    /// Whether there is room for what the drops of these tensors decided.
+    fn remembers_drops(&self, merged: &[usize]) -> bool {
+        let bits = |t: &usize| self.tensors()[*t].plan.numel() * self.tensors()[*t].members.len();
+        let random = self.recipe.sparsify.as_ref().is_some_and(|s| s.drops.is_random());
+        random && merged.iter().map(bits).sum::<usize>() / 8 <= MASK_BYTES
+    }
+
     /// Per tensor and parent: the factor that gives the survivors the L1 norm the delta had.
     fn restore_l1(&mut self, merged: &[usize], obs: &dyn Observer) -> Result<(), MergeError> {
         let mut sums: Vec<Vec<(f64, f64)>> = self
@@ -169,28 +180,41 @@ impl Family<'_> {
             .iter()
             .map(|t| vec![(0.0, 0.0); t.members.len()])
             .collect();
+        let mut masks: Vec<Vec<Mask>> = vec![Vec::new(); self.tensors().len()];
+        let remember = self.remembers_drops(merged);
         self.stream(|stream| {
             stream.for_each(
                 merged,
                 obs,
                 |work, scratch, chunk| {
-                    let mut parts = vec![(0.0, 0.0); self.tensors()[chunk.tensor].members.len()];
+                    let members = self.tensors()[chunk.tensor].members.len();
+                    let mut parts = vec![(0.0, 0.0); members];
+                    let mut bits = vec![Vec::new(); if remember { members } else { 0 }];
                     work.tiles(scratch, chunk, |tile| {
                         tile.fill_deltas();
                         let Tile {
                             start, deltas, drops, ..
                         } = tile;
                         let rules = &self.prepared[chunk.tensor].drops;
-                        for ((part, drop), delta) in parts.iter_mut().zip(rules).zip(deltas) {
+                        for ((part, drop), delta) in parts.iter_mut().zip(rules).zip(&mut *deltas) {
                             part.0 += kernel::sum_magnitudes(delta);
                             drop.apply(*start, delta, drops);
                             part.1 += kernel::sum_magnitudes(delta);
                         }
+                        for (bits, delta) in bits.iter_mut().zip(&*deltas) {
+                            masks::note(delta, bits);
+                        }
                         Ok(())
                     })?;
-                    Ok(parts)
+                    Ok((parts, bits))
                 },
-                |chunk, parts| {
+                |chunk, (parts, bits)| {
+                    let masks = &mut masks[chunk.tensor];
+                    masks.resize(bits.len(), Mask::default());
+                    masks
+                        .iter_mut()
+                        .zip(bits)
+                        .for_each(|(mask, bits)| mask.push(bits));
                     for (sum, part) in sums[chunk.tensor].iter_mut().zip(parts) {
                         sum.0 += part.0;
                         sum.1 += part.1;
@@ -198,8 +222,10 @@ impl Family<'_> {
                 },
             )
         })?;
-        for (prepared, sums) in self.prepared.iter_mut().zip(&sums) {
-            for (drop, &(before, after)) in prepared.drops.iter_mut().zip(sums) {
+        for &t in merged {
+            let prepared = &mut self.prepared[t];
+            prepared.masks = std::mem::take(&mut masks[t]);
+            for (drop, &(before, after)) in prepared.drops.iter_mut().zip(&sums[t]) {
                 let factor = if after > 0.0 { (before / after) as f32 } else { 1.0 };
                 *drop = drop.with(Survivors::Multiply(factor));
             }

@@ -2,13 +2,16 @@
 //!
 //! Source of global TIES: yule-BUAA/MergeLM and prateeky2806/ties-merging; of the rest: docs/METHODS.md.
 
+use std::ops::Range;
+
 use cauldron_checkpoint::row_len;
 
 use crate::geometry::Gram;
 use crate::layout::{OutTensor, Role};
+use crate::masks::{self, Mask};
 use crate::recipe::{Drops, Method, Recipe, Rescale, Trim};
 use crate::sparsify::{Drop, Edge, Survivors};
-use crate::stream::{Cut, Needs, RowMeans, Stream, Tile};
+use crate::stream::{Cut, Needs, Pool, RowMeans, Scratch, Stream, Tile};
 use crate::{MergeError, Observer, Parents};
 
 /// What a method knows of one tensor before any weight.
@@ -16,6 +19,8 @@ use crate::{MergeError, Observer, Parents};
 pub(crate) struct Prepared {
     /// By member.
     pub drops: Vec<Drop>,
+    /// By member, what the drops decided, where that is remembered.
+    pub masks: Vec<Mask>,
     /// TIES: by member, the edge of what is trimmed.
     pub trims: Vec<Edge>,
     /// Methods on angles: inner products of the members' tensors (or rows, or columns).
@@ -36,7 +41,13 @@ pub struct Family<'a> {
     pub(crate) majority: i8,
     pub(crate) means: RowMeans,
     pub(crate) cut: Cut,
+    /// The tensors that are being prepared.
+    scope: Range<usize>,
+    pub(crate) scratches: Pool<Scratch>,
 }
+
+/// Elements that are prepared and merged together where a method needs to know no more than one tensor at a time.
+const GROUP: usize = 32 << 20;
 
 /// Passes over the parents that a merge makes: the preparing ones and the one that writes.
 pub(crate) fn passes(recipe: &Recipe) -> u64 {
@@ -65,8 +76,19 @@ pub(crate) fn passes(recipe: &Recipe) -> u64 {
 }
 
 impl<'a> Family<'a> {
-    /// Runs the preparing passes.
+    /// Runs the preparing passes over all tensors.
     pub fn prepare(recipe: &'a Recipe, parents: &'a Parents, obs: &dyn Observer) -> Result<Self, MergeError> {
+        let mut family = Self::open(recipe, parents, obs)?;
+        family.prepare_tensors(0..family.tensors().len(), obs)?;
+        Ok(family)
+    }
+
+    /// A family of which no tensor is prepared yet.
+    pub(crate) fn open(
+        recipe: &'a Recipe,
+        parents: &'a Parents,
+        obs: &dyn Observer,
+    ) -> Result<Self, MergeError> {
         let by_row = matches!(
             recipe.method,
             Method::ArceeFusion
@@ -88,43 +110,86 @@ impl<'a> Family<'a> {
                 true => Cut::Rows,
                 false => Cut::Elements,
             },
+            scope: 0..0,
+            scratches: Pool::default(),
         };
         family.find_row_means(obs)?;
-        family.prepare_drops(obs)?;
-        match &recipe.method {
+        Ok(family)
+    }
+
+    /// The tensors, in runs that can be prepared and merged one after the other. A method that measures the whole model
+    /// has one run.
+    pub(crate) fn groups(&self) -> Vec<Range<usize>> {
+        let tensors = self.tensors();
+        let global = matches!(
+            self.recipe.method,
+            Method::Ties {
+                trim: Trim::Global { .. },
+                ..
+            }
+        );
+        let (mut groups, mut start, mut elements) = (Vec::new(), 0, 0);
+        for (index, tensor) in tensors.iter().enumerate() {
+            if elements > 0 && elements + tensor.plan.numel() > GROUP && !global {
+                groups.push(start..index);
+                (start, elements) = (index, 0);
+            }
+            elements += tensor.plan.numel();
+        }
+        groups.push(start..tensors.len());
+        groups
+    }
+
+    /// The preparing passes over some tensors.
+    pub(crate) fn prepare_tensors(
+        &mut self,
+        tensors: Range<usize>,
+        obs: &dyn Observer,
+    ) -> Result<(), MergeError> {
+        self.scope = tensors;
+        self.prepare_drops(obs)?;
+        match &self.recipe.method {
             Method::Ties {
                 trim: Trim::Global { retain },
                 ..
             } => {
-                family.trim_globally(*retain, obs)?;
-                family.find_majority(obs)?;
+                self.trim_globally(*retain, obs)?;
+                self.find_majority(obs)?;
             }
             Method::Ties {
                 trim: Trim::Tensor { retain },
                 ..
-            } => family.trim_by_tensor(retain, obs)?,
-            Method::Sce { select } => family.prepare_sce(*select, obs)?,
-            Method::ArceeFusion => family.prepare_fusion(obs)?,
+            } => self.trim_by_tensor(retain, obs)?,
+            Method::Sce { select } => self.prepare_sce(*select, obs)?,
+            Method::ArceeFusion => self.prepare_fusion(obs)?,
             Method::Slerp { .. }
             | Method::NuSlerp { .. }
             | Method::MultiSlerp { .. }
             | Method::Karcher { .. }
-            | Method::ModelStock { .. } => family.find_grams(obs)?,
+            | Method::ModelStock { .. } => self.find_grams(obs)?,
             Method::Average { .. }
             | Method::TaskArithmetic { .. }
             | Method::NearSwap { .. }
             | Method::Passthrough => {}
         }
-        Ok(family)
+        Ok(())
+    }
+
+    /// Lets go of what was remembered of the drops of some tensors.
+    pub(crate) fn forget_drops(&mut self, tensors: Range<usize>) {
+        for prepared in &mut self.prepared[tensors] {
+            prepared.masks = Vec::new();
+        }
     }
 
     pub(crate) fn tensors(&self) -> &'a [OutTensor] {
         &self.parents.layout.tensors
     }
 
-    /// Indices of the tensors that are merged.
+    /// Indices of the tensors in preparation that are merged.
     pub(crate) fn merged(&self) -> Vec<usize> {
-        (0..self.tensors().len())
+        self.scope
+            .clone()
             .filter(|t| self.tensors()[*t].role == Role::Merge)
             .collect()
     }
@@ -137,6 +202,7 @@ impl<'a> Family<'a> {
             tensors,
             means: &self.means,
             cut: self.cut,
+            scratches: &self.scratches,
             needs: &|tensor| Needs::all(&tensors[tensor]),
         })
     }
@@ -147,11 +213,17 @@ impl<'a> Family<'a> {
             return;
         }
         tile.fill_deltas();
-        let Tile {
-            start, deltas, drops, ..
-        } = tile;
-        for (drop, delta) in self.prepared[tensor].drops.iter().zip(deltas) {
-            drop.apply(*start, delta, drops);
+        let prepared = &self.prepared[tensor];
+        for (member, drop) in prepared.drops.iter().enumerate() {
+            let known = prepared.masks.get(member).and_then(|mask| mask.of(tile));
+            let delta = &mut tile.deltas[member];
+            match known {
+                Some(bits) => {
+                    masks::apply(bits, delta);
+                    drop.survivors().apply(delta);
+                }
+                None => drop.apply(tile.start, delta, &mut tile.drops),
+            }
         }
     }
 
@@ -182,7 +254,9 @@ impl<'a> Family<'a> {
 
     /// Counts what a pass leaves out, so that progress ends at its total.
     pub(crate) fn advance_rest(&self, obs: &dyn Observer) {
-        let rest: Vec<usize> = (0..self.tensors().len())
+        let rest: Vec<usize> = self
+            .scope
+            .clone()
             .filter(|t| self.tensors()[*t].role != Role::Merge)
             .collect();
         self.advance(&rest, obs);

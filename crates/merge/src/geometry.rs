@@ -175,8 +175,8 @@ impl Family<'_> {
                 },
             )
         })?;
-        for (prepared, grams) in self.prepared.iter_mut().zip(grams) {
-            prepared.grams = grams;
+        for &t in &merged {
+            self.prepared[t].grams = std::mem::take(&mut grams[t]);
         }
         self.advance(&merged, obs);
         self.advance_rest(obs);

@@ -14,7 +14,7 @@ use crate::card;
 use crate::family::Family;
 use crate::layout::{OutTensor, Role};
 use crate::manifest::{MANIFEST_FILE, Manifest, ParentEntry, Summary, TensorStats};
-use crate::point::{ChunkStats, Point};
+use crate::point::ChunkStats;
 use crate::recipe::{Recipe, dtype_name};
 use crate::stream::Chunk;
 use crate::{MergeError, Parents};
@@ -71,10 +71,9 @@ pub fn merge_to_folder(
     options: &MergeOptions,
     obs: &dyn Observer,
 ) -> Result<Manifest, MergeError> {
-    let family = Family::prepare(recipe, parents, obs)?;
-    let point = family.point(None)?;
+    let family = Family::open(recipe, parents, obs)?;
     let shards = ShardPlan::new(parents.layout.plans(), options.max_shard_bytes);
-    let (mut files, tensors) = write_weights(&family, &point, &shards, out, metadata(recipe), obs)?;
+    let (mut files, tensors) = write_weights(family, &shards, out, metadata(recipe), obs)?;
     files.extend(write_sidecars(recipe, parents, out).map_err(MergeError::output)?);
 
     let digest = merge_digest(recipe, parents, obs)?;
@@ -135,8 +134,7 @@ fn metadata(recipe: &Recipe) -> BTreeMap<String, String> {
 
 /// Computes on all threads and writes on one more, so that hashing and the disk do not wait for arithmetic.
 fn write_weights(
-    family: &Family<'_>,
-    point: &Point<'_, '_>,
+    mut family: Family<'_>,
     shards: &ShardPlan,
     out: &Path,
     metadata: BTreeMap<String, String>,
@@ -147,24 +145,30 @@ fn write_weights(
     let (sender, receiver) = sync_channel::<Vec<u8>>(2);
     let (written, spare) = channel::<Vec<u8>>();
     let writer = ShardedWriter::new(out, shards.clone(), metadata);
-    let all: Vec<usize> = (0..tensors.len()).collect();
     let files = std::thread::scope(|scope| {
         let writing = scope.spawn(move || drain(writer, receiver, written));
-        let merged = point.stream(|stream| {
-            stream.write_each(
-                &all,
-                obs,
-                || spare.try_recv().unwrap_or_default(),
-                |work, scratch, chunk, bytes| point.merge(work, scratch, chunk, bytes),
-                |chunks: &[Chunk], stats, bytes| {
-                    chunks
-                        .iter()
-                        .zip(stats)
-                        .for_each(|(chunk, part)| add(&mut totals[chunk.tensor], part));
-                    // The writer hangs up only when it failed; its own error is reported below.
-                    sender.send(bytes).map_err(|_| MergeError::Cancelled)
-                },
-            )
+        let merged = family.groups().into_iter().try_for_each(|group| {
+            family.prepare_tensors(group.clone(), obs)?;
+            let point = family.point_of(None, group.clone())?;
+            let which: Vec<usize> = group.clone().collect();
+            point.stream(|stream| {
+                stream.write_each(
+                    &which,
+                    obs,
+                    || spare.try_recv().unwrap_or_default(),
+                    |work, scratch, chunk, bytes| point.merge(work, scratch, chunk, bytes),
+                    |chunks: &[Chunk], stats, bytes| {
+                        chunks
+                            .iter()
+                            .zip(stats)
+                            .for_each(|(chunk, part)| add(&mut totals[chunk.tensor], part));
+                        // The writer hangs up only when it failed; its own error is reported below.
+                        sender.send(bytes).map_err(|_| MergeError::Cancelled)
+                    },
+                )
+            })?;
+            family.forget_drops(group);
+            Ok(())
         });
         drop(sender);
         let written = writing.join().map_err(|_| MergeError::Internal {

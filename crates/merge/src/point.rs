@@ -1,5 +1,7 @@
 //! Family -> point: with the weights known, one fused pass gives every merged element.
 
+use std::ops::Range;
+
 use cauldron_checkpoint::{Digest, Dtype, dtype_size, narrow, row_len};
 
 use crate::family::Family;
@@ -47,10 +49,19 @@ pub(crate) struct ChunkStats {
 impl<'a> Family<'a> {
     /// The model at the recipe's own weights, or at `lambda` of the first of two parents.
     pub fn point(&self, lambda: Option<f64>) -> Result<Point<'_, 'a>, MergeError> {
+        self.point_of(lambda, 0..self.tensors().len())
+    }
+
+    /// As [`Self::point`], of some tensors only.
+    pub(crate) fn point_of(
+        &self,
+        lambda: Option<f64>,
+        which: Range<usize>,
+    ) -> Result<Point<'_, 'a>, MergeError> {
         let mut tensors = Vec::new();
         for (index, tensor) in self.tensors().iter().enumerate() {
             let mut combination = Combination::default();
-            if tensor.role == Role::Merge {
+            if tensor.role == Role::Merge && which.contains(&index) {
                 combination = self.combination(index, tensor, lambda)?;
             }
             tensors.push(combination);
@@ -154,6 +165,7 @@ impl Point<'_, '_> {
             tensors: self.family.tensors(),
             means: &self.family.means,
             cut: self.family.cut,
+            scratches: &self.family.scratches,
             needs: &|tensor| self.needs(tensor),
         })
     }

@@ -91,18 +91,19 @@ impl Family<'_> {
             }
             self.advance_rest(obs);
         }
-        for (prepared, edge) in self.prepared.iter_mut().zip(edges) {
-            prepared.select = edge;
+        for &t in &merged {
+            self.prepared[t].select = edges[t];
         }
         let squares = self.selected_squares(&merged, obs)?;
-        for (prepared, squares) in self.prepared.iter_mut().zip(squares) {
+        for &t in &merged {
+            let squares = &squares[t];
             let sum: f64 = squares.iter().sum();
             let count = squares.len().max(1) as f64;
             let weights = squares.iter().map(|s| match sum.abs() < 1e-6 {
                 true => (1.0 / count) as f32,
                 false => (s / sum) as f32,
             });
-            prepared.weights = weights.collect();
+            self.prepared[t].weights = weights.collect();
         }
         self.advance(&merged, obs);
         self.advance_rest(obs);

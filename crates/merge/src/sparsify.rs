@@ -4,7 +4,8 @@
 //! the L1 rescaling and the counts of kept elements mergekit 0.1.5, `sparsify.py`.
 
 use crate::kernel::{keep_between, magnitude_bits, wide};
-use crate::rng::{MaskWords, drop_threshold};
+use crate::magprune::{self, RowScratch};
+use crate::rng::MaskWords;
 
 /// An edge among magnitudes: its bits, and where among the elements that have just these it lies. Of equal magnitudes those
 /// with lower index count as larger.
@@ -80,14 +81,20 @@ pub(crate) enum Survivors {
 #[derive(Debug, Default)]
 pub(crate) struct DropScratch {
     words: Vec<u32>,
-    buckets: Vec<u32>,
-    /// Magnitude above, index below.
-    order: Vec<u64>,
-    ranks: Vec<u32>,
-    chances: Chances,
+    rows: RowScratch,
 }
 
 impl Drop {
+    /// What this does to survivors, after the drops.
+    pub fn survivors(&self) -> Survivors {
+        match *self {
+            Self::Nothing => Survivors::Keep,
+            Self::Dare { survivors, .. }
+            | Self::Between { survivors, .. }
+            | Self::Della { survivors, .. } => survivors,
+        }
+    }
+
     /// The same drops with other survivors.
     pub fn with(mut self, new: Survivors) -> Self {
         match &mut self {
@@ -128,9 +135,10 @@ impl Drop {
                 survivors,
             } => {
                 let skip = words.fill(start, delta.len(), &mut scratch.words);
-                for (index, delta) in delta.chunks_mut(row.max(1)).enumerate() {
-                    let words = skip + index * row..;
-                    magprune(retain, epsilon, divide, words.start, delta, scratch);
+                let DropScratch { words, rows } = scratch;
+                let rows_of_words = words[skip..].chunks_mut(row.max(1));
+                for (delta, words) in delta.chunks_mut(row.max(1)).zip(rows_of_words) {
+                    magprune::drop(retain, epsilon, divide, words, delta, rows);
                 }
                 survivors.apply(delta);
             }
@@ -139,84 +147,11 @@ impl Drop {
 }
 
 impl Survivors {
-    fn apply(self, delta: &mut [f32]) {
+    pub fn apply(self, delta: &mut [f32]) {
         match self {
             Self::Keep => {}
             Self::Divide(by) => crate::kernel::divide(delta, by),
             Self::Multiply(by) => crate::kernel::multiply(by, delta),
-        }
-    }
-}
-
-/// One row. Element by element: its rank from 0, in half steps, as equal magnitudes share the mean of their ranks; so its
-/// probability follows from its magnitude alone.
-fn magprune(
-    retain: f64,
-    epsilon: f64,
-    divide: bool,
-    words_at: usize,
-    delta: &mut [f32],
-    scratch: &mut DropScratch,
-) {
-    let n = delta.len();
-    let DropScratch {
-        words,
-        buckets,
-        order,
-        ranks,
-        chances,
-    } = scratch;
-    if chances.of != (n, retain, epsilon) {
-        *chances = Chances::new(n, retain, epsilon);
-    }
-    rank_row(delta, buckets, order, ranks);
-    let words = &words[words_at..words_at + n];
-    drop_by_rank(words, ranks, &chances.thresholds, delta);
-    if divide {
-        divide_by_rank(ranks, &chances.survival, delta);
-    }
-}
-
-/// Probabilities by doubled rank, of rows of one length.
-#[derive(Debug, Default)]
-struct Chances {
-    of: (usize, f64, f64),
-    /// Words below this drop.
-    thresholds: Vec<u32>,
-    survival: Vec<f32>,
-}
-
-impl Chances {
-    fn new(n: usize, retain: f64, epsilon: f64) -> Self {
-        let chance = |doubled: usize| match n {
-            0 | 1 => retain,
-            n => (retain - epsilon) + doubled as f64 / (2 * (n - 1)) as f64 * (2.0 * epsilon),
-        };
-        let chances: Vec<f64> = (0..2 * n.max(1)).map(chance).collect();
-        Self {
-            of: (n, retain, epsilon),
-            thresholds: chances
-                .iter()
-                .map(|q| drop_threshold(1.0 - q).min(u64::from(u32::MAX)) as u32)
-                .collect(),
-            survival: chances.iter().map(|q| *q as f32).collect(),
-        }
-    }
-}
-
-/// Ranks of a bucket whose first element has rank `first`.
-fn rank_bucket(bucket: &mut [u64], first: usize, ranks: &mut [u32]) {
-    let magnitude = |entry: u64| entry >> 32;
-    let leading = magnitude(bucket[0]);
-    if bucket.iter().any(|entry| magnitude(*entry) != leading) {
-        bucket.sort_unstable();
-    }
-    let mut before = first;
-    for equal in bucket.chunk_by(|a, b| magnitude(*a) == magnitude(*b)) {
-        let doubled = 2 * before + equal.len() - 1;
-        before += equal.len();
-        for entry in equal {
-            ranks[*entry as u32 as usize] = doubled as u32;
         }
     }
 }
@@ -250,66 +185,8 @@ fn keep(low: Edge, high: Edge, start: usize, delta: &mut [f32]) {
 }
 
 wide! {
-    /// Doubled ranks by magnitude, without a sort of all: magnitudes are dealt to as many buckets as there are elements, by
-    /// size, and sorted within their bucket.
-    fn rank_row<'a>(delta: &'a [f32], buckets: &'a mut Vec<u32>, order: &'a mut Vec<u64>, ranks: &'a mut Vec<u32>) {
-        let n = delta.len();
-        let mut largest = 0u32;
-        for d in delta {
-            largest = largest.max(magnitude_bits(*d));
-        }
-        let largest = f32::from_bits(largest);
-        let scale = if largest > 0.0 { (n as f32 - 0.5) / largest } else { 0.0 };
-        ranks.resize(n, 0);
-        for (bucket, d) in ranks.iter_mut().zip(delta) {
-            // In range: n is far below 2^24, and a scale that overflowed makes the first bucket take all.
-            let place = d.abs() * scale;
-            let place = if place < n as f32 { place } else { 0.0 };
-            *bucket = place as i32 as u32;
-        }
-        buckets.clear();
-        buckets.resize(n + 1, 0);
-        for bucket in ranks.iter() {
-            buckets[*bucket as usize + 1] += 1;
-        }
-        for b in 0..n {
-            buckets[b + 1] += buckets[b];
-        }
-        order.resize(n, 0);
-        for (index, (d, bucket)) in delta.iter().zip(ranks.iter()).enumerate() {
-            let at = &mut buckets[*bucket as usize];
-            order[*at as usize] = u64::from(magnitude_bits(*d)) << 32 | index as u64;
-            *at += 1;
-        }
-        // `buckets[b]` is now the end of bucket b.
-        let mut from = 0;
-        for end in &buckets[..n] {
-            let to = *end as usize;
-            match &mut order[from..to] {
-                [] => {}
-                [one] => ranks[*one as u32 as usize] = 2 * from as u32,
-                bucket => rank_bucket(bucket, from, ranks),
-            }
-            from = to;
-        }
-    }
-
-    fn drop_by_rank<'a>(words: &'a [u32], ranks: &'a [u32], thresholds: &'a [u32], delta: &'a mut [f32]) {
-        let last = thresholds.len() - 1;
-        for ((d, word), rank) in delta.iter_mut().zip(words).zip(ranks) {
-            let threshold = thresholds[(*rank as usize).min(last)];
-            *d = if *word < threshold { 0.0 } else { *d };
-        }
-    }
-
-    fn divide_by_rank<'a>(ranks: &'a [u32], survival: &'a [f32], delta: &'a mut [f32]) {
-        let last = survival.len() - 1;
-        for (d, rank) in delta.iter_mut().zip(ranks) {
-            *d /= survival[(*rank as usize).min(last)];
-        }
-    }
-
-    fn drop_by_words<'a>(words: &'a [u32], threshold: u64, delta: &'a mut [f32]) {
+    /// Zeroes the elements whose word lies below the threshold.
+    pub(crate) fn drop_by_words<'a>(words: &'a [u32], threshold: u64, delta: &'a mut [f32]) {
         // A threshold of 2^32 cannot be: rates are below 1, but may round to it.
         let threshold = if threshold > 0xffff_ffff { 0xffff_ffff } else { threshold as u32 };
         for (d, word) in delta.iter_mut().zip(words) {
@@ -321,65 +198,6 @@ wide! {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn della_ranks_each_row_and_divides_by_the_probability() {
-        let d1 = [0.1f32, -0.4, 0.3, 0.05, -0.02, 0.5, -0.2, 0.0];
-        let expected = [
-            0.685714, 0.771429, 0.742857, 0.657143, 0.628571, 0.8, 0.714286, 0.6,
-        ];
-        let mut kept = [0u32; 8];
-        for seed in 0..4000 {
-            let drop = Drop::Della {
-                words: MaskWords::new(seed, 0, "w"),
-                retain: 0.7,
-                epsilon: 0.1,
-                row: 8,
-                divide: true,
-                survivors: Survivors::Keep,
-            };
-            let mut delta = d1;
-            drop.apply(0, &mut delta, &mut DropScratch::default());
-            for i in 0..7 {
-                if delta[i] != 0.0 {
-                    kept[i] += 1;
-                    assert!((f64::from(d1[i] / delta[i]) - expected[i]).abs() < 1e-5, "{i}");
-                }
-            }
-        }
-        for i in 0..7 {
-            let rate = f64::from(kept[i]) / 4000.0;
-            assert!((rate - expected[i]).abs() < 0.035, "{i}: {rate}");
-        }
-    }
-
-    #[test]
-    fn della_ranks_do_not_depend_on_how_values_are_spread() {
-        // One outlier puts all others into few buckets.
-        let mut delta: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 1000) as f32 * 1e-6).collect();
-        delta[3] = 1e6;
-        let original = delta.clone();
-        let drop = Drop::Della {
-            words: MaskWords::new(1, 0, "w"),
-            retain: 0.5,
-            epsilon: 0.4,
-            row: 1000,
-            divide: true,
-            survivors: Survivors::Keep,
-        };
-        drop.apply(0, &mut delta, &mut DropScratch::default());
-        let mut sorted: Vec<usize> = (0..1000).collect();
-        sorted.sort_by(|a, b| original[*a].total_cmp(&original[*b]));
-        for (rank, index) in sorted.into_iter().enumerate() {
-            if delta[index] != 0.0 {
-                let q = 0.1 + rank as f64 / 999.0 * 0.8;
-                assert!(
-                    (f64::from(original[index] / delta[index]) - q).abs() < 1e-5,
-                    "{rank}"
-                );
-            }
-        }
-    }
 
     #[test]
     fn ties_at_an_edge_are_told_apart_by_index() {

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cauldron_checkpoint::{CheckpointError, Chunks, Digest, Dtype, LoraFactors, dtype_size, row_len, widen};
 use rayon::prelude::*;
@@ -40,26 +40,27 @@ pub(crate) enum Cut {
     Rows,
 }
 
-/// One value a thread of the pool, without contention.
+/// Values that threads borrow one at a time and use again.
 #[derive(Debug)]
-pub(crate) struct PerThread<T>(Vec<Mutex<T>>);
+pub(crate) struct Pool<T>(Mutex<Vec<T>>);
 
-impl<T> PerThread<T> {
-    pub fn new(make: impl Fn() -> T) -> Self {
-        // One more for a caller outside the pool.
-        Self(
-            (0..=rayon::current_num_threads())
-                .map(|_| Mutex::new(make()))
-                .collect(),
-        )
+impl<T> Default for Pool<T> {
+    fn default() -> Self {
+        Self(Mutex::new(Vec::new()))
+    }
+}
+
+impl<T> Pool<T> {
+    fn values(&self) -> MutexGuard<'_, Vec<T>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn with<R>(&self, run: impl FnOnce(&mut T) -> R) -> Result<R, MergeError> {
-        let index = rayon::current_thread_index().unwrap_or(self.0.len() - 1);
-        let slot = self.0.get(index).ok_or_else(|| MergeError::Internal {
-            detail: "the merge moved to another thread pool".into(),
-        })?;
-        Ok(run(&mut slot.lock().unwrap_or_else(PoisonError::into_inner)))
+    pub fn with<R>(&self, make: impl FnOnce() -> T, run: impl FnOnce(&mut T) -> R) -> R {
+        let free = self.values().pop();
+        let mut value = free.unwrap_or_else(make);
+        let result = run(&mut value);
+        self.values().push(value);
+        result
     }
 }
 
@@ -69,6 +70,9 @@ pub(crate) struct Tile {
     /// Index of its first element in the flattened tensor.
     pub start: usize,
     pub len: usize,
+    /// The chunk it is of, and where its bits start in a mask of that chunk.
+    pub chunk: usize,
+    pub word: usize,
     pub theta0: Vec<f32>,
     pub thetas: Vec<Vec<f32>>,
     pub deltas: Vec<Vec<f32>>,
@@ -125,6 +129,7 @@ pub(crate) struct Stream<'a> {
     pub tensors: &'a [OutTensor],
     pub means: &'a RowMeans,
     pub cut: Cut,
+    pub scratches: &'a Pool<Scratch>,
     /// Which members and whether the base are read, by tensor.
     pub needs: &'a (dyn Fn(usize) -> Needs + Sync),
 }
@@ -154,7 +159,6 @@ impl Stream<'_> {
         compute: impl Fn(&Work<'_>, &mut Scratch, Chunk) -> Result<T, MergeError> + Sync,
         mut consume: impl FnMut(Chunk, T),
     ) -> Result<(), MergeError> {
-        let pool = PerThread::new(Scratch::default);
         self.windows(which, |window, next| {
             self.prefetch(next);
             let factors = self.factors(window)?;
@@ -168,10 +172,10 @@ impl Stream<'_> {
                     if obs.cancelled() {
                         return Err(MergeError::Cancelled);
                     }
-                    pool.with(|scratch| {
+                    self.scratches.with(Scratch::default, |scratch| {
                         work.load(scratch, chunk)?;
                         compute(&work, scratch, chunk)
-                    })?
+                    })
                 })
                 .collect::<Result<_, _>>()?;
             window
@@ -192,7 +196,6 @@ impl Stream<'_> {
         compute: impl Fn(&Work<'_>, &mut Scratch, Chunk, &mut [u8]) -> Result<T, MergeError> + Sync,
         mut consume: impl FnMut(&[Chunk], Vec<T>, Vec<u8>) -> Result<(), MergeError>,
     ) -> Result<(), MergeError> {
-        let pool = PerThread::new(Scratch::default);
         self.windows(which, |window, next| {
             self.prefetch(next);
             let factors = self.factors(window)?;
@@ -216,12 +219,12 @@ impl Stream<'_> {
                     if obs.cancelled() {
                         return Err(MergeError::Cancelled);
                     }
-                    let result = pool.with(|scratch| {
+                    let result = self.scratches.with(Scratch::default, |scratch| {
                         if self.tensors[chunk.tensor].role != Role::Copied {
                             work.load(scratch, chunk)?;
                         }
                         compute(&work, scratch, chunk, out)
-                    })??;
+                    })?;
                     obs.advance(
                         self.parents.bytes_per_element(&self.tensors[chunk.tensor]) * chunk.len as u64,
                     );
@@ -343,9 +346,10 @@ impl Stream<'_> {
             stream: self,
             factors: &factors,
         };
-        let mut scratch = Scratch::default();
-        work.load(&mut scratch, chunk)?;
-        compute(&work, &mut scratch, chunk)
+        self.scratches.with(Scratch::default, |scratch| {
+            work.load(scratch, chunk)?;
+            compute(&work, scratch, chunk)
+        })
     }
 
     /// A few elements of a tensor as one tile, without the rest of its chunk: for samples.
@@ -368,6 +372,7 @@ impl Stream<'_> {
             factors: &factors,
         };
         work.load(scratch, chunk)?;
+        scratch.tile.chunk = chunk.index;
         work.fill_tile(scratch, chunk, 0, chunk.len)?;
         run(&mut scratch.tile)
     }
@@ -392,7 +397,9 @@ impl Work<'_> {
             Cut::Elements => TILE,
             Cut::Rows => row * (TILE / row).max(1),
         };
-        for from in (0..chunk.len).step_by(step) {
+        scratch.tile.chunk = chunk.index;
+        for (index, from) in (0..chunk.len).step_by(step).enumerate() {
+            scratch.tile.word = index * step.div_ceil(32);
             self.fill_tile(scratch, chunk, from, step.min(chunk.len - from))?;
             run(&mut scratch.tile)?;
         }

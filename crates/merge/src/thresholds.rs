@@ -7,7 +7,7 @@ use crate::family::Family;
 use crate::kernel;
 use crate::select::{Counter, Counts, OrderStatistic, Target};
 use crate::sparsify::Edge;
-use crate::stream::{Cut, PerThread, Scratch, Tile};
+use crate::stream::{Cut, Pool, Scratch, Tile};
 use crate::{MergeError, Observer};
 
 /// Elements of a sample for a threshold over the whole model, and over one tensor.
@@ -93,7 +93,8 @@ impl Family<'_> {
     ) -> Result<Vec<Option<Vec<Counts>>>, MergeError> {
         targets.iter_mut().for_each(Target::start);
         let looks: Vec<_> = targets.iter().map(|t| (t.series, t.bracket)).collect();
-        let counters = PerThread::new(|| looks.iter().map(|_| Counter::default()).collect::<Vec<_>>());
+        let counters = Pool::<Vec<Counter>>::default();
+        let new_counters = || looks.iter().map(|_| Counter::default()).collect();
         let one = tensors.len() == 1;
         let mut remembered: Vec<Option<Vec<Counts>>> = targets.iter().map(|_| one.then(Vec::new)).collect();
         let mut entries = 0;
@@ -102,7 +103,7 @@ impl Family<'_> {
                 tensors,
                 obs,
                 |work, scratch, chunk| {
-                    counters.with(|counters| {
+                    counters.with(new_counters, |counters| {
                         work.tiles(scratch, chunk, |tile| {
                             series(tile, chunk.tensor, &mut |index, values| {
                                 for ((series, bracket), counter) in looks.iter().zip(&mut *counters) {
@@ -114,7 +115,7 @@ impl Family<'_> {
                             Ok(())
                         })?;
                         Ok(counters.iter_mut().map(Counter::take).collect::<Vec<Counts>>())
-                    })?
+                    })
                 },
                 |_, counts| {
                     for ((target, remembered), counts) in targets.iter_mut().zip(&mut remembered).zip(counts)

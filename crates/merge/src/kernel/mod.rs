@@ -8,7 +8,7 @@ mod ties;
 
 pub(crate) use ties::{TiesMean, TiesScratch, elected_signs, ties};
 
-pub(crate) use cauldron_checkpoint::simd::{Loop, widest, within};
+pub(crate) use cauldron_checkpoint::simd::{Loop, indices_within, widest, within};
 
 /// Running sums that vectorise; the order of addition is part of the arithmetic.
 const LANES: usize = 16;
@@ -141,6 +141,16 @@ wide! {
             count += u32::from(magnitude_bits(*v) == bits);
         }
         u64::from(count)
+    }
+
+    /// Elements whose magnitude is smaller than that of `bits`, and those that have just that.
+    pub(crate) fn count_below_and_equal<'a>(values: &'a [f32], bits: u32) -> (u64, u64) {
+        let (mut below, mut equal) = (0u32, 0u32);
+        for v in values {
+            below += u32::from(magnitude_bits(*v) < bits);
+            equal += u32::from(magnitude_bits(*v) == bits);
+        }
+        (u64::from(below), u64::from(equal))
     }
 
     /// Zeroes what lies below `low` or above `high`, by magnitude.

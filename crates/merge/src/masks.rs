@@ -1,0 +1,70 @@
+//! Random drops that were decided once and are needed again: which elements of a tensor stayed, a bit each.
+
+use crate::kernel::wide;
+use crate::stream::Tile;
+
+/// What stays of one tensor of one parent: by chunk, the bits of its tiles; each tile starts a word of its own.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Mask {
+    chunks: Vec<Vec<u32>>,
+}
+
+impl Mask {
+    /// Bits of the next chunk.
+    pub fn push(&mut self, chunk: Vec<u32>) {
+        self.chunks.push(chunk);
+    }
+
+    /// The bits of a tile, if they are known.
+    pub fn of(&self, tile: &Tile) -> Option<&[u32]> {
+        self.chunks
+            .get(tile.chunk)?
+            .get(tile.word..tile.word + tile.len.div_ceil(32))
+    }
+}
+
+wide! {
+    /// Appends which values are not 0.
+    pub(crate) fn note<'a>(values: &'a [f32], bits: &'a mut Vec<u32>) {
+        let (words, rest) = values.as_chunks::<32>();
+        for values in words {
+            let mut word = 0;
+            for (i, v) in values.iter().enumerate() {
+                word |= if *v != 0.0 { 1 << i } else { 0 };
+            }
+            bits.push(word);
+        }
+        if !rest.is_empty() {
+            bits.push(rest.iter().enumerate().map(|(i, v)| u32::from(*v != 0.0) << i).sum());
+        }
+    }
+
+    /// Zeroes the values whose bit is not set.
+    pub(crate) fn apply<'a>(bits: &'a [u32], values: &'a mut [f32]) {
+        for (values, word) in values.chunks_mut(32).zip(bits) {
+            for (i, v) in values.iter_mut().enumerate() {
+                *v = if word & (1 << i) != 0 { *v } else { 0.0 };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_noted_is_dropped_again() {
+        for len in [0usize, 1, 31, 32, 33, 100] {
+            let values: Vec<f32> = (0..len)
+                .map(|i| if i * i % 7 < 3 { 0.0 } else { i as f32 })
+                .collect();
+            let mut bits = Vec::new();
+            note(&values, &mut bits);
+            assert_eq!(bits.len(), len.div_ceil(32));
+            let mut all: Vec<f32> = (0..len).map(|i| i as f32).collect();
+            apply(&bits, &mut all);
+            assert_eq!(all, values);
+        }
+    }
+}
