@@ -170,6 +170,39 @@ unsafe fn compact_avx512<W: Word, const INDICES: bool>(
     (below, inside)
 }
 
+/// Appends a word for 32 values each: bit i is set where value i is not 0.
+pub fn nonzero(values: &[[f32; 32]], bits: &mut Vec<u32>) {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        // SAFETY: the machine has the feature.
+        return unsafe { nonzero_avx512(values, bits) };
+    }
+    nonzero_scalar(values, bits);
+}
+
+fn nonzero_scalar(values: &[[f32; 32]], bits: &mut Vec<u32>) {
+    let word = |values: &[f32; 32]| {
+        let set = values.iter().enumerate().map(|(i, v)| u32::from(*v != 0.0) << i);
+        set.fold(0, |word, set| word | set)
+    };
+    bits.extend(values.iter().map(word));
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn nonzero_avx512(values: &[[f32; 32]], bits: &mut Vec<u32>) {
+    use std::arch::x86_64::{_mm512_loadu_si512, _mm512_set1_epi32, _mm512_test_epi32_mask};
+    let magnitudes = _mm512_set1_epi32(0x7fff_ffff);
+    for values in values {
+        let [low, high] = [0, 16].map(|at| {
+            // SAFETY: 16 of the 32 values are 64 bytes.
+            let half = unsafe { _mm512_loadu_si512(values[at..at + 16].as_ptr().cast()) };
+            u32::from(_mm512_test_epi32_mask(half, magnitudes))
+        });
+        bits.push(low | high << 16);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -202,5 +235,18 @@ mod tests {
                 assert_eq!(fast[..found], (0..len as u32).filter(inside).collect::<Vec<_>>());
             }
         }
+    }
+
+    #[test]
+    fn what_is_not_0_is_marked_the_same_way_by_every_machine() {
+        let mut values = [[0f32; 32]; 3];
+        values[0][0] = -1.0;
+        values[1] = std::array::from_fn(|i| if i % 3 == 0 { -0.0 } else { f32::from_bits(1) });
+        values[2][31] = f32::INFINITY;
+        let (mut fast, mut plain) = (vec![7], vec![7]);
+        nonzero(&values, &mut fast);
+        nonzero_scalar(&values, &mut plain);
+        assert_eq!(fast, plain);
+        assert_eq!((fast[1], fast[3]), (1, 1 << 31));
     }
 }

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -90,9 +91,14 @@ impl ShardPlan {
         }
     }
 
-    fn shard(&self, shard: usize) -> &[TensorPlan] {
+    /// Indices of a shard's tensors, up to the number of shards.
+    pub fn shard(&self, shard: usize) -> Range<usize> {
         let start = shard.checked_sub(1).map_or(0, |before| self.ends[before]);
-        &self.tensors[start..self.ends[shard]]
+        start..self.ends.get(shard).copied().unwrap_or(start)
+    }
+
+    fn tensors_of(&self, shard: usize) -> &[TensorPlan] {
+        &self.tensors[self.shard(shard)]
     }
 }
 
@@ -127,6 +133,18 @@ impl ShardedWriter {
             open: None,
             done: Vec::new(),
         }
+    }
+
+    /// Goes on after shards that are there already, the first ones of the plan.
+    pub fn after(mut self, finished: Vec<FileEntry>) -> Self {
+        self.next_shard = finished.len();
+        self.done = finished;
+        self
+    }
+
+    /// The shards that are written and synced.
+    pub fn finished(&self) -> &[FileEntry] {
+        &self.done
     }
 
     /// Appends bytes of the tensors, in plan order; they may end anywhere.
@@ -170,7 +188,7 @@ impl ShardedWriter {
         if self.plan.ends.len() > 1 {
             let mut weight_map = Map::new();
             for shard in 0..self.plan.ends.len() {
-                for tensor in self.plan.shard(shard) {
+                for tensor in self.plan.tensors_of(shard) {
                     weight_map.insert(tensor.name.clone(), Value::String(self.plan.shard_name(shard)));
                 }
             }
@@ -192,8 +210,8 @@ impl ShardedWriter {
         }
         self.next_shard += 1;
         let name = self.plan.shard_name(index);
-        let header = header(&name, self.plan.shard(index), &self.metadata)?;
-        let left: u64 = self.plan.shard(index).iter().map(TensorPlan::byte_len).sum();
+        let header = header(&name, self.plan.tensors_of(index), &self.metadata)?;
+        let left: u64 = self.plan.tensors_of(index).iter().map(TensorPlan::byte_len).sum();
         let file = create(&self.dir, &name)?;
         preallocate(&file, &name, header.len() as u64 + left)?;
         let mut shard = OpenShard {

@@ -117,20 +117,23 @@ impl<'a> Family<'a> {
         Ok(family)
     }
 
-    /// The tensors, in runs that can be prepared and merged one after the other. A method that measures the whole model
-    /// has one run.
-    pub(crate) fn groups(&self) -> Vec<Range<usize>> {
-        let tensors = self.tensors();
-        let global = matches!(
+    /// Whether the method measures the whole model, so that all tensors are prepared before the first is merged.
+    pub(crate) fn is_global(&self) -> bool {
+        matches!(
             self.recipe.method,
             Method::Ties {
                 trim: Trim::Global { .. },
                 ..
             }
-        );
-        let (mut groups, mut start, mut elements) = (Vec::new(), 0, 0);
-        for (index, tensor) in tensors.iter().enumerate() {
-            if elements > 0 && elements + tensor.plan.numel() > GROUP && !global {
+        )
+    }
+
+    /// The tensors from `first` on, in runs that can be prepared and merged one after the other.
+    pub(crate) fn groups(&self, first: usize) -> Vec<Range<usize>> {
+        let tensors = self.tensors();
+        let (mut groups, mut start, mut elements) = (Vec::new(), first, 0);
+        for (index, tensor) in tensors.iter().enumerate().skip(first) {
+            if elements > 0 && elements + tensor.plan.numel() > GROUP && !self.is_global() {
                 groups.push(start..index);
                 (start, elements) = (index, 0);
             }

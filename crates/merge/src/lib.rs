@@ -11,6 +11,7 @@ mod drops;
 mod error;
 mod family;
 mod geometry;
+mod journal;
 mod json;
 mod kernel;
 mod layout;
@@ -36,6 +37,7 @@ mod vocab;
 
 pub use error::{MergeError, RecipeError};
 pub use family::Family;
+pub use journal::{is_resumable, merge_key};
 pub use manifest::{
     MANIFEST_FILE, Manifest, ParentEntry, Summary, TensorStats, read_manifest, verify_folder,
     verify_folder_full,

@@ -121,22 +121,29 @@ pub fn verify_folder(dir: &Path) -> Result<Manifest, MergeError> {
 /// Full check: sizes and digests of all files. Reads everything.
 pub fn verify_folder_full(dir: &Path) -> Result<Manifest, MergeError> {
     let manifest = verify_folder(dir)?;
-    for entry in &manifest.files {
-        let failed = |e: std::io::Error| MergeError::reading(&entry.name, e);
-        let mut file = File::open(dir.join(&entry.name)).map_err(failed)?;
-        let mut hasher = blake3::Hasher::new();
-        let mut block = vec![0u8; 4 << 20];
-        loop {
-            let n = file.read(&mut block).map_err(failed)?;
-            if n == 0 {
-                break;
-            }
-            hasher.update_rayon(&block[..n]);
-        }
-        if Digest::from(hasher.finalize()) != entry.blake3 {
-            let detail = format!("the bytes of {} are not those that were written", entry.name);
-            return Err(MergeError::Corrupt { detail });
-        }
-    }
+    manifest
+        .files
+        .iter()
+        .try_for_each(|entry| verify_file(dir, entry))?;
     Ok(manifest)
+}
+
+/// Whether a file still has the bytes that were written.
+pub(crate) fn verify_file(dir: &Path, entry: &FileEntry) -> Result<(), MergeError> {
+    let failed = |e: std::io::Error| MergeError::reading(&entry.name, e);
+    let mut file = File::open(dir.join(&entry.name)).map_err(failed)?;
+    let mut hasher = blake3::Hasher::new();
+    let mut block = vec![0u8; 4 << 20];
+    loop {
+        let n = file.read(&mut block).map_err(failed)?;
+        if n == 0 {
+            break;
+        }
+        hasher.update_rayon(&block[..n]);
+    }
+    if Digest::from(hasher.finalize()) != entry.blake3 {
+        let detail = format!("the bytes of {} are not those that were written", entry.name);
+        return Err(MergeError::Corrupt { detail });
+    }
+    Ok(())
 }

@@ -1,6 +1,6 @@
 //! Random drops that were decided once and are needed again: which elements of a tensor stayed, a bit each.
 
-use crate::kernel::wide;
+use crate::kernel::{nonzero, wide};
 use crate::stream::Tile;
 
 /// What stays of one tensor of one parent: by chunk, the bits of its tiles; each tile starts a word of its own.
@@ -23,22 +23,21 @@ impl Mask {
     }
 }
 
-wide! {
-    /// Appends which values are not 0.
-    pub(crate) fn note<'a>(values: &'a [f32], bits: &'a mut Vec<u32>) {
-        let (words, rest) = values.as_chunks::<32>();
-        for values in words {
-            let mut word = 0;
-            for (i, v) in values.iter().enumerate() {
-                word |= if *v != 0.0 { 1 << i } else { 0 };
-            }
-            bits.push(word);
-        }
-        if !rest.is_empty() {
-            bits.push(rest.iter().enumerate().map(|(i, v)| u32::from(*v != 0.0) << i).sum());
-        }
+/// Appends which values are not 0; the last word is filled up with zeros.
+pub(crate) fn note(values: &[f32], bits: &mut Vec<u32>) {
+    let (words, rest) = values.as_chunks::<32>();
+    nonzero(words, bits);
+    if !rest.is_empty() {
+        bits.push(
+            rest.iter()
+                .enumerate()
+                .map(|(i, v)| u32::from(*v != 0.0) << i)
+                .sum(),
+        );
     }
+}
 
+wide! {
     /// Zeroes the values whose bit is not set.
     pub(crate) fn apply<'a>(bits: &'a [u32], values: &'a mut [f32]) {
         for (values, word) in values.chunks_mut(32).zip(bits) {

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, channel, sync_channel};
+use std::sync::{Mutex, PoisonError};
 
 use cauldron_checkpoint::{
     CheckpointError, Digest, FileEntry, SIDECAR_FILES, ShardPlan, ShardedWriter, pretty, write_small,
@@ -11,7 +13,8 @@ use cauldron_checkpoint::{
 use serde_json::{Map, Value};
 
 use crate::card;
-use crate::family::Family;
+use crate::family::{Family, passes};
+use crate::journal::{FinishedShard, Journal, merge_key};
 use crate::layout::{OutTensor, Role};
 use crate::manifest::{MANIFEST_FILE, Manifest, ParentEntry, Summary, TensorStats};
 use crate::point::ChunkStats;
@@ -62,8 +65,9 @@ pub fn merge_digest(recipe: &Recipe, parents: &Parents, obs: &dyn Observer) -> R
     Ok(hasher.finalize().into())
 }
 
-/// Merges into `out`, an existing empty folder: weights, config, tokenizer, model card, manifest, all synced.
-/// Moving the folder to its place is the caller's business.
+/// Merges into `out`, an existing folder: weights, config, tokenizer, model card, manifest, all synced. The folder is empty,
+/// or has what a merge with the same [`merge_key`](crate::merge_key) left when it was cut short: finished shards are checked
+/// and used again. Moving the folder to its place is the caller's business.
 pub fn merge_to_folder(
     recipe: &Recipe,
     parents: &Parents,
@@ -71,9 +75,10 @@ pub fn merge_to_folder(
     options: &MergeOptions,
     obs: &dyn Observer,
 ) -> Result<Manifest, MergeError> {
+    let (mut journal, finished) = Journal::open(out, &merge_key(recipe, parents, options)?)?;
     let family = Family::open(recipe, parents, obs)?;
     let shards = ShardPlan::new(parents.layout.plans(), options.max_shard_bytes);
-    let (mut files, tensors) = write_weights(family, &shards, out, metadata(recipe), obs)?;
+    let (mut files, tensors) = write_weights(family, &shards, out, &mut journal, finished, obs)?;
     files.extend(write_sidecars(recipe, parents, out).map_err(MergeError::output)?);
 
     let digest = merge_digest(recipe, parents, obs)?;
@@ -105,6 +110,7 @@ pub fn merge_to_folder(
     let entry = write_small(out, "README.md", card.as_bytes()).map_err(MergeError::output)?;
     manifest.files.push(entry);
     manifest.files.sort_by(|a, b| a.name.cmp(&b.name));
+    journal.remove().map_err(MergeError::output)?;
     pretty(MANIFEST_FILE, &manifest)
         .and_then(|bytes| write_small(out, MANIFEST_FILE, &bytes))
         .map_err(MergeError::output)?;
@@ -113,7 +119,7 @@ pub fn merge_to_folder(
 }
 
 /// The name it is served under is no part of what it is.
-fn recipe_without_name(recipe: &Recipe) -> Value {
+pub(crate) fn recipe_without_name(recipe: &Recipe) -> Value {
     let mut json = recipe.to_json();
     if let Value::Object(entries) = &mut json {
         entries.shift_remove("serve_as");
@@ -137,38 +143,60 @@ fn write_weights(
     mut family: Family<'_>,
     shards: &ShardPlan,
     out: &Path,
-    metadata: BTreeMap<String, String>,
+    journal: &mut Journal,
+    finished: Vec<FinishedShard>,
     obs: &dyn Observer,
 ) -> Result<(Vec<FileEntry>, Vec<TensorStats>), MergeError> {
     let tensors = family.tensors();
-    let mut totals = vec![ChunkStats::default(); tensors.len()];
-    let (sender, receiver) = sync_channel::<Vec<u8>>(2);
+    let stats = Mutex::new(vec![ChunkStats::default(); tensors.len()]);
+    let models = family.recipe.models.len();
+    let stats_of = |which: Range<usize>| -> Vec<TensorStats> {
+        let mut stats = stats.lock().unwrap_or_else(PoisonError::into_inner);
+        let totals = stats[which.clone()].iter_mut().map(std::mem::take);
+        let tensors = tensors[which].iter().zip(totals);
+        tensors
+            .map(|(tensor, total)| tensor_stats(tensor, models, total))
+            .collect()
+    };
+    let first = shards.shard(finished.len()).start;
+    skip(&family, first, obs);
+    let (files, mut known): (Vec<_>, Vec<_>) = finished.into_iter().map(|s| (s.file, s.tensors)).unzip();
+    let mut writer = ShardedWriter::new(out, shards.clone(), metadata(family.recipe)).after(files);
+    let (sender, windows) = sync_channel::<Vec<u8>>(2);
     let (written, spare) = channel::<Vec<u8>>();
-    let writer = ShardedWriter::new(out, shards.clone(), metadata);
-    let files = std::thread::scope(|scope| {
-        let writing = scope.spawn(move || drain(writer, receiver, written));
-        let merged = family.groups().into_iter().try_for_each(|group| {
-            family.prepare_tensors(group.clone(), obs)?;
-            let point = family.point_of(None, group.clone())?;
-            let which: Vec<usize> = group.clone().collect();
-            point.stream(|stream| {
-                stream.write_each(
-                    &which,
-                    obs,
-                    || spare.try_recv().unwrap_or_default(),
-                    |work, scratch, chunk, bytes| point.merge(work, scratch, chunk, bytes),
-                    |chunks: &[Chunk], stats, bytes| {
-                        chunks
-                            .iter()
-                            .zip(stats)
-                            .for_each(|(chunk, part)| add(&mut totals[chunk.tensor], part));
-                        // The writer hangs up only when it failed; its own error is reported below.
-                        sender.send(bytes).map_err(|_| MergeError::Cancelled)
-                    },
-                )
-            })?;
-            family.forget_drops(group);
-            Ok(())
+    let (files, rest) = std::thread::scope(|scope| {
+        let writing = scope.spawn(|| {
+            let mut rest = Vec::new();
+            for bytes in windows {
+                writer.write(&bytes)?;
+                // Nobody waits for a buffer any more after the last window.
+                let _ = written.send(bytes);
+                for (shard, file) in writer
+                    .finished()
+                    .iter()
+                    .enumerate()
+                    .skip(known.len() + rest.len())
+                {
+                    let shard = FinishedShard {
+                        file: file.clone(),
+                        tensors: stats_of(shards.shard(shard)),
+                    };
+                    journal.note(&shard)?;
+                    rest.push(shard.tensors);
+                }
+            }
+            // After a failed merge this says "fewer bytes than planned", and the merge's own error is reported instead.
+            Ok((writer.finish()?, rest))
+        });
+        let merged = merge_windows(&mut family, first, obs, spare, |chunks, parts, bytes| {
+            let mut stats = stats.lock().unwrap_or_else(PoisonError::into_inner);
+            chunks
+                .iter()
+                .zip(parts)
+                .for_each(|(chunk, part)| add(&mut stats[chunk.tensor], part));
+            drop(stats);
+            // The writer hangs up only when it failed; its own error is reported below.
+            sender.send(bytes).map_err(|_| MergeError::Cancelled)
         });
         drop(sender);
         let written = writing.join().map_err(|_| MergeError::Internal {
@@ -178,32 +206,54 @@ fn write_weights(
             (_, Err(e)) if !matches!(&e, CheckpointError::Malformed { .. }) => Err(MergeError::output(e)),
             (Err(e), _) => Err(e),
             (Ok(()), Err(e)) => Err(MergeError::output(e)),
-            (Ok(()), Ok(files)) => Ok(files),
+            (Ok(()), Ok(written)) => Ok(written),
         }
     })?;
-    let models = family.recipe.models.len();
-    let stats = tensors.iter().zip(totals);
-    Ok((
-        files,
-        stats
-            .map(|(tensor, total)| tensor_stats(tensor, models, total))
-            .collect(),
-    ))
+    known.extend(rest);
+    let mut tensors: Vec<TensorStats> = known.into_iter().flatten().collect();
+    // Shards of empty tensors only are written last.
+    tensors.extend(stats_of(tensors.len()..shards.tensors().len()));
+    Ok((files, tensors))
 }
 
-/// Writes the windows; their buffers go back.
-fn drain(
-    mut writer: ShardedWriter,
-    windows: Receiver<Vec<u8>>,
-    written: Sender<Vec<u8>>,
-) -> Result<Vec<FileEntry>, CheckpointError> {
-    for bytes in windows {
-        writer.write(&bytes)?;
-        // Nobody waits for a buffer any more after the last window.
-        let _ = written.send(bytes);
+/// Merges the tensors from `first` on and hands over whole windows, in order; with a buffer from `spare` if there is one.
+fn merge_windows(
+    family: &mut Family<'_>,
+    first: usize,
+    obs: &dyn Observer,
+    spare: Receiver<Vec<u8>>,
+    mut consume: impl FnMut(&[Chunk], Vec<ChunkStats>, Vec<u8>) -> Result<(), MergeError>,
+) -> Result<(), MergeError> {
+    if family.is_global() {
+        family.prepare_tensors(0..family.tensors().len(), obs)?;
     }
-    // After a failed merge this says "fewer bytes than planned", and the merge's own error is reported instead.
-    writer.finish()
+    for group in family.groups(first) {
+        if !family.is_global() {
+            family.prepare_tensors(group.clone(), obs)?;
+        }
+        let point = family.point_of(None, group.clone())?;
+        let which: Vec<usize> = group.clone().collect();
+        point.stream(|stream| {
+            stream.write_each(
+                &which,
+                obs,
+                || spare.try_recv().unwrap_or_default(),
+                |work, scratch, chunk, bytes| point.merge(work, scratch, chunk, bytes),
+                &mut consume,
+            )
+        })?;
+        family.forget_drops(group);
+    }
+    Ok(())
+}
+
+/// Counts the passes over tensors that an earlier try has merged as done.
+fn skip(family: &Family<'_>, first: usize, obs: &dyn Observer) {
+    let skipped: Vec<usize> = (0..first).collect();
+    let all = passes(family.recipe);
+    for _ in 0..if family.is_global() { 1 } else { all } {
+        family.advance(&skipped, obs);
+    }
 }
 
 fn add(total: &mut ChunkStats, part: ChunkStats) {

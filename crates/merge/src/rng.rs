@@ -59,36 +59,35 @@ impl MaskWords {
 }
 
 /// Counters that are computed side by side.
-const LANES: usize = 16;
+const LANES: usize = 8;
 
 wide! {
-    /// Four words for each counter from `first` on.
+    /// Four words for each counter from `first` on. Every word lies in 64 bits, of which the upper half is not looked at: so
+    /// a multiplication of 32 bits by 32 needs no shuffles.
     fn philox_blocks<'a>(key: [u32; 2], first: u64, words: &'a mut [u32]) {
+        const LOW: u64 = 0xffff_ffff;
         for (group, out) in words.as_chunks_mut::<{ LANES * 4 }>().0.iter_mut().enumerate() {
-            let mut c = [[0u32; LANES]; 4];
-            let [low, high, ..] = &mut c;
-            for (lane, (low, high)) in low.iter_mut().zip(high).enumerate() {
-                let counter = first + (group * LANES + lane) as u64;
-                *low = counter as u32;
-                *high = (counter >> 32) as u32;
+            let start = first + (group * LANES) as u64;
+            let (mut c0, mut c1, mut c2, mut c3) = ([0u64; LANES], [0u64; LANES], [0u64; LANES], [0u64; LANES]);
+            for lane in 0..LANES {
+                c0[lane] = start + lane as u64;
+                c1[lane] = (start + lane as u64) >> 32;
             }
             let mut k = key;
             for _ in 0..10 {
-                let [c0, c1, c2, c3] = &mut c;
-                for (((c0, c1), c2), c3) in c0.iter_mut().zip(c1).zip(c2).zip(c3) {
-                    let p0 = u64::from(M0) * u64::from(*c0);
-                    let p1 = u64::from(M1) * u64::from(*c2);
-                    *c0 = (p1 >> 32) as u32 ^ *c1 ^ k[0];
-                    *c1 = p1 as u32;
-                    *c2 = (p0 >> 32) as u32 ^ *c3 ^ k[1];
-                    *c3 = p0 as u32;
+                let (k0, k1) = (u64::from(k[0]), u64::from(k[1]));
+                for lane in 0..LANES {
+                    let p0 = u64::from(M0) * (c0[lane] & LOW);
+                    let p1 = u64::from(M1) * (c2[lane] & LOW);
+                    c0[lane] = (p1 >> 32) ^ c1[lane] ^ k0;
+                    c1[lane] = p1;
+                    c2[lane] = (p0 >> 32) ^ c3[lane] ^ k1;
+                    c3[lane] = p0;
                 }
                 k = [k[0].wrapping_add(W0), k[1].wrapping_add(W1)];
             }
-            for lane in 0..LANES {
-                for (word, c) in c.iter().enumerate() {
-                    out[lane * 4 + word] = c[lane];
-                }
+            for (lane, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                *out = [c0[lane] as u32, c1[lane] as u32, c2[lane] as u32, c3[lane] as u32];
             }
         }
     }

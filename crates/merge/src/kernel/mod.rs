@@ -4,11 +4,13 @@
 //!
 //! Formulas and sources: docs/METHODS.md.
 
+#[cfg(test)]
+mod bench;
 mod ties;
 
 pub(crate) use ties::{TiesMean, TiesScratch, elected_signs, ties};
 
-pub(crate) use cauldron_checkpoint::simd::{Loop, indices_within, widest, within};
+pub(crate) use cauldron_checkpoint::simd::{Loop, indices_within, nonzero, widest, within};
 
 /// Running sums that vectorise; the order of addition is part of the arithmetic.
 const LANES: usize = 16;

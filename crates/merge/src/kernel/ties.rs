@@ -153,29 +153,58 @@ fn vote(deltas: &[Vec<f32>], len: usize, sums: &mut Vec<f32>) {
     }
 }
 
+#[inline(always)]
+fn join_two_as<const DIVIDE: bool, const KEEP_SINGLE: bool>(
+    a: &[f32],
+    b: &[f32],
+    two: OfTwo,
+    out: &mut [f32],
+) -> ([u32; 2], u32) {
+    let OfTwo {
+        before,
+        after,
+        share,
+        majority,
+        ..
+    } = two;
+    let (mut kept_a, mut kept_b, mut conflicting) = (0u32, 0u32, 0u32);
+    for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+        let (a, b) = (before[0] * *a, before[1] * *b);
+        let sum = a + b;
+        let elected = if sum == 0.0 { majority } else { sum };
+        // A product with the sign is above 0 where both have it. Only the sign of the sum counts: it is set to 1.
+        let sign = f32::from_bits(elected.to_bits() & 0x8000_0000 | 0x3f80_0000);
+        let sign = if elected == 0.0 { 0.0 } else { sign };
+        let (agrees_a, agrees_b) = (a * sign > 0.0, b * sign > 0.0);
+        kept_a += u32::from(agrees_a);
+        kept_b += u32::from(agrees_b);
+        conflicting += u32::from((a != 0.0) & (b != 0.0)) & ((a.to_bits() ^ b.to_bits()) >> 31);
+        let merged_a = if agrees_a { after[0] * a } else { 0.0 };
+        let merged_b = if agrees_b { after[1] * b } else { 0.0 };
+        let mut merged = merged_a + merged_b;
+        if DIVIDE {
+            let share_a = if agrees_a { share[0] } else { 0.0 };
+            let share_b = if agrees_b { share[1] } else { 0.0 };
+            let total = share_a + share_b;
+            let mean = merged / total;
+            merged = if total != 0.0 { mean } else { merged };
+        }
+        if KEEP_SINGLE {
+            merged = if agrees_a & !agrees_b { a } else { merged };
+            merged = if agrees_b & !agrees_a { b } else { merged };
+        }
+        *out = merged;
+    }
+    ([kept_a, kept_b], conflicting)
+}
+
 wide! {
     fn join_two<'a>(a: &'a [f32], b: &'a [f32], two: OfTwo, out: &'a mut [f32]) -> ([u32; 2], u32) {
-        let OfTwo { before, after, share, divide, keep_single, majority } = two;
-        let (mut kept_a, mut kept_b, mut conflicting) = (0u32, 0u32, 0u32);
-        for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
-            let (a, b) = (before[0] * *a, before[1] * *b);
-            let sum = a + b;
-            let elected = if sum > 0.0 { 1.0 } else if sum < 0.0 { -1.0 } else { majority };
-            let agrees_a = (a > 0.0) & (elected > 0.0) | (a < 0.0) & (elected < 0.0);
-            let agrees_b = (b > 0.0) & (elected > 0.0) | (b < 0.0) & (elected < 0.0);
-            kept_a += u32::from(agrees_a);
-            kept_b += u32::from(agrees_b);
-            conflicting += u32::from((a > 0.0) & (b < 0.0) | (a < 0.0) & (b > 0.0));
-            let merged = 0.0 + if agrees_a { after[0] * a } else { 0.0 };
-            let merged = merged + if agrees_b { after[1] * b } else { 0.0 };
-            let total = if agrees_a { share[0] } else { 0.0 } + if agrees_b { share[1] } else { 0.0 };
-            let mean = merged / total;
-            let divided = divide & (total != 0.0);
-            let merged = if divided { mean } else { merged };
-            let merged = if keep_single & agrees_a & !agrees_b { a } else { merged };
-            *out = if keep_single & agrees_b & !agrees_a { b } else { merged };
+        match (two.divide, two.keep_single) {
+            (true, _) => join_two_as::<true, false>(a, b, two, out),
+            (false, true) => join_two_as::<false, true>(a, b, two, out),
+            (false, false) => join_two_as::<false, false>(a, b, two, out),
         }
-        ([kept_a, kept_b], conflicting)
     }
 
     fn signs_of_two<'a>(a: &'a [f32], b: &'a [f32]) -> i64 {

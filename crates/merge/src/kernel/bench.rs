@@ -1,0 +1,345 @@
+//! Speed of the kernels over arrays in memory, beside a copy of the same size: `bench/kernels.sh` runs it. Nothing is
+//! asserted but that the kernels did their work.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use cauldron_checkpoint::{Dtype, narrow, widen};
+use rayon::prelude::*;
+use serde_json::json;
+
+use super::*;
+use crate::masks;
+use crate::rng::{MaskWords, drop_threshold};
+use crate::select::{Counter, Target};
+use crate::sparsify::{Drop, DropScratch, Survivors};
+use crate::stream::TILE;
+
+/// Elements of an array: far more than the caches hold.
+const ELEMENTS: usize = 64 << 20;
+/// Elements that one thread takes at a time, as the merge does.
+const CHUNK: usize = 64 << 10;
+const REPEATS: usize = 7;
+
+/// BF16 tensors of a base and two experts, and the output.
+struct Arrays {
+    inputs: [Vec<u8>; 3],
+    out: Vec<u8>,
+}
+
+impl Arrays {
+    /// Noise of the sizes that weights and their changes have.
+    fn new() -> Self {
+        let noise = |seed: u64, scale: f32| {
+            move |start: usize, values: &mut [f32]| {
+                let mut words = Vec::new();
+                let skip = MaskWords::new(seed, 0, "noise").fill(start, values.len(), &mut words);
+                for (v, word) in values.iter_mut().zip(&words[skip..]) {
+                    // A sum of four bytes is bell-shaped enough.
+                    let sum: u32 = word.to_le_bytes().iter().map(|b| u32::from(*b)).sum();
+                    *v = (sum as f32 / 510.0 - 1.0) * scale;
+                }
+            }
+        };
+        let base = noise(0, 0.05);
+        let tensor = |seed: Option<u64>| {
+            let mut bytes = vec![0u8; ELEMENTS * 2];
+            bytes
+                .par_chunks_mut(CHUNK * 2)
+                .enumerate()
+                .for_each(|(index, bytes)| {
+                    let (mut values, mut delta) = (vec![0f32; CHUNK], vec![0f32; CHUNK]);
+                    base(index * CHUNK, &mut values);
+                    if let Some(seed) = seed {
+                        noise(seed, 0.002)(index * CHUNK, &mut delta);
+                        add_scaled(1.0, &delta, &mut values);
+                    }
+                    narrow(Dtype::BF16, &values, bytes);
+                });
+            bytes
+        };
+        Self {
+            inputs: [tensor(None), tensor(Some(1)), tensor(Some(2))],
+            out: vec![1u8; ELEMENTS * 2],
+        }
+    }
+}
+
+/// Buffers of one thread.
+#[derive(Default)]
+struct Local {
+    theta: [Vec<f32>; 3],
+    deltas: Vec<Vec<f32>>,
+    merged: Vec<f32>,
+    ties: TiesScratch,
+    drops: DropScratch,
+    counters: [Counter; 2],
+    bits: Vec<u32>,
+}
+
+impl Local {
+    fn new() -> Self {
+        let tile = || vec![0f32; TILE];
+        Self {
+            theta: [tile(), tile(), tile()],
+            deltas: vec![tile(), tile()],
+            merged: tile(),
+            ..Self::default()
+        }
+    }
+
+    fn widen(&mut self, which: &[usize], parts: &[&[u8]; 3]) {
+        for &i in which {
+            assert!(widen(Dtype::BF16, parts[i], &mut self.theta[i]));
+        }
+    }
+
+    fn form_deltas(&mut self, parts: &[&[u8]; 3]) {
+        self.widen(&[0, 1, 2], parts);
+        for k in 0..2 {
+            delta(&self.theta[0], &self.theta[k + 1], &mut self.deltas[k]);
+        }
+    }
+
+    fn finish(&self, out: &mut [u8]) {
+        assert!(narrow(Dtype::BF16, &self.merged, out));
+    }
+}
+
+/// What is done to one tile: its place, its bytes of the inputs, its bytes of the output.
+type Kernel = fn(&mut Local, usize, &[&[u8]; 3], &mut [u8]);
+
+/// Name, bytes that an element moves in all, and the kernel.
+const KERNELS: &[(&str, usize, Kernel)] = &[
+    ("average", 6, |local, _, parts, out| {
+        local.widen(&[1, 2], parts);
+        weighted_sum(&[0.6, 0.4], &local.theta[1..], &mut local.merged);
+        local.finish(out);
+    }),
+    ("task_arithmetic", 8, |local, _, parts, out| {
+        local.form_deltas(parts);
+        black_box(moments(&local.deltas[0], &local.deltas[1], &local.theta[0]));
+        weighted_sum(&[0.6, 0.4], &local.deltas, &mut local.merged);
+        add_to_base(&local.theta[0], 1.0, &mut local.merged);
+        local.finish(out);
+    }),
+    ("ties", 8, |local, _, parts, out| {
+        local.form_deltas(parts);
+        for delta in &mut local.deltas {
+            keep_between(0.001f32.to_bits(), u32::MAX, delta);
+        }
+        black_box(moments(&local.deltas[0], &local.deltas[1], &local.theta[0]));
+        let mean = TiesMean::Weighted(&[0.6, 0.4]);
+        black_box(ties(
+            &mut local.deltas,
+            1,
+            mean,
+            &mut local.merged,
+            &mut local.ties,
+        ));
+        add_to_base(&local.theta[0], 1.0, &mut local.merged);
+        local.finish(out);
+    }),
+    ("dare_ties", 8, |local, at, parts, out| {
+        local.form_deltas(parts);
+        for (k, delta) in local.deltas.iter_mut().enumerate() {
+            let words = MaskWords::new(1, k, "bench");
+            let (threshold, survivors) = (drop_threshold(0.5), Survivors::Divide(0.5));
+            Drop::Dare {
+                words,
+                threshold,
+                survivors,
+            }
+            .apply(at, delta, &mut local.drops);
+        }
+        let mean = TiesMean::Premultiplied(&[0.6, 0.4]);
+        black_box(ties(
+            &mut local.deltas,
+            1,
+            mean,
+            &mut local.merged,
+            &mut local.ties,
+        ));
+        add_to_base(&local.theta[0], 1.0, &mut local.merged);
+        local.finish(out);
+    }),
+    ("della_ties from masks", 8, |local, _, parts, out| {
+        local.form_deltas(parts);
+        local.bits.resize(TILE / 32, 0x5a5a_5a5a);
+        for delta in &mut local.deltas {
+            masks::apply(&local.bits, delta);
+            Survivors::Multiply(1.5).apply(delta);
+        }
+        let mean = TiesMean::Premultiplied(&[0.6, 0.4]);
+        black_box(ties(
+            &mut local.deltas,
+            1,
+            mean,
+            &mut local.merged,
+            &mut local.ties,
+        ));
+        add_to_base(&local.theta[0], 1.0, &mut local.merged);
+        local.finish(out);
+    }),
+    ("prepare: thresholds", 6, |local, _, parts, _| {
+        local.form_deltas(parts);
+        let mut target = Target::new(0, 0);
+        target.guess(&mut [0.000_99f32.to_bits(), 0.001_01f32.to_bits()], 1 << 20);
+        for (delta, counter) in local.deltas.iter().zip(&mut local.counters) {
+            counter.count(target.bracket, delta);
+        }
+    }),
+    ("prepare: inner products", 6, |local, _, parts, _| {
+        local.widen(&[0, 1, 2], parts);
+        black_box(dot(&local.theta[1], &local.theta[1]));
+        black_box(dot(&local.theta[1], &local.theta[2]));
+        black_box(dot(&local.theta[2], &local.theta[2]));
+    }),
+    ("prepare: DELLA drops", 6, |local, at, parts, _| {
+        local.form_deltas(parts);
+        local.bits.clear();
+        for (k, delta) in local.deltas.iter_mut().enumerate() {
+            black_box(sum_magnitudes(delta));
+            let drop = Drop::Della {
+                words: MaskWords::new(1, k, "bench"),
+                retain: 0.5,
+                epsilon: 0.15,
+                row: TILE,
+                divide: false,
+                survivors: Survivors::Keep,
+            };
+            drop.apply(at, delta, &mut local.drops);
+            black_box(sum_magnitudes(delta));
+            masks::note(delta, &mut local.bits);
+        }
+    }),
+    ("Philox words", 0, |local, at, _, _| {
+        let mut words = vec![];
+        std::mem::swap(&mut words, &mut local.bits);
+        black_box(MaskWords::new(1, 0, "bench").fill(at, TILE, &mut words));
+        std::mem::swap(&mut words, &mut local.bits);
+    }),
+];
+
+fn run(arrays: &mut Arrays, work: impl Fn(&mut Local, usize, &[&[u8]; 3], &mut [u8]) + Sync) -> Vec<f64> {
+    let [a, b, c] = &arrays.inputs;
+    (0..REPEATS)
+        .map(|_| {
+            let start = Instant::now();
+            arrays.out.par_chunks_mut(CHUNK * 2).enumerate().for_each_init(
+                Local::new,
+                |local, (index, out)| {
+                    let range = index * CHUNK * 2..(index + 1) * CHUNK * 2;
+                    let parts = [&a[range.clone()], &b[range.clone()], &c[range]];
+                    work(local, index * CHUNK, &parts, out);
+                },
+            );
+            start.elapsed().as_secs_f64()
+        })
+        .collect()
+}
+
+fn by_tile(kernel: Kernel) -> impl Fn(&mut Local, usize, &[&[u8]; 3], &mut [u8]) + Sync {
+    move |local, start, parts, out| {
+        for (index, out) in out.chunks_mut(TILE * 2).enumerate() {
+            let range = index * TILE * 2..(index + 1) * TILE * 2;
+            let parts = parts.map(|part| &part[range.clone()]);
+            kernel(local, start + index * TILE, &parts, out);
+        }
+    }
+}
+
+#[test]
+#[ignore = "a benchmark: bench/kernels.sh"]
+fn kernels_beside_a_copy() {
+    let mut arrays = Arrays::new();
+    let best = |times: Vec<f64>| times.into_iter().fold(f64::INFINITY, f64::min);
+    let copy = best(run(&mut arrays, |_, _, parts, out| out.copy_from_slice(parts[0])));
+    let copy_rate = 4.0 * ELEMENTS as f64 / copy / 1e9;
+    let mut rows = Vec::new();
+    println!(
+        "copy: {copy_rate:.1} GB/s read and written, {} threads",
+        rayon::current_num_threads()
+    );
+    for (name, moved, kernel) in KERNELS {
+        let seconds = best(run(&mut arrays, by_tile(*kernel)));
+        let rate = (*moved * ELEMENTS) as f64 / seconds / 1e9;
+        let nanoseconds = seconds * rayon::current_num_threads() as f64 / ELEMENTS as f64 * 1e9;
+        println!(
+            "{name:28} {rate:6.1} GB/s, {:4.0} % of a copy, {nanoseconds:.2} ns an element and thread",
+            100.0 * rate / copy_rate
+        );
+        rows.push(json!({"kernel": name, "gb_per_s": rate, "of_copy": rate / copy_rate, "ns": nanoseconds}));
+    }
+    let result = json!({"elements": ELEMENTS, "dtype": "BF16", "threads": rayon::current_num_threads(),
+        "copy_gb_per_s": copy_rate, "kernels": rows});
+    println!("JSON {result}");
+    loops();
+}
+
+fn loops() {
+    let mut l = Local::new();
+    let bytes = vec![0x3cu8; TILE * 2];
+    let mut out = vec![0u8; TILE * 2];
+    for (i, d) in l.deltas.iter_mut().enumerate() {
+        for (j, v) in d.iter_mut().enumerate() {
+            *v = ((j * 7919 + i * 31) % 101) as f32 * 1e-4 - 0.005;
+        }
+    }
+    l.theta[0].fill(0.5);
+    l.theta[1].fill(0.25);
+    macro_rules! time {
+        ($name:expr, $e:expr) => {{
+            let start = Instant::now();
+            for _ in 0..20000 {
+                black_box($e);
+            }
+            println!(
+                "  {:24} {:.3} ns",
+                $name,
+                start.elapsed().as_secs_f64() / 20000.0 / TILE as f64 * 1e9
+            );
+        }};
+    }
+    time!("widen", widen(Dtype::BF16, black_box(&bytes), &mut l.theta[2]));
+    time!("delta", delta(&l.theta[0], &l.theta[1], &mut l.merged));
+    time!("keep", keep_between(1, u32::MAX, &mut l.deltas[0]));
+    time!("moments", moments(&l.deltas[0], &l.deltas[1], &l.theta[0]));
+    time!("sum_squares", sum_squares(&l.deltas[0]));
+    time!("count_nonzero", count_nonzero(&l.deltas[0]));
+    time!("conflicting", conflicting(&l.deltas, TILE));
+    time!(
+        "weighted_sum",
+        weighted_sum(&[0.6, 0.4], &l.deltas, &mut l.merged)
+    );
+    time!(
+        "ties weighted",
+        ties(
+            &mut l.deltas,
+            1,
+            TiesMean::Weighted(&[0.6, 0.4]),
+            &mut l.merged,
+            &mut l.ties
+        )
+    );
+    time!(
+        "ties premultiplied",
+        ties(
+            &mut l.deltas,
+            1,
+            TiesMean::Premultiplied(&[1.0, 1.0]),
+            &mut l.merged,
+            &mut l.ties
+        )
+    );
+    time!("add_to_base", add_to_base(&l.theta[0], 1.0, &mut l.merged));
+    time!("narrow", narrow(Dtype::BF16, &l.merged, &mut out));
+    time!("sum_magnitudes", sum_magnitudes(&l.deltas[0]));
+    time!("dot", dot(&l.deltas[0], &l.deltas[1]));
+    l.bits.resize(TILE / 32, 0x5a5a_5a5a);
+    time!("masks apply", masks::apply(&l.bits, &mut l.merged));
+    time!("masks note", {
+        l.bits.clear();
+        masks::note(&l.deltas[0], &mut l.bits)
+    });
+}
