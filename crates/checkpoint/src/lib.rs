@@ -23,5 +23,5 @@ pub use error::CheckpointError;
 pub use expert::Expert;
 pub use header::{MAX_HEADER_BYTES, dtype_size, is_float};
 pub use safetensors::Dtype;
-pub use widen::{narrow, narrow_one_is_finite, widen};
+pub use widen::{narrow, narrow_one_is_finite, widen, widen_difference};
 pub use writer::{FileEntry, ShardPlan, ShardedWriter, TensorPlan, pretty, write_small};

@@ -17,7 +17,7 @@ pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
     match dtype {
         Dtype::BF16 => {
             assert_eq!(bytes.len(), out.len() * 2);
-            widest(Widen16(bytes, out, |b| f32::from_bits(u32::from(b) << 16)))
+            widest(Widen16(bytes, out, bf16_to_f32))
         }
         Dtype::F16 => {
             assert_eq!(bytes.len(), out.len() * 2);
@@ -28,6 +28,29 @@ pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
             widest(Widen32(bytes, out))
         }
         other => panic!("widen takes float tensors, not {other:?}"),
+    }
+}
+
+/// As [`widen`], minus `base`: what a fine-tune changed. Returns false if any of the widened values is NaN or infinite.
+///
+/// # Panics
+/// As [`widen`].
+pub fn widen_difference(dtype: Dtype, bytes: &[u8], base: &[f32], out: &mut [f32]) -> bool {
+    assert_eq!(base.len(), out.len());
+    match dtype {
+        Dtype::BF16 => {
+            assert_eq!(bytes.len(), out.len() * 2);
+            widest(Difference16(bytes, base, out, bf16_to_f32))
+        }
+        Dtype::F16 => {
+            assert_eq!(bytes.len(), out.len() * 2);
+            widest(Difference16(bytes, base, out, f16_to_f32))
+        }
+        other => {
+            let finite = widen(other, bytes, out);
+            widest(Subtract(base, out));
+            finite
+        }
     }
 }
 
@@ -77,6 +100,37 @@ impl<F: Fn(u16) -> f32> Loop for Widen16<'_, F> {
             *o = value;
         }
         bad == 0
+    }
+}
+
+struct Difference16<'a, F: Fn(u16) -> f32>(&'a [u8], &'a [f32], &'a mut [f32], F);
+
+impl<F: Fn(u16) -> f32> Loop for Difference16<'_, F> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run(self) -> bool {
+        let mut bad = 0u32;
+        let pairs = self.2.iter_mut().zip(self.1);
+        for ((o, base), b) in pairs.zip(self.0.as_chunks::<2>().0) {
+            let value = (self.3)(u16::from_le_bytes(*b));
+            bad |= u32::from(value.to_bits() & EXPONENT == EXPONENT);
+            *o = value - *base;
+        }
+        bad == 0
+    }
+}
+
+struct Subtract<'a>(&'a [f32], &'a mut [f32]);
+
+impl Loop for Subtract<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (o, base) in self.1.iter_mut().zip(self.0) {
+            *o -= *base;
+        }
     }
 }
 
@@ -130,6 +184,11 @@ impl Loop for Narrow32<'_> {
         }
         bad == 0
     }
+}
+
+#[inline(always)]
+fn bf16_to_f32(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
 }
 
 /// Adding 0x7fff plus the kept lowest bit rounds to nearest even. NaN may come out as anything: it is reported.
@@ -186,6 +245,12 @@ mod tests {
                 let mut wide = [0f32];
                 let finite = widen(dtype, &bits.to_le_bytes(), &mut wide);
                 assert_eq!(finite, wide[0].is_finite(), "{bits:#x}");
+                let mut difference = [0f32];
+                assert_eq!(
+                    widen_difference(dtype, &bits.to_le_bytes(), &[0.5], &mut difference),
+                    finite
+                );
+                assert!(!finite || difference[0].to_bits() == (wide[0] - 0.5).to_bits());
                 let exact = match dtype {
                     Dtype::BF16 => bf16::from_bits(bits).to_f32(),
                     _ => f16::from_bits(bits).to_f32(),

@@ -137,7 +137,7 @@ impl Family<'_> {
                 }
             }
         }
-        let series = by_member(|tile| tile.fill_deltas());
+        let series = by_member(|_| {});
         let found = self.search(&[t], targets, TENSOR_SAMPLE, &series, obs)?;
         let mut drops = Vec::new();
         for (member, (low, high)) in bounds.into_iter().enumerate() {
@@ -191,7 +191,6 @@ impl Family<'_> {
                     let mut parts = vec![(0.0, 0.0); members];
                     let mut bits = vec![Vec::new(); if remember { members } else { 0 }];
                     work.tiles(scratch, chunk, |tile| {
-                        tile.fill_deltas();
                         let Tile {
                             start, deltas, drops, ..
                         } = tile;

@@ -205,6 +205,7 @@ impl<'a> Family<'a> {
             tensors,
             means: &self.means,
             cut: self.cut,
+            deltas: self.recipe.on_deltas(),
             scratches: &self.scratches,
             needs: &|tensor| Needs::all(&tensors[tensor]),
         })
@@ -215,7 +216,6 @@ impl<'a> Family<'a> {
         if !self.recipe.on_deltas() {
             return;
         }
-        tile.fill_deltas();
         let prepared = &self.prepared[tensor];
         for (member, drop) in prepared.drops.iter().enumerate() {
             let known = prepared.masks.get(member).and_then(|mask| mask.of(tile));

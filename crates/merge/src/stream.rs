@@ -7,10 +7,12 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use cauldron_checkpoint::{CheckpointError, Chunks, Digest, Dtype, LoraFactors, dtype_size, row_len, widen};
+use cauldron_checkpoint::{
+    CheckpointError, Chunks, Digest, Dtype, LoraFactors, dtype_size, row_len, widen, widen_difference,
+};
 use rayon::prelude::*;
 
-use crate::kernel::{TiesScratch, all_finite, delta};
+use crate::kernel::{TiesScratch, all_finite, subtract};
 use crate::layout::{Input, OutTensor, Role};
 use crate::parents::{Parent, Parents};
 use crate::sparsify::DropScratch;
@@ -18,7 +20,7 @@ use crate::vocab::Row;
 use crate::{MergeError, Observer};
 
 /// Elements of a tile: eight buffers of f32 fit in a first-level cache, or nearly.
-pub(crate) const TILE: usize = 2048;
+pub(crate) const TILE: usize = 1024;
 /// Output elements of a window.
 const WINDOW: usize = 8 << 20;
 
@@ -64,7 +66,7 @@ impl<T> Pool<T> {
     }
 }
 
-/// The values of one tile. Lists follow the members of its tensor.
+/// The values of one tile. Lists follow the members of its tensor. A pass fills `deltas` or `thetas`.
 #[derive(Debug, Default)]
 pub(crate) struct Tile {
     /// Index of its first element in the flattened tensor.
@@ -80,17 +82,6 @@ pub(crate) struct Tile {
     pub extra: Vec<f32>,
     pub ties: TiesScratch,
     pub drops: DropScratch,
-}
-
-impl Tile {
-    /// `deltas[k] = thetas[k] - theta0`.
-    pub fn fill_deltas(&mut self) {
-        self.deltas.resize_with(self.thetas.len(), Vec::new);
-        for (d, theta) in self.deltas.iter_mut().zip(&self.thetas) {
-            d.resize(self.len, 0.0);
-            delta(&self.theta0, theta, d);
-        }
-    }
 }
 
 /// What one thread holds of one chunk.
@@ -129,6 +120,8 @@ pub(crate) struct Stream<'a> {
     pub tensors: &'a [OutTensor],
     pub means: &'a RowMeans,
     pub cut: Cut,
+    /// Whether tiles have the differences from the base instead of the parents' own values.
+    pub deltas: bool,
     pub scratches: &'a Pool<Scratch>,
     /// Which members and whether the base are read, by tensor.
     pub needs: &'a (dyn Fn(usize) -> Needs + Sync),
@@ -373,9 +366,20 @@ impl Stream<'_> {
         };
         work.load(scratch, chunk)?;
         scratch.tile.chunk = chunk.index;
-        work.fill_tile(scratch, chunk, 0, chunk.len)?;
+        work.fill_tile(scratch, &work.reads(tensor), chunk, 0, chunk.len)?;
         run(&mut scratch.tile)
     }
+}
+
+/// One tensor of one parent that a pass reads.
+struct Read<'a> {
+    /// None: the base.
+    member: Option<usize>,
+    parent: &'a Parent,
+    input: &'a Input,
+    /// Its place among the raw inputs.
+    slot: usize,
+    factors: Option<&'a LoraFactors>,
 }
 
 /// A window's view of a pass.
@@ -398,9 +402,10 @@ impl Work<'_> {
             Cut::Rows => row * (TILE / row).max(1),
         };
         scratch.tile.chunk = chunk.index;
+        let reads = self.reads(chunk.tensor);
         for (index, from) in (0..chunk.len).step_by(step).enumerate() {
             scratch.tile.word = index * step.div_ceil(32);
-            self.fill_tile(scratch, chunk, from, step.min(chunk.len - from))?;
+            self.fill_tile(scratch, &reads, chunk, from, step.min(chunk.len - from))?;
             run(&mut scratch.tile)?;
         }
         Ok(())
@@ -447,54 +452,77 @@ impl Work<'_> {
         base.chain(members.map(|((_, input), _)| input)).collect()
     }
 
-    /// Fills `thetas` and `theta0` of the tile; what the pass does not need is left as it was.
+    /// What is read of a tensor, the base first.
+    fn reads(&self, tensor: usize) -> Vec<Read<'_>> {
+        let Stream { parents, tensors, .. } = self.stream;
+        let out = &tensors[tensor];
+        let inputs = out.inputs();
+        let needs = (self.stream.needs)(tensor);
+        let base = parents.base.iter().zip(&out.base);
+        let base = base
+            .filter(|_| needs.base)
+            .map(|(parent, input)| (None, parent, input));
+        let members = out.members.iter().enumerate().filter(|(k, _)| needs.members[*k]);
+        let members = members.map(|(k, (model, input))| (Some(k), &parents.models[*model], input));
+        let read = |(member, parent, input)| Read {
+            member,
+            parent,
+            input,
+            slot: inputs
+                .iter()
+                .position(|known| *known == input)
+                .unwrap_or_default(),
+            factors: self.factors.get(&(tensor, member.unwrap_or(out.members.len()))),
+        };
+        base.chain(members).map(read).collect()
+    }
+
+    /// Fills the values of the tile: `theta0`, and `deltas` or `thetas`; what the pass does not read is left as it was.
     fn fill_tile(
         &self,
         scratch: &mut Scratch,
+        reads: &[Read<'_>],
         chunk: Chunk,
         from: usize,
         len: usize,
     ) -> Result<(), MergeError> {
-        let tensor = &self.stream.tensors[chunk.tensor];
-        let inputs = tensor.inputs();
-        let needs = (self.stream.needs)(chunk.tensor);
+        let members = self.stream.tensors[chunk.tensor].members.len();
         let Scratch { raw, tile } = scratch;
         tile.start = chunk.start + from;
         tile.len = len;
-        tile.thetas.resize_with(tensor.members.len(), Vec::new);
-        let members = tensor
-            .members
-            .iter()
-            .map(|(model, input)| (&self.stream.parents.models[*model], input));
-        let base = self.stream.parents.base.iter().zip(&tensor.base);
-        for (index, (parent, input)) in members.chain(base).enumerate() {
-            let is_base = index == tensor.members.len();
-            if !(if is_base { needs.base } else { needs.members[index] }) {
-                continue;
-            }
-            let target = match is_base {
-                true => &mut tile.theta0,
-                false => &mut tile.thetas[index],
+        tile.thetas.resize_with(members, Vec::new);
+        tile.deltas.resize_with(members, Vec::new);
+        for read in reads {
+            let Raw { bytes, dtype } = &raw[read.slot];
+            let item = dtype_size(*dtype).unwrap_or(1) as usize;
+            let bytes = &bytes[from * item..(from + len) * item];
+            let Tile {
+                theta0,
+                thetas,
+                deltas,
+                ..
+            } = &mut *tile;
+            let (target, base) = match read.member {
+                None => (&mut *theta0, None),
+                Some(k) if self.stream.deltas => (&mut deltas[k], Some(&*theta0)),
+                Some(k) => (&mut thetas[k], None),
             };
-            let slot = inputs
-                .iter()
-                .position(|known| *known == input)
-                .unwrap_or_default();
-            let item = dtype_size(raw[slot].dtype).unwrap_or(1) as usize;
             target.resize(len, 0.0);
-            let mut finite = widen(
-                raw[slot].dtype,
-                &raw[slot].bytes[from * item..(from + len) * item],
-                target,
-            );
-            if let Some(factors) = self.factors.get(&(chunk.tensor, index)) {
-                factors.fold(tile.start, target);
-                finite &= all_finite(target);
-            }
+            let finite = match (read.factors, base) {
+                (None, None) => widen(*dtype, bytes, target),
+                (None, Some(base)) => widen_difference(*dtype, bytes, base, target),
+                (Some(factors), base) => {
+                    let mut finite = widen(*dtype, bytes, target);
+                    factors.fold(chunk.start + from, target);
+                    finite &= all_finite(target);
+                    base.into_iter().for_each(|base| subtract(base, target));
+                    finite
+                }
+            };
             if !finite {
                 return Err(MergeError::NonFiniteInput {
-                    tensor: input.name.clone(),
-                    parent: parent.reference.to_string(),
+                    tensor: read.input.name.clone(),
+                    parent: read.parent.reference.to_string(),
                 });
             }
         }

@@ -4,7 +4,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use cauldron_checkpoint::{Dtype, narrow, widen};
+use cauldron_checkpoint::{Dtype, narrow, widen, widen_difference};
 use rayon::prelude::*;
 use serde_json::json;
 
@@ -95,9 +95,15 @@ impl Local {
     }
 
     fn form_deltas(&mut self, parts: &[&[u8]; 3]) {
-        self.widen(&[0, 1, 2], parts);
+        self.widen(&[0], parts);
         for k in 0..2 {
-            delta(&self.theta[0], &self.theta[k + 1], &mut self.deltas[k]);
+            let base = &self.theta[0];
+            assert!(widen_difference(
+                Dtype::BF16,
+                parts[k + 1],
+                base,
+                &mut self.deltas[k]
+            ));
         }
     }
 

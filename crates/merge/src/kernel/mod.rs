@@ -91,6 +91,13 @@ wide! {
         }
     }
 
+    /// `values -= base`.
+    pub(crate) fn subtract<'a>(base: &'a [f32], values: &'a mut [f32]) {
+        for (v, base) in values.iter_mut().zip(base) {
+            *v -= *base;
+        }
+    }
+
     /// `out[i] = theta - theta0`.
     pub(crate) fn delta<'a>(theta0: &'a [f32], theta: &'a [f32], out: &'a mut [f32]) {
         for ((o, t), t0) in out.iter_mut().zip(theta).zip(theta0) {
