@@ -78,6 +78,7 @@ impl App {
             known: KnownContents::default(),
             options: MergeOptions {
                 max_shard_bytes: config.storage.max_shard_bytes,
+                ..MergeOptions::default()
             },
         };
         let (to_load, from) = (serving.clone(), cache.clone());

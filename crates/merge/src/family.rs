@@ -11,7 +11,7 @@ use crate::layout::{OutTensor, Role};
 use crate::masks::{self, Mask};
 use crate::recipe::{Drops, Method, Recipe, Rescale, Trim};
 use crate::sparsify::{Drop, Edge, Survivors};
-use crate::stream::{Cut, Needs, Pool, RowMeans, Scratch, Stream, Tile};
+use crate::stream::{Cut, Needs, Pool, RowMeans, Scratch, Stream, Tile, WINDOW};
 use crate::{MergeError, Observer, Parents};
 
 /// What a method knows of one tensor before any weight.
@@ -41,13 +41,15 @@ pub struct Family<'a> {
     pub(crate) majority: i8,
     pub(crate) means: RowMeans,
     pub(crate) cut: Cut,
+    /// Elements that are computed together.
+    pub(crate) window: usize,
     /// The tensors that are being prepared.
     scope: Range<usize>,
     pub(crate) scratches: Pool<Scratch>,
 }
 
-/// Elements that are prepared and merged together where a method needs to know no more than one tensor at a time.
-const GROUP: usize = 32 << 20;
+/// Windows that are prepared and merged together where a method needs to know no more than one tensor at a time.
+const GROUP: usize = 4;
 
 /// Passes over the parents that a merge makes: the preparing ones and the one that writes.
 pub(crate) fn passes(recipe: &Recipe) -> u64 {
@@ -78,7 +80,7 @@ pub(crate) fn passes(recipe: &Recipe) -> u64 {
 impl<'a> Family<'a> {
     /// Runs the preparing passes over all tensors.
     pub fn prepare(recipe: &'a Recipe, parents: &'a Parents, obs: &dyn Observer) -> Result<Self, MergeError> {
-        let mut family = Self::open(recipe, parents, obs)?;
+        let mut family = Self::open(recipe, parents, WINDOW, obs)?;
         family.prepare_tensors(0..family.tensors().len(), obs)?;
         Ok(family)
     }
@@ -87,6 +89,7 @@ impl<'a> Family<'a> {
     pub(crate) fn open(
         recipe: &'a Recipe,
         parents: &'a Parents,
+        window: usize,
         obs: &dyn Observer,
     ) -> Result<Self, MergeError> {
         let by_row = matches!(
@@ -110,6 +113,7 @@ impl<'a> Family<'a> {
                 true => Cut::Rows,
                 false => Cut::Elements,
             },
+            window,
             scope: 0..0,
             scratches: Pool::default(),
         };
@@ -133,7 +137,7 @@ impl<'a> Family<'a> {
         let tensors = self.tensors();
         let (mut groups, mut start, mut elements) = (Vec::new(), first, 0);
         for (index, tensor) in tensors.iter().enumerate().skip(first) {
-            if elements > 0 && elements + tensor.plan.numel() > GROUP && !self.is_global() {
+            if elements > 0 && elements + tensor.plan.numel() > GROUP * self.window && !self.is_global() {
                 groups.push(start..index);
                 (start, elements) = (index, 0);
             }
@@ -205,6 +209,7 @@ impl<'a> Family<'a> {
             tensors,
             means: &self.means,
             cut: self.cut,
+            window: self.window,
             deltas: self.recipe.on_deltas(),
             scratches: &self.scratches,
             needs: &|tensor| Needs::all(&tensors[tensor]),

@@ -19,7 +19,7 @@ use crate::layout::{OutTensor, Role};
 use crate::manifest::{MANIFEST_FILE, Manifest, ParentEntry, Summary, TensorStats};
 use crate::point::ChunkStats;
 use crate::recipe::{Recipe, dtype_name};
-use crate::stream::Chunk;
+use crate::stream::{Chunk, WINDOW};
 use crate::{MergeError, Parents};
 
 /// Version of the arithmetic. It is part of every digest: change it when any bit of any result changes.
@@ -41,12 +41,15 @@ pub trait Observer: Sync {
 pub struct MergeOptions {
     /// A shard is closed before it would pass this size in bytes.
     pub max_shard_bytes: u64,
+    /// Elements of the result that are computed together: what is held in memory grows with it (docs/METHODS.md).
+    pub window_elements: usize,
 }
 
 impl Default for MergeOptions {
     fn default() -> Self {
         Self {
             max_shard_bytes: 5_000_000_000,
+            window_elements: WINDOW,
         }
     }
 }
@@ -76,7 +79,7 @@ pub fn merge_to_folder(
     obs: &dyn Observer,
 ) -> Result<Manifest, MergeError> {
     let (mut journal, finished) = Journal::open(out, &merge_key(recipe, parents, options)?)?;
-    let family = Family::open(recipe, parents, obs)?;
+    let family = Family::open(recipe, parents, options.window_elements, obs)?;
     let shards = ShardPlan::new(parents.layout.plans(), options.max_shard_bytes);
     let (mut files, tensors) = write_weights(family, &shards, out, &mut journal, finished, obs)?;
     files.extend(write_sidecars(recipe, parents, out).map_err(MergeError::output)?);

@@ -165,6 +165,7 @@ impl Point<'_, '_> {
             tensors: self.family.tensors(),
             means: &self.family.means,
             cut: self.family.cut,
+            window: self.family.window,
             deltas: self.family.recipe.on_deltas(),
             scratches: &self.family.scratches,
             needs: &|tensor| self.needs(tensor),

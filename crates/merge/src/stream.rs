@@ -21,8 +21,8 @@ use crate::{MergeError, Observer};
 
 /// Elements of a tile: eight buffers of f32 fit in a first-level cache, or nearly.
 pub(crate) const TILE: usize = 1024;
-/// Output elements of a window.
-const WINDOW: usize = 8 << 20;
+/// Output elements of a window, unless another number is asked for.
+pub(crate) const WINDOW: usize = 8 << 20;
 
 /// A run of elements of one flattened tensor of the result.
 #[derive(Debug, Clone, Copy)]
@@ -120,6 +120,8 @@ pub(crate) struct Stream<'a> {
     pub tensors: &'a [OutTensor],
     pub means: &'a RowMeans,
     pub cut: Cut,
+    /// Elements that are computed together.
+    pub window: usize,
     /// Whether tiles have the differences from the base instead of the parents' own values.
     pub deltas: bool,
     pub scratches: &'a Pool<Scratch>,
@@ -249,7 +251,7 @@ impl Stream<'_> {
             let chunks = self.chunks_of(&self.tensors[tensor]);
             for index in 0..chunks.count() {
                 let range = chunks.range(index);
-                if filled > 0 && filled + range.len() > WINDOW {
+                if filled > 0 && filled + range.len() > self.window {
                     if !ready.is_empty() {
                         run(&ready, &window)?;
                     }

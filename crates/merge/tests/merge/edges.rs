@@ -34,6 +34,7 @@ fn the_number_of_threads_and_the_shard_size_do_not_show() {
                 .unwrap();
             let options = MergeOptions {
                 max_shard_bytes: 1000,
+                window_elements: 20_000,
             };
             let cut = pool.install(|| {
                 models

@@ -172,11 +172,40 @@ impl Models {
         options: &MergeOptions,
         counter: &Counter,
     ) -> Result<Merged, Refused> {
+        self.merge_in(tempfile::tempdir().unwrap(), recipe, options, counter)
+            .map_err(|(_, refused)| refused)
+    }
+
+    /// As [`Self::merge_with`], in a folder that may have been merged in before; an error gives it back.
+    pub fn merge_in(
+        &self,
+        dir: TempDir,
+        recipe: Value,
+        options: &MergeOptions,
+        counter: &Counter,
+    ) -> Result<Merged, (TempDir, Refused)> {
+        match self.merge_at(dir.path(), recipe, options, counter) {
+            Ok((manifest, digest, total)) => Ok(Merged {
+                total,
+                seen: *counter.seen.lock().unwrap(),
+                dir,
+                manifest,
+                digest,
+            }),
+            Err(refused) => Err((dir, refused)),
+        }
+    }
+
+    fn merge_at(
+        &self,
+        dir: &Path,
+        recipe: Value,
+        options: &MergeOptions,
+        counter: &Counter,
+    ) -> Result<(Manifest, Digest, u64), Refused> {
         let recipe = checked(recipe).map_err(Refused::Recipe)?;
         let parents = Parents::open(&recipe, self).map_err(Refused::Recipe)?;
-        let dir = tempfile::tempdir().unwrap();
-        let manifest =
-            merge_to_folder(&recipe, &parents, dir.path(), options, counter).map_err(Refused::Merge)?;
+        let manifest = merge_to_folder(&recipe, &parents, dir, options, counter).map_err(Refused::Merge)?;
         let digest = merge_digest(&recipe, &parents, counter).map_err(Refused::Merge)?;
         // What was digested while merging is what a reading of its own finds.
         let again = Parents::open(&recipe, self).map_err(Refused::Recipe)?;
@@ -185,13 +214,7 @@ impl Models {
             digest
         );
         assert_eq!(manifest.digest, digest);
-        Ok(Merged {
-            total: parents.bytes_total(&recipe),
-            seen: *counter.seen.lock().unwrap(),
-            dir,
-            manifest,
-            digest,
-        })
+        Ok((manifest, digest, parents.bytes_total(&recipe)))
     }
 }
 

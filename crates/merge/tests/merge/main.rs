@@ -5,7 +5,10 @@
 mod edges;
 mod fixture;
 mod golden;
+mod memory;
+mod properties;
 mod recipes;
 mod refusals;
+mod resume;
 mod vocabularies;
 mod whole_folder;
