@@ -3,14 +3,15 @@
 
 mod disk;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use cauldron_checkpoint::Digest;
-use cauldron_merge::{Manifest, MergeError, verify_folder, verify_folder_full};
+use cauldron_merge::{Manifest, MergeError, is_resumable, verify_folder, verify_folder_full};
 use tracing::{error, warn};
 use uuid::Uuid;
 
@@ -23,6 +24,7 @@ pub struct Cache {
     root: PathBuf,
     temp: PathBuf,
     pins: Pins,
+    drafting: Drafting,
     /// What full checks found, of the files as they were then.
     checked: Arc<Mutex<HashMap<Digest, Checked>>>,
     /// Held while an entry's bytes are read, so that equal checks do not run side by side.
@@ -69,46 +71,82 @@ impl Drop for Pin {
     }
 }
 
-/// A folder that is being filled; gone with this value unless it is published.
+/// How long a draft waits for a try that goes on with it.
+const DRAFT_AGE: Duration = Duration::from_hours(24);
+
+/// A folder that is being filled; gone with this value unless it is published or kept.
 #[derive(Debug)]
 pub struct Draft {
     dir: PathBuf,
+    kept: bool,
+    drafting: Drafting,
 }
+
+/// Folders of the drafts that are being filled.
+type Drafting = Arc<Mutex<HashSet<PathBuf>>>;
 
 impl Draft {
     pub fn dir(&self) -> &Path {
         &self.dir
     }
+
+    /// Bytes that lie there already.
+    pub fn bytes(&self) -> io::Result<u64> {
+        disk::folder_bytes(&self.dir)
+    }
+
+    /// Leaves what is there to the next try, in this process or another one.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        match fs::remove_dir_all(&self.dir) {
-            Ok(()) => {}
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => error!(error = %e, "a draft could not be removed"),
+        if !self.kept {
+            remove_draft(&self.dir);
         }
+        locked(&self.drafting).remove(&self.dir);
     }
 }
 
+fn remove_draft(dir: &Path) {
+    match fs::remove_dir_all(dir) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => error!(error = %e, "a draft could not be removed"),
+    }
+}
+
+/// Whether a folder holds shards that a merge can go on with, and not for too long.
+fn is_waiting(dir: &Path) -> bool {
+    let age = |modified: SystemTime| modified.elapsed().unwrap_or_default();
+    let modified = fs::metadata(dir).and_then(|metadata| metadata.modified());
+    is_resumable(dir) && modified.is_ok_and(|modified| age(modified) < DRAFT_AGE)
+}
+
 impl Cache {
-    /// Opens the cache in the data folder and removes drafts that a dead process left.
+    /// Opens the cache in the data folder and removes what a dead process left, but drafts that a merge can go on with.
     pub fn open(data_dir: &Path) -> io::Result<Self> {
         let root = data_dir.join("checkpoints");
         let temp = data_dir.join("tmp");
         fs::create_dir_all(&root)?;
-        match fs::remove_dir_all(&temp) {
-            Ok(()) => {}
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(e),
-        }
         fs::create_dir_all(&temp)?;
+        for entry in fs::read_dir(&temp)? {
+            let left = entry?.path();
+            if left.is_dir() && !is_waiting(&left) {
+                fs::remove_dir_all(&left)?;
+            } else if !left.is_dir() {
+                fs::remove_file(&left)?;
+            }
+        }
         // An entry is durable only if the folder that holds all of them is.
         sync_folder(data_dir)?;
         Ok(Self {
             root,
             temp,
             pins: Arc::default(),
+            drafting: Arc::default(),
             checked: Arc::default(),
             hashing: Arc::default(),
         })
@@ -220,11 +258,33 @@ impl Cache {
         Ok((count, bytes))
     }
 
-    /// A fresh folder on the same file system as the entries.
-    pub fn draft(&self) -> io::Result<Draft> {
-        let dir = self.temp.join(Uuid::now_v7().to_string());
-        fs::create_dir(&dir)?;
-        Ok(Draft { dir })
+    /// A folder on the same file system as the entries, for the merge of this key: with what an earlier try left, unless
+    /// another one works there now.
+    pub fn draft(&self, key: &Digest) -> io::Result<Draft> {
+        let mut drafting = locked(&self.drafting);
+        let mut dir = self.temp.join(key.to_string());
+        if drafting.contains(&dir) {
+            dir = self.temp.join(Uuid::now_v7().to_string());
+        }
+        fs::create_dir_all(&dir)?;
+        drafting.insert(dir.clone());
+        Ok(Draft {
+            dir,
+            kept: false,
+            drafting: self.drafting.clone(),
+        })
+    }
+
+    /// Removes the drafts that nobody works on, for their space.
+    pub fn remove_waiting_drafts(&self) -> io::Result<()> {
+        let drafting = locked(&self.drafting);
+        for entry in fs::read_dir(&self.temp)? {
+            let left = entry?.path();
+            if is_waiting(&left) && !drafting.contains(&left) {
+                remove_draft(&left);
+            }
+        }
+        Ok(())
     }
 
     /// Moves a complete, synced draft to its place. A whole entry that is there already stays; a damaged one gives

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cauldron_checkpoint::Digest;
-use cauldron_merge::{MergeError, MergeOptions, Observer, Recipe, merge_digest, merge_to_folder};
+use cauldron_merge::{MergeError, MergeOptions, Observer, Recipe, merge_digest, merge_key, merge_to_folder};
 use uuid::Uuid;
 
 use super::{Job, JobError, Merged, Outcome};
-use crate::cache::{Cache, CacheError};
+use crate::cache::{Cache, CacheError, Draft};
 use crate::sources::{Care, ModelSources, SourceError};
 
 /// Space that a merge leaves free on the disk.
@@ -23,6 +23,7 @@ pub struct Progress {
     done: AtomicU64,
     total: AtomicU64,
     stop: AtomicBool,
+    paused: AtomicBool,
     digest: OnceLock<Digest>,
 }
 
@@ -33,6 +34,7 @@ impl Progress {
             done: AtomicU64::new(0),
             total: AtomicU64::new(total),
             stop: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
             digest: OnceLock::new(),
         }
     }
@@ -50,6 +52,16 @@ impl Progress {
 
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Stops for now: another try will go on with what is finished.
+    pub fn pause(&self) {
+        self.paused.store(true, Ordering::Relaxed);
+        self.stop();
+    }
+
+    fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
     }
 }
 
@@ -121,15 +133,18 @@ impl Runner {
                 return Ok(manifest.into());
             }
         }
-        let needed = parents.output_bytes() + DISK_RESERVE;
-        let free = self.cache.free_bytes().map_err(CacheError::from)?;
-        if free < needed {
-            let detail = format!("the result needs {needed} bytes and {free} are free");
-            return Err(failed("insufficient-storage", detail));
-        }
-        let draft = self.cache.draft().map_err(CacheError::from)?;
+        let key = merge_key(&recipe, &parents, &self.options)?;
+        let draft = self.cache.draft(&key).map_err(CacheError::from)?;
+        self.check_space(parents.output_bytes(), &draft)?;
         // New parents are read once: their digests, and with them the result's, are known when the merge is done.
-        let manifest = merge_to_folder(&recipe, &parents, draft.dir(), &self.options, progress)?;
+        let merged = merge_to_folder(&recipe, &parents, draft.dir(), &self.options, progress);
+        let manifest = match merged {
+            Err(MergeError::Cancelled) if progress.is_paused() => {
+                draft.keep();
+                return Err(Outcome::Cancelled);
+            }
+            merged => merged?,
+        };
         if progress.cancelled() {
             return Err(Outcome::Cancelled);
         }
@@ -139,6 +154,23 @@ impl Runner {
         }
         self.cache.publish(draft, &manifest.digest)?;
         Ok(manifest.into())
+    }
+
+    /// Refuses a result that does not fit on the disk beside what its draft has already.
+    fn check_space(&self, result: u64, draft: &Draft) -> Result<(), Outcome> {
+        let there = draft.bytes().map_err(CacheError::from)?;
+        let needed = (result + DISK_RESERVE).saturating_sub(there);
+        let free = || self.cache.free_bytes().map_err(CacheError::from);
+        if free()? < needed {
+            self.cache.remove_waiting_drafts().map_err(CacheError::from)?;
+        }
+        match free()? {
+            free if free < needed => {
+                let detail = format!("the result needs {needed} bytes and {free} are free");
+                Err(failed("insufficient-storage", detail))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

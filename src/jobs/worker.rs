@@ -127,7 +127,7 @@ impl Worker {
                 done = &mut merge => break done,
                 () = shutdown.cancelled(), if !draining => {
                     draining = true;
-                    progress.stop();
+                    progress.pause();
                 }
                 _ = tick.tick() => {
                     let (done, total) = progress.bytes();

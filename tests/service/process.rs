@@ -1,14 +1,17 @@
 //! The program as an operator sees it: its exit, its signals, its first error.
 
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 struct Program {
     child: Child,
     address: String,
-    _dir: tempfile::TempDir,
+    dir: Option<tempfile::TempDir>,
 }
 
 impl Drop for Program {
@@ -26,7 +29,10 @@ fn command() -> Command {
 
 impl Program {
     fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), &[])
+    }
+
+    fn start_in(dir: tempfile::TempDir, more: &[&str]) -> Self {
         let mut child = command()
             .args([
                 "serve",
@@ -39,6 +45,7 @@ impl Program {
             .arg(dir.path().join("data"))
             .arg("--models-dir")
             .arg(dir.path())
+            .args(more)
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
@@ -53,8 +60,28 @@ impl Program {
         Self {
             child,
             address,
-            _dir: dir,
+            dir: Some(dir),
         }
+    }
+
+    /// Ends at once, as in a power cut. Gives the folder back.
+    fn kill(mut self) -> tempfile::TempDir {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.dir.take().unwrap()
+    }
+
+    /// The JSON that a request is answered with.
+    fn json(&self, method: &str, path: &str, body: &str) -> serde_json::Value {
+        let length = body.len();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
+             content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+        );
+        let mut answer = String::new();
+        self.open(&request).read_to_string(&mut answer).unwrap();
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        serde_json::from_str(body).unwrap_or_else(|e| panic!("{e}: {answer}"))
     }
 
     fn open(&self, text: &str) -> TcpStream {
@@ -133,4 +160,69 @@ fn an_error_at_the_start_is_one_line_with_its_causes() {
         text.contains("--api-key-file") && text.contains("No such file"),
         "{text}"
     );
+}
+
+/// A model of 40 tensors of 4 MB.
+fn write_model(dir: &Path, byte: u8) {
+    fs::create_dir_all(dir).unwrap();
+    fs::write(dir.join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
+    let (bytes, count) = (4usize << 20, 40);
+    let tensors = (0..count).map(|i| {
+        let offsets = [i * bytes, (i + 1) * bytes];
+        let entry = serde_json::json!({"dtype": "F32", "shape": [1024, 1024], "data_offsets": offsets});
+        (format!("t{i:02}"), entry)
+    });
+    let header = serde_json::Value::Object(tensors.collect()).to_string();
+    let mut file = File::create(dir.join("model.safetensors")).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    // 0x3c and its like make small numbers.
+    file.write_all(&vec![byte; bytes * count]).unwrap();
+}
+
+/// The inode of the first shard of the only folder under this one.
+fn first_shard(root: &Path) -> Option<(PathBuf, u64)> {
+    let folder = fs::read_dir(root).ok()?.next()?.ok()?.path();
+    let shard = folder.join("model-00001-of-00040.safetensors");
+    Some((folder, fs::metadata(shard).ok()?.ino()))
+}
+
+#[test]
+fn a_killed_merge_goes_on_with_its_finished_shards() {
+    let dir = tempfile::tempdir().unwrap();
+    write_model(&dir.path().join("a"), 0x3c);
+    write_model(&dir.path().join("b"), 0x3d);
+    let shards = ["--max-shard-bytes", "5000000"];
+    let program = Program::start_in(dir, &shards);
+    let recipe = r#"{"method": "average", "models": ["a", "b"]}"#;
+    let job = program.json("POST", "/merge", recipe)["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let data = program.dir.as_ref().unwrap().path().join("data");
+    let finished = |folder: &Path| {
+        let journal = fs::read_to_string(folder.join("merge.journal")).unwrap_or_default();
+        journal.lines().count() > 3
+    };
+    let start = Instant::now();
+    let inode = loop {
+        match first_shard(&data.join("tmp")) {
+            Some((folder, inode)) if finished(&folder) => break inode,
+            _ => assert!(start.elapsed().as_secs() < 60, "no shard was finished"),
+        }
+    };
+    let program = Program::start_in(program.kill(), &shards);
+    let start = Instant::now();
+    loop {
+        let state = program.json("GET", &format!("/merge/{job}"), "");
+        match state["status"].as_str().unwrap() {
+            "succeeded" => break,
+            "queued" | "running" => assert!(start.elapsed().as_secs() < 120, "{state}"),
+            _ => panic!("{state}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let (_, published) = first_shard(&data.join("checkpoints")).unwrap();
+    assert_eq!(published, inode, "the shard was made again");
+    assert_eq!(fs::read_dir(data.join("tmp")).unwrap().count(), 0);
 }
