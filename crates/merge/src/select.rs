@@ -45,7 +45,7 @@ pub(crate) struct Bracket {
 }
 
 impl Bracket {
-    fn new(low: u32, last: u32) -> Self {
+    pub fn new(low: u32, last: u32) -> Self {
         let width = u64::from(last - low) + 1;
         let mut shift = 0;
         while width.div_ceil(1 << shift) > BINS {

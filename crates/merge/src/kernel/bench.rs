@@ -1,5 +1,5 @@
-//! Speed of the kernels over arrays in memory, beside a copy of the same size: `bench/kernels.sh` runs it. Nothing is
-//! asserted but that the kernels did their work.
+//! Speed of the kernels over arrays in memory, beside a copy of the same size and STREAM's scaling: `bench/kernels.sh` runs
+//! it. Nothing is asserted but that the kernels did their work.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -11,7 +11,7 @@ use serde_json::json;
 use super::*;
 use crate::masks;
 use crate::rng::{MaskWords, drop_threshold};
-use crate::select::{Counter, Target};
+use crate::select::{Bracket, Counter};
 use crate::sparsify::{Drop, DropScratch, Survivors};
 use crate::stream::TILE;
 
@@ -187,12 +187,14 @@ const KERNELS: &[(&str, usize, Kernel)] = &[
         add_to_base(&local.theta[0], 1.0, &mut local.merged);
         local.finish(out);
     }),
-    ("prepare: thresholds", 6, |local, _, parts, _| {
+    ("prepare: thresholds", 6, |local, at, parts, _| {
         local.form_deltas(parts);
-        let mut target = Target::new(0, 0);
-        target.guess(&mut [0.000_99f32.to_bits(), 0.001_01f32.to_bits()], 1 << 20);
+        let bracket = Bracket::new(0.000_9f32.to_bits(), 0.000_91f32.to_bits());
         for (delta, counter) in local.deltas.iter().zip(&mut local.counters) {
-            counter.count(target.bracket, delta);
+            counter.count(bracket, delta);
+            if at % CHUNK == CHUNK - TILE {
+                black_box(counter.take());
+            }
         }
     }),
     ("prepare: inner products", 6, |local, _, parts, _| {
@@ -219,7 +221,7 @@ const KERNELS: &[(&str, usize, Kernel)] = &[
             masks::note(delta, &mut local.bits);
         }
     }),
-    ("Philox words", 0, |local, at, _, _| {
+    ("Philox words", 4, |local, at, _, _| {
         let mut words = vec![];
         std::mem::swap(&mut words, &mut local.bits);
         black_box(MaskWords::new(1, 0, "bench").fill(at, TILE, &mut words));
@@ -260,92 +262,35 @@ fn by_tile(kernel: Kernel) -> impl Fn(&mut Local, usize, &[&[u8]; 3], &mut [u8])
 fn kernels_beside_a_copy() {
     let mut arrays = Arrays::new();
     let best = |times: Vec<f64>| times.into_iter().fold(f64::INFINITY, f64::min);
-    let copy = best(run(&mut arrays, |_, _, parts, out| out.copy_from_slice(parts[0])));
-    let copy_rate = 4.0 * ELEMENTS as f64 / copy / 1e9;
+    let rate = |moved: usize, seconds: f64| (moved * ELEMENTS) as f64 / seconds / 1e9;
+    let copied = best(run(&mut arrays, |_, _, parts, out| out.copy_from_slice(parts[0])));
+    let scaled = best(run(&mut arrays, |_, _, parts, out| {
+        for (o, x) in out
+            .as_chunks_mut::<8>()
+            .0
+            .iter_mut()
+            .zip(parts[0].as_chunks::<8>().0)
+        {
+            *o = (f64::from_le_bytes(*x) * 3.0).to_le_bytes();
+        }
+    }));
+    let threads = rayon::current_num_threads();
+    let (copied, scaled) = (rate(4, copied), rate(4, scaled));
+    println!("memcpy {copied:.1} GB/s, STREAM scale {scaled:.1} GB/s, read and written on {threads} threads");
     let mut rows = Vec::new();
-    println!(
-        "copy: {copy_rate:.1} GB/s read and written, {} threads",
-        rayon::current_num_threads()
-    );
     for (name, moved, kernel) in KERNELS {
         let seconds = best(run(&mut arrays, by_tile(*kernel)));
-        let rate = (*moved * ELEMENTS) as f64 / seconds / 1e9;
-        let nanoseconds = seconds * rayon::current_num_threads() as f64 / ELEMENTS as f64 * 1e9;
+        let rate = rate(*moved, seconds);
+        let nanoseconds = seconds * threads as f64 / ELEMENTS as f64 * 1e9;
+        let (of_copy, of_stream) = (rate / copied, rate / scaled);
         println!(
-            "{name:28} {rate:6.1} GB/s, {:4.0} % of a copy, {nanoseconds:.2} ns an element and thread",
-            100.0 * rate / copy_rate
+            "{name:28} {rate:5.1} GB/s, {:3.0} % of memcpy, {:3.0} % of STREAM scale, {nanoseconds:.2} ns an element and thread",
+            100.0 * of_copy,
+            100.0 * of_stream
         );
-        rows.push(json!({"kernel": name, "gb_per_s": rate, "of_copy": rate / copy_rate, "ns": nanoseconds}));
+        rows.push(json!({"kernel": name, "gb_per_s": rate, "of_memcpy": of_copy, "of_stream_scale": of_stream, "ns": nanoseconds}));
     }
-    let result = json!({"elements": ELEMENTS, "dtype": "BF16", "threads": rayon::current_num_threads(),
-        "copy_gb_per_s": copy_rate, "kernels": rows});
+    let result = json!({"elements": ELEMENTS, "dtype": "BF16", "threads": threads,
+        "memcpy_gb_per_s": copied, "stream_scale_gb_per_s": scaled, "kernels": rows});
     println!("JSON {result}");
-    loops();
-}
-
-fn loops() {
-    let mut l = Local::new();
-    let bytes = vec![0x3cu8; TILE * 2];
-    let mut out = vec![0u8; TILE * 2];
-    for (i, d) in l.deltas.iter_mut().enumerate() {
-        for (j, v) in d.iter_mut().enumerate() {
-            *v = ((j * 7919 + i * 31) % 101) as f32 * 1e-4 - 0.005;
-        }
-    }
-    l.theta[0].fill(0.5);
-    l.theta[1].fill(0.25);
-    macro_rules! time {
-        ($name:expr, $e:expr) => {{
-            let start = Instant::now();
-            for _ in 0..20000 {
-                black_box($e);
-            }
-            println!(
-                "  {:24} {:.3} ns",
-                $name,
-                start.elapsed().as_secs_f64() / 20000.0 / TILE as f64 * 1e9
-            );
-        }};
-    }
-    time!("widen", widen(Dtype::BF16, black_box(&bytes), &mut l.theta[2]));
-    time!("delta", delta(&l.theta[0], &l.theta[1], &mut l.merged));
-    time!("keep", keep_between(1, u32::MAX, &mut l.deltas[0]));
-    time!("moments", moments(&l.deltas[0], &l.deltas[1], &l.theta[0]));
-    time!("sum_squares", sum_squares(&l.deltas[0]));
-    time!("count_nonzero", count_nonzero(&l.deltas[0]));
-    time!("conflicting", conflicting(&l.deltas, TILE));
-    time!(
-        "weighted_sum",
-        weighted_sum(&[0.6, 0.4], &l.deltas, &mut l.merged)
-    );
-    time!(
-        "ties weighted",
-        ties(
-            &mut l.deltas,
-            1,
-            TiesMean::Weighted(&[0.6, 0.4]),
-            &mut l.merged,
-            &mut l.ties
-        )
-    );
-    time!(
-        "ties premultiplied",
-        ties(
-            &mut l.deltas,
-            1,
-            TiesMean::Premultiplied(&[1.0, 1.0]),
-            &mut l.merged,
-            &mut l.ties
-        )
-    );
-    time!("add_to_base", add_to_base(&l.theta[0], 1.0, &mut l.merged));
-    time!("narrow", narrow(Dtype::BF16, &l.merged, &mut out));
-    time!("sum_magnitudes", sum_magnitudes(&l.deltas[0]));
-    time!("dot", dot(&l.deltas[0], &l.deltas[1]));
-    l.bits.resize(TILE / 32, 0x5a5a_5a5a);
-    time!("masks apply", masks::apply(&l.bits, &mut l.merged));
-    time!("masks note", {
-        l.bits.clear();
-        masks::note(&l.deltas[0], &mut l.bits)
-    });
 }
