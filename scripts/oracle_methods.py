@@ -735,6 +735,26 @@ def check_random(config, inputs, folders):
     return elements, 0, 0, f"{sigma:.1f} sigma", "; ".join(wrong[:3])
 
 
+# What mergekit 0.1.4 did otherwise: its rows are shown and do not fail.
+OTHER_IN_0_1_4 = {
+    "linear, normalize gradient": "normalize is one bool",
+    "ties, density almost 0": "refuses to keep nothing",
+    "ties, density 0": "refuses to keep nothing",
+    "breadcrumbs, default gamma": "counts of what stays round otherwise in small tensors",
+    "breadcrumbs, normalize": "counts of what stays round otherwise in small tensors",
+    "breadcrumbs, rescale": "counts of what stays round otherwise in small tensors",
+    "breadcrumbs_ties, normalize": "counts of what stays round otherwise in small tensors",
+    "sce 1": "gives every tensor a dimension more",
+    "sce, topk 0": "gives every tensor a dimension more",
+    "linear, model twice": "merges it",
+}
+
+
+def version_of(environment):
+    found = list(pathlib.Path(environment).glob("lib/python*/site-packages/mergekit-*.dist-info"))
+    return found[0].name.split("-")[1].removesuffix(".dist") if found else ""
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 class Table:
@@ -746,6 +766,9 @@ class Table:
         self.failed |= bool(wrong)
         verdict = f"DIFFERS  {wrong}" if wrong else "ok"
         print(f"{name:<38}{dtype:<10}{elements:>9}{differing:>8}{tied:>6}  {largest:<12}  {verdict}", flush=True)
+
+    def known(self, name, dtype, reason):
+        print(f"{name:<38}{dtype:<10}{'':>25}differs in this mergekit: {reason}", flush=True)
 
     def failed_in_mergekit(self, name, dtype, error):
         self.failed = True
@@ -789,7 +812,9 @@ def run(arguments, table, dtype, cases, random):
     theirs = mergekit(arguments.mergekit, dtype, configs, stable=arguments.stable)
     mine = other_side(arguments, dtype, configs, random)
     for name, config in configs.items():
-        if isinstance(theirs[name], str):
+        if name in OTHER_IN_0_1_4 and version_of(arguments.mergekit) == "0.1.4":
+            table.known(name, dtype, OTHER_IN_0_1_4[name])
+        elif isinstance(theirs[name], str):
             table.failed_in_mergekit(name, dtype, theirs[name])
         elif name in UNSUPPORTED and not arguments.self_check:
             table.unsupported(name, dtype, UNSUPPORTED[name], mine[name])
@@ -806,6 +831,9 @@ def run_refused(arguments, table):
     theirs = mergekit(arguments.mergekit, "float32", configs)
     mine = dict.fromkeys(configs, "not asked") if arguments.self_check else other_side(arguments, "float32", configs)
     for name in configs:
+        if name in OTHER_IN_0_1_4 and version_of(arguments.mergekit) == "0.1.4":
+            table.known(name, "float32", OTHER_IN_0_1_4[name])
+            continue
         table.refused(name, REFUSED[name][1], theirs[name], mine[name])
 
 
@@ -813,7 +841,7 @@ def main():
     if sys.argv[1:2] == ["--run-mergekit"]:
         return run_mergekit(int(sys.argv[2]), "stable" in sys.argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mergekit", default=sys.prefix, metavar="ENVIRONMENT")
+    parser.add_argument("--mergekit", default=sys.prefix, metavar="ENVIRONMENT", type=os.path.abspath)
     parser.add_argument("--cauldron", default=CAULDRON, metavar="PROGRAM")
     parser.add_argument("--only", default="", metavar="WORD")
     parser.add_argument("--stable", action="store_true")

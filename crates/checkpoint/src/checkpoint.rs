@@ -306,8 +306,10 @@ fn open_shards(dir: &Path) -> Result<Opened, CheckpointError> {
     let bytes = read_small(dir, INDEX, MAX_INDEX_BYTES)?.ok_or_else(|| CheckpointError::Missing {
         file: INDEX.to_owned(),
     })?;
+    // What is not looked at has to be text too: the parser skips strings without a check.
+    let text = std::str::from_utf8(&bytes).map_err(|e| CheckpointError::malformed(INDEX, e.to_string()))?;
     let index: Index =
-        serde_json::from_slice(&bytes).map_err(|e| CheckpointError::malformed(INDEX, e.to_string()))?;
+        serde_json::from_str(text).map_err(|e| CheckpointError::malformed(INDEX, e.to_string()))?;
     let shards: BTreeSet<String> = index.weight_map.values().cloned().collect();
     if let Some(bad) = shards.iter().find(|name| !name.ends_with(".safetensors")) {
         return Err(CheckpointError::malformed(

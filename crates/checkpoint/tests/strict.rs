@@ -78,6 +78,10 @@ fn an_index_that_lies_is_refused() {
     assert!(index(r#"{"w":"a.safetensors"}"#).is_ok());
     assert!(index(r#"{"w":"../a.safetensors"}"#).is_err());
     assert!(index(r#"{"w":"missing.safetensors"}"#).is_err());
+    // Bytes that are no text, where nobody looks.
+    let text = b"{\"metadata\":{\"\xff\":8},\"weight_map\":{\"w\":\"a.safetensors\"}}";
+    fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
+    assert!(Checkpoint::open(dir.path()).is_err());
     assert!(index(r#"{"w":"a.safetensors","v":"a.safetensors"}"#).is_err());
     assert!(
         index(r#"{"w":"a.safetensors","v":"b.safetensors"}"#).is_err(),
