@@ -14,6 +14,8 @@ use serde_json::{Map, Value, json};
 use crate::{CheckpointError, Digest, dtype_size};
 
 const INDEX: &str = "model.safetensors.index.json";
+/// Bytes from which on a thread that hashes beside the writing one pays.
+const WORTH_A_THREAD: usize = 1 << 20;
 
 /// One tensor to be written.
 #[derive(Debug, Clone)]
@@ -228,11 +230,20 @@ impl ShardedWriter {
 
 impl OpenShard {
     fn append(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        self.hasher.update(bytes);
         self.size += bytes.len() as u64;
-        self.file
-            .write_all(bytes)
-            .map_err(|e| CheckpointError::io(&self.name, e))
+        let Self { file, hasher, .. } = self;
+        let written = match bytes.len() < WORTH_A_THREAD {
+            true => {
+                hasher.update(bytes);
+                file.write_all(bytes)
+            }
+            // Hashed while the kernel copies.
+            false => std::thread::scope(|scope| {
+                scope.spawn(|| hasher.update(bytes));
+                file.write_all(bytes)
+            }),
+        };
+        written.map_err(|e| CheckpointError::io(&self.name, e))
     }
 
     fn finish(self) -> Result<FileEntry, CheckpointError> {
