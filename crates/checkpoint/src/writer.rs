@@ -239,7 +239,9 @@ impl OpenShard {
             }
             // Hashed while the kernel copies.
             false => std::thread::scope(|scope| {
-                scope.spawn(|| hasher.update(bytes));
+                scope.spawn(|| {
+                    hasher.update(bytes);
+                });
                 file.write_all(bytes)
             }),
         };
