@@ -230,7 +230,6 @@ impl ShardedWriter {
 
 impl OpenShard {
     fn append(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        self.size += bytes.len() as u64;
         let Self { file, hasher, .. } = self;
         let written = match bytes.len() < WORTH_A_THREAD {
             true => {
@@ -245,7 +244,19 @@ impl OpenShard {
                 file.write_all(bytes)
             }),
         };
-        written.map_err(|e| CheckpointError::io(&self.name, e))
+        written.map_err(|e| CheckpointError::io(&self.name, e))?;
+        self.write_back(bytes.len() as u64);
+        self.size += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Lets the kernel begin to write what was just handed over, so that the sync at the end has little left to wait for.
+    /// "Not needed" starts that, and drops nothing that is not on the disk yet; only a hint, so nothing depends on it.
+    fn write_back(&self, len: u64) {
+        if let Some(len) = std::num::NonZeroU64::new(len) {
+            let advice = rustix::fs::Advice::DontNeed;
+            let _ = rustix::fs::fadvise(&self.file, self.size, Some(len), advice);
+        }
     }
 
     fn finish(self) -> Result<FileEntry, CheckpointError> {
