@@ -8,5 +8,5 @@ cargo test --workspace --locked "$@"
 if [ $# -eq 0 ]; then
     cargo build --locked
     scripts/oracle_mergekit.sh
-    scripts/oracles.sh transformers
+    scripts/oracles.sh fast
 fi

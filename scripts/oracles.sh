@@ -2,7 +2,9 @@
 # The oracles: programs that others wrote, on the same files as the service.
 #
 #   scripts/oracles.sh                 all of them
+#   scripts/oracles.sh fast            transformers and openai, which ./test.sh runs
 #   scripts/oracles.sh transformers    the merged folder loads as it is; logprobs, generations, tokens, chat template
+#   scripts/oracles.sh openai          the real openai client: streams, choices, log-probabilities, errors, hang-ups
 #   scripts/oracles.sh mergekit        bytes of average and linear merges of the real models
 #   scripts/oracles.sh methods         every method against mergekit, and the M3 formulas against numpy, on tiny models
 #   scripts/oracles.sh lm-eval [N]     the real client against the service and lm-eval's own hf backend (N items a task)
@@ -13,8 +15,14 @@ cd "$(dirname "$0")/.."
 . scripts/lib.sh
 
 which=${1:-all}
-case $which in all | transformers | mergekit | methods | lm-eval) ;; *) sed -n 2,11p "$0" >&2; exit 2 ;; esac
-wanted() { [ "$which" = all ] || [ "$which" = "$1" ]; }
+case $which in all | fast | transformers | openai | mergekit | methods | lm-eval) ;; *) sed -n 2,13p "$0" >&2; exit 2 ;; esac
+wanted() {
+    case $which in
+    all | "$1") true ;;
+    fast) [ "$1" = transformers ] || [ "$1" = openai ] ;;
+    *) false ;;
+    esac
+}
 
 serve
 if wanted mergekit; then
@@ -27,6 +35,10 @@ fi
 if wanted transformers; then
     environment transformers scripts/requirements-oracles.txt
     "$environment/bin/python" scripts/oracle_transformers.py "$url"
+fi
+if wanted openai; then
+    environment openai scripts/requirements-openai.txt
+    "$environment/bin/python" scripts/oracle_openai.py "$url"
 fi
 if wanted lm-eval; then
     environment transformers scripts/requirements-oracles.txt

@@ -14,6 +14,8 @@ use serde_json::{Map, Value, json};
 use crate::{CheckpointError, Digest, dtype_size};
 
 const INDEX: &str = "model.safetensors.index.json";
+/// Bytes from which on a thread that hashes beside the writing one pays.
+const WORTH_A_THREAD: usize = 1 << 20;
 
 /// One tensor to be written.
 #[derive(Debug, Clone)]
@@ -228,11 +230,33 @@ impl ShardedWriter {
 
 impl OpenShard {
     fn append(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        self.hasher.update(bytes);
+        let Self { file, hasher, .. } = self;
+        let written = match bytes.len() < WORTH_A_THREAD {
+            true => {
+                hasher.update(bytes);
+                file.write_all(bytes)
+            }
+            // Hashed while the kernel copies.
+            false => std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    hasher.update(bytes);
+                });
+                file.write_all(bytes)
+            }),
+        };
+        written.map_err(|e| CheckpointError::io(&self.name, e))?;
+        self.write_back(bytes.len() as u64);
         self.size += bytes.len() as u64;
-        self.file
-            .write_all(bytes)
-            .map_err(|e| CheckpointError::io(&self.name, e))
+        Ok(())
+    }
+
+    /// Lets the kernel begin to write what was just handed over, so that the sync at the end has little left to wait for.
+    /// "Not needed" starts that, and drops nothing that is not on the disk yet; only a hint, so nothing depends on it.
+    fn write_back(&self, len: u64) {
+        if let Some(len) = std::num::NonZeroU64::new(len) {
+            let advice = rustix::fs::Advice::DontNeed;
+            let _ = rustix::fs::fadvise(&self.file, self.size, Some(len), advice);
+        }
     }
 
     fn finish(self) -> Result<FileEntry, CheckpointError> {
