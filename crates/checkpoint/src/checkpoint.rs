@@ -28,6 +28,7 @@ const MAX_CONFIG_BYTES: u64 = 4 << 20;
 const MAX_SIDECAR_BYTES: u64 = 256 << 20;
 const MAX_INDEX_BYTES: u64 = 64 << 20;
 const READ_BLOCK: usize = 4 << 20;
+const PREFETCH: u64 = 512 << 10;
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -211,12 +212,14 @@ impl Checkpoint {
 
     /// Tells the kernel that bytes of a tensor will be read soon; a hint, so nothing depends on it.
     pub fn prefetch(&self, name: &str, byte_offset: u64, len: u64) {
-        if let Some(tensor) = self.tensors.get(name)
-            && let Some(len) = std::num::NonZeroU64::new(len)
-        {
-            let file = &self.files[tensor.file].file;
+        let Some(tensor) = self.tensors.get(name) else { return };
+        let file = &self.files[tensor.file].file;
+        // The kernel reads no more than about this much for one call.
+        let mut at = 0;
+        while let Some(part) = std::num::NonZeroU64::new(PREFETCH.min(len - at)) {
             let advice = rustix::fs::Advice::WillNeed;
-            let _ = rustix::fs::fadvise(file, tensor.offset + byte_offset, Some(len), advice);
+            let _ = rustix::fs::fadvise(file, tensor.offset + byte_offset + at, Some(part), advice);
+            at += part.get();
         }
     }
 

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use cauldron_checkpoint::row_len;
+use cauldron_checkpoint::{TensorInfo, row_len};
 
 use crate::geometry::Gram;
 use crate::layout::{OutTensor, Role};
@@ -180,6 +180,17 @@ impl<'a> Family<'a> {
             | Method::Passthrough => {}
         }
         Ok(())
+    }
+
+    /// Tells the kernel that some tensors will be read soon.
+    pub(crate) fn prefetch(&self, tensors: Range<usize>) {
+        for tensor in &self.tensors()[tensors] {
+            for input in tensor.inputs() {
+                let source = &self.parents.sources[input.source];
+                let len = source.get(&input.name).map_or(0, TensorInfo::byte_len);
+                source.prefetch(&input.name, 0, len);
+            }
+        }
     }
 
     /// Lets go of what was remembered of the drops of some tensors.

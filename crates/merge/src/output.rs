@@ -230,8 +230,13 @@ fn merge_windows(
     if family.is_global() {
         family.prepare_tensors(0..family.tensors().len(), obs)?;
     }
-    for group in family.groups(first) {
+    let groups = family.groups(first);
+    for (index, group) in groups.iter().cloned().enumerate() {
         if !family.is_global() {
+            // Read by the kernel while this group is prepared and merged.
+            if let Some(next) = groups.get(index + 1) {
+                family.prefetch(next.clone());
+            }
             family.prepare_tensors(group.clone(), obs)?;
         }
         let point = family.point_of(None, group.clone())?;
