@@ -212,7 +212,9 @@ impl Checkpoint {
 
     /// Tells the kernel that bytes of a tensor will be read soon; a hint, so nothing depends on it.
     pub fn prefetch(&self, name: &str, byte_offset: u64, len: u64) {
-        let Some(tensor) = self.tensors.get(name) else { return };
+        let Some(tensor) = self.tensors.get(name) else {
+            return;
+        };
         let file = &self.files[tensor.file].file;
         // The kernel reads no more than about this much for one call.
         let mut at = 0;
