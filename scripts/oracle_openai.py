@@ -10,7 +10,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-import httpx  # noqa: E402
+import httpx2  # noqa: E402
 import openai  # noqa: E402
 
 from service import Service  # noqa: E402
@@ -20,7 +20,7 @@ PROMPT = "The capital of France is"
 CHAT = [{"role": "user", "content": "Name three colours."}]
 
 
-class Counted(httpx.Client):
+class Counted(httpx2.Client):
     """Counts requests, so that a retry shows."""
 
     def __init__(self):
@@ -116,7 +116,8 @@ def errors(client, counted):
     assert unknown.code and "no-such-model" in unknown.message, unknown.body
     for name, value in {"temperature": -1, "top_p": 7, "n": 0, "logprobs": 100, "suffix": "x", "best_of": 5}.items():
         refused(client, counted, openai.BadRequestError, name, create(**{name: value}))
-    refused(client, counted, openai.BadRequestError, "max_tokens", create(max_tokens=10_000_000))
+    long = refused(client, counted, openai.BadRequestError, "prompt", create(max_tokens=10_000_000))
+    assert long.code == "context_length_exceeded", long.body
     bad = lambda c: c.chat.completions.create(model=MODEL, messages=[{"role": "wizard", "content": "x"}], max_tokens=4)
     assert refused(client, counted, openai.BadRequestError, "messages[0].role", bad)
 
