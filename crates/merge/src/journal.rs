@@ -96,12 +96,12 @@ impl Journal {
 
     /// Notes a shard whose file is synced.
     pub fn note(&mut self, shard: &FinishedShard) -> Result<(), CheckpointError> {
-        self.append(shard).map_err(|e| failed(e))
+        self.append(shard).map_err(failed)
     }
 
     /// The merge is done.
     pub fn remove(self) -> Result<(), CheckpointError> {
-        fs::remove_file(&self.path).map_err(|e| failed(e))
+        fs::remove_file(&self.path).map_err(failed)
     }
 }
 
