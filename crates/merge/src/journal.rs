@@ -81,7 +81,7 @@ impl Journal {
     fn write(path: PathBuf, key: &Digest, finished: &[FinishedShard]) -> std::io::Result<Self> {
         let fresh = path.with_extension("new");
         let mut journal = Self {
-            file: File::create_new(&fresh)?,
+            file: File::create(&fresh)?,
             path,
         };
         journal.append(&Head { merge: *key })?;
