@@ -122,7 +122,10 @@ fn remove_draft(dir: &Path) {
 fn is_waiting(dir: &Path) -> bool {
     let age = |modified: SystemTime| modified.elapsed().unwrap_or_default();
     let modified = fs::metadata(dir).and_then(|metadata| metadata.modified());
-    is_resumable(dir) && modified.is_ok_and(|modified| age(modified) < DRAFT_AGE)
+    // Only under its key will a try look for it.
+    let by_key = dir.file_name().and_then(|name| name.to_str());
+    let by_key = by_key.is_some_and(|name| name.parse::<Digest>().is_ok());
+    by_key && is_resumable(dir) && modified.is_ok_and(|modified| age(modified) < DRAFT_AGE)
 }
 
 impl Cache {

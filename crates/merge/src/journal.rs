@@ -69,7 +69,8 @@ impl Journal {
                 .take_while(|shard| verify_file(dir, &shard.file).is_ok())
                 .count();
             finished.truncate(whole);
-            let keep = |name: &str| finished.iter().any(|shard| shard.file.name == name);
+            // The old journal stays until the new one replaces it: shards without a journal would be in the way for ever.
+            let keep = |name: &str| name == JOURNAL || finished.iter().any(|shard| shard.file.name == name);
             clear(dir, keep).map_err(|e| MergeError::output(failed(e)))?;
         }
         let journal = Self::write(path, key, &finished);
@@ -78,12 +79,14 @@ impl Journal {
     }
 
     fn write(path: PathBuf, key: &Digest, finished: &[FinishedShard]) -> std::io::Result<Self> {
+        let fresh = path.with_extension("new");
         let mut journal = Self {
-            file: File::create_new(&path)?,
+            file: File::create(&fresh)?,
             path,
         };
         journal.append(&Head { merge: *key })?;
         finished.iter().try_for_each(|shard| journal.append(shard))?;
+        fs::rename(fresh, &journal.path)?;
         Ok(journal)
     }
 
