@@ -12,6 +12,8 @@ pub(crate) use ties::{TiesMean, TiesScratch, elected_signs, ties};
 
 pub(crate) use cauldron_checkpoint::simd::{Loop, indices_within, nonzero, widest, within};
 
+/// Elements that are looked at together where a buffer lies on the stack.
+const BLOCK: usize = 256;
 /// Running sums that vectorise; the order of addition is part of the arithmetic.
 const LANES: usize = 16;
 
@@ -274,7 +276,15 @@ pub(crate) fn conflicting(deltas: &[Vec<f32>], len: usize) -> u64 {
         [] | [_] => 0,
         [a, b] => opposite(&a[..len], &b[..len]),
         _ => (0..len)
-            .filter(|i| deltas.iter().any(|d| d[*i] > 0.0) && deltas.iter().any(|d| d[*i] < 0.0))
-            .count() as u64,
+            .step_by(BLOCK)
+            .map(|from| {
+                let mut sides = [0u32; BLOCK];
+                let block = from..len.min(from + BLOCK);
+                for delta in deltas {
+                    ties::note_sides(&delta[block.clone()], &mut sides[..block.len()]);
+                }
+                ties::both_sides(&sides[..block.len()])
+            })
+            .sum(),
     }
 }

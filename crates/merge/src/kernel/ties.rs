@@ -232,13 +232,14 @@ wide! {
     }
 
     /// Bit 0: a delta above 0; bit 1: one below.
-    fn note_sides<'a>(delta: &'a [f32], sides: &'a mut [u32]) {
+    pub(super) fn note_sides<'a>(delta: &'a [f32], sides: &'a mut [u32]) {
         for (side, d) in sides.iter_mut().zip(delta) {
             *side |= u32::from(*d > 0.0) | u32::from(*d < 0.0) << 1;
         }
     }
 
-    fn both_sides<'a>(sides: &'a [u32]) -> u64 {
+    /// Elements with both.
+    pub(super) fn both_sides<'a>(sides: &'a [u32]) -> u64 {
         let mut count = 0u32;
         for side in sides {
             count += u32::from(*side == 3);
