@@ -30,6 +30,9 @@ METHODS = ["linear", "task_arithmetic", "ties", "dare_ties", "della", "slerp"]
 WEIGHTS = {2: [0.6, 0.4], 3: [0.5, 0.3, 0.2]}
 DENSITY, EPSILON, SLERP_T = 0.5, 0.15, 0.4
 GLOBAL_TIES = "ties (global)"
+# A second run of ours, whose data folder knows the content digests of the parents from the run before: what every further
+# merge of the same parents costs.
+KNOWN = ", known parents"
 
 # The bars: how often faster than mergekit with the output on tmpfs; how often slower than reading and writing with the
 # output on disk; peak memory.
@@ -253,8 +256,8 @@ class Bench:
         time.sleep(0.2 if self.args.quick else 1.0)
         return share
 
-    def merge(self, who, command, cell, names, cwd):
-        """One merge of one program into an empty folder; the folder is deleted."""
+    def merge(self, who, command, cell, names, cwd, keep=None):
+        """One merge of one program into an empty folder; the folder is deleted, but for what it learned of the parents."""
         output, cache = cell.split("/")
         target = self.outputs[output] / "merged"
         share = self.prepare(cache, names)
@@ -278,13 +281,21 @@ class Bench:
         else:
             say(f"{cell:<11}{who:<28}{sample['wall_s']:9.2f} s  CPU {sample['user_s'] + sample['system_s']:8.2f} s"
                 f"  {sample['peak_rss'] / 1e6:7.0f} MB")
+        if keep and (target / "contents").exists():
+            shutil.rmtree(keep, ignore_errors=True)
+            shutil.copytree(target / "contents", keep)
         shutil.rmtree(target, ignore_errors=True)
         return sample
 
-    def ours(self, method, config, cell, names):
+    def ours(self, method, config, cell, names, known=False):
         target = self.outputs[cell.split("/")[0]] / "merged"
+        contents = self.folder / "contents"
+        if known:
+            shutil.copytree(contents, target / "contents")
         command = ours_command(self.args.ours, config.resolve(), self.models, target)
-        return {"method": method, **self.merge(f"ours {method}", command, cell, names, ROOT)}
+        shown = method + KNOWN if known else method
+        keep = None if known else contents
+        return {"method": shown, **self.merge(f"ours {shown}", command, cell, names, ROOT, keep)}
 
     def mergekit(self, method, config, cell, names, flags):
         target = self.outputs[cell.split("/")[0]] / "merged"
@@ -447,10 +458,11 @@ def rows_of(result):
             row["faster"] = other / mine["wall"] if mine["wall"] and other else None
             row["slower"] = mine["wall"] / seconds if mine["wall"] and seconds else None
             row["bars"] = bars = []
-            if cell.startswith("tmpfs") and method in SPEED_BARS and row["faster"]:
-                bars.append((f"speed >= {SPEED_BARS[method]}x", row["faster"] >= SPEED_BARS[method]))
+            plain = method.removesuffix(KNOWN)
+            if cell.startswith("tmpfs") and plain in SPEED_BARS and row["faster"]:
+                bars.append((f"speed >= {SPEED_BARS[plain]}x", row["faster"] >= SPEED_BARS[plain]))
             if cell.startswith("disk") and row["slower"]:
-                bars.append((f"limit <= {LIMIT_BARS[method]}x", row["slower"] <= LIMIT_BARS[method]))
+                bars.append((f"limit <= {LIMIT_BARS[plain]}x", row["slower"] <= LIMIT_BARS[plain]))
             if mine["rss"]:
                 bars.append((f"memory < {MEMORY_BAR / 1e6:.0f} MB", mine["rss"] < MEMORY_BAR))
             yield row
@@ -477,6 +489,7 @@ def report(result):
     lines += [
         "- Times are medians. Disk: what a program leaves unsynced is fsynced after it, and counts. Cold: each input file was dropped"
         " from the page cache by posix_fadvise(DONTNEED), checked by mincore; programs, libraries and the host's own cache stay warm",
+        f"- \"{KNOWN.lstrip(', ')}\": a data folder that has read these parents before, so that their content digests are known",
         "- Limit: the fastest way found to read all inputs and write the output (fsynced on disk) without merging, measured between"
         " the merges; memory: (bytes in + bytes out) / copy in memory",
     ]
@@ -587,7 +600,8 @@ def measure(bench, args, result, save):
                 for repeat in range(max(args.repeats, args.mergekit_repeats)):
                     if repeat < args.repeats:
                         for variant in variants:
-                            entry["samples"].append(bench.ours(variant, configs[experts][variant], cell, names))
+                            for known in (False, True):
+                                entry["samples"].append(bench.ours(variant, configs[experts][variant], cell, names, known))
                     if repeat < args.mergekit_repeats:
                         entry["samples"].append(bench.mergekit(method, configs[experts][method], cell, names, flags[cell.split("/")[0]]))
                 save()

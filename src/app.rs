@@ -10,9 +10,9 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
-use crate::cache::{Cache, sync_folder};
+use crate::cache::{Cache, KnownContents, sync_folder};
 use crate::config::{ApiKeys, Config, ModelName};
-use crate::jobs::{Intake, Job, JobStore, KnownContents, Runner, SqliteJobs, Worker};
+use crate::jobs::{Intake, Job, JobStore, Runner, SqliteJobs, Worker};
 use crate::serving::{self, LoadRequest, Serving, ServingLimits};
 use crate::sources::ModelSources;
 
@@ -75,7 +75,7 @@ impl App {
         let runner = Runner {
             sources: sources.clone(),
             cache: cache.clone(),
-            known: KnownContents::default(),
+            known: KnownContents::open(&data_dir).context("opening the contents in --data-dir")?,
             options: MergeOptions {
                 max_shard_bytes: config.storage.max_shard_bytes,
                 ..MergeOptions::default()

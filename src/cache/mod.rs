@@ -1,6 +1,7 @@
 //! Merged checkpoints on disk under the digest of what made them: `checkpoints/<digest>/`. An entry appears whole or
 //! not at all, is checked when it is used, and is the only place where a digest becomes a path.
 
+mod contents;
 mod disk;
 
 use std::collections::{HashMap, HashSet};
@@ -15,6 +16,7 @@ use cauldron_merge::{Manifest, MergeError, is_resumable, verify_folder, verify_f
 use tracing::{error, warn};
 use uuid::Uuid;
 
+pub use contents::KnownContents;
 pub use disk::sync_folder;
 use disk::{exchange, identity};
 

@@ -12,7 +12,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 pub use intake::{Intake, IntakeError, RecipeBody, Taken};
-pub use runner::{KnownContents, Progress, Runner};
+pub use runner::{Progress, Runner};
 pub use sqlite::SqliteJobs;
 pub use store::{
     Beat, BoxFuture, Cancelled, JobPage, JobStore, Lease, Merged, NewJob, Outcome, StoreError, Submission,

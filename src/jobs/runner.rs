@@ -1,16 +1,15 @@
 //! Runs one job to its result: recipe -> parents -> digest -> cache or merge. Blocks; called on a thread of its own.
 
-use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use cauldron_checkpoint::Digest;
 use cauldron_merge::{MergeError, MergeOptions, Observer, Recipe, merge_digest, merge_key, merge_to_folder};
 use uuid::Uuid;
 
 use super::{Job, JobError, Merged, Outcome};
-use crate::cache::{Cache, CacheError, Draft};
+use crate::cache::{Cache, CacheError, Draft, KnownContents};
 use crate::sources::{Care, ModelSources, SourceError};
 
 /// Space that a merge leaves free on the disk.
@@ -84,28 +83,6 @@ pub struct Runner {
     pub known: KnownContents,
 }
 
-/// Content digests of parents by the identity of their files, so that files that did not change are not digested again.
-#[derive(Debug, Clone, Default)]
-pub struct KnownContents(Arc<Mutex<HashMap<String, Vec<Digest>>>>);
-
-impl KnownContents {
-    /// Sets of parents that are remembered; beyond, all are forgotten at once.
-    const MOST: usize = 1024;
-
-    fn get(&self, identity: &str) -> Option<Vec<Digest>> {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get(identity).cloned()
-    }
-
-    fn put(&self, identity: String, digests: Vec<Digest>) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= Self::MOST {
-            known.clear();
-        }
-        known.insert(identity, digests);
-    }
-}
-
 impl Runner {
     /// The outcome of a job; never panics through: a fault of one merge is that merge's failure.
     pub fn run(&self, job: &Job, progress: &Progress) -> Outcome {
@@ -124,9 +101,7 @@ impl Runner {
         progress
             .total
             .store(parents.bytes_total(&recipe), Ordering::Relaxed);
-        let identity = parents.identity().map_err(|e| retry("io", &e))?;
-        if let Some(digests) = self.known.get(&identity) {
-            parents.adopt_contents(digests);
+        if parents.adopt_contents(&|identity| self.known.get(identity)) {
             let digest = merge_digest(&recipe, &parents, progress)?;
             let _ = progress.digest.set(digest);
             if let Some((manifest, _)) = self.cache.verify(&digest)? {
@@ -149,8 +124,8 @@ impl Runner {
             return Err(Outcome::Cancelled);
         }
         let _ = progress.digest.set(manifest.digest);
-        if let Some(digests) = parents.known_contents() {
-            self.known.put(identity, digests);
+        for (identity, digest) in parents.contents_to_keep() {
+            self.known.put(identity, digest);
         }
         self.cache.publish(draft, &manifest.digest)?;
         Ok(manifest.into())

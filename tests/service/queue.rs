@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use cauldron::cache::KnownContents;
 use cauldron::jobs::{
-    Beat, JobError, JobStatus, JobStore, KnownContents, NewJob, Outcome, Progress, Runner, SqliteJobs,
-    Submission,
+    Beat, JobError, JobStatus, JobStore, NewJob, Outcome, Progress, Runner, SqliteJobs, Submission,
 };
 use cauldron::sources::ModelSources;
 use serde_json::json;
@@ -220,7 +220,7 @@ async fn a_database_that_is_away_sends_a_running_job_back() {
         )),
         cache: app.app.cache.clone(),
         options: Default::default(),
-        known: KnownContents::default(),
+        known: KnownContents::open(&app.data_dir()).unwrap(),
     };
     let run = move || runner.run(&job, &Progress::new(job.id, 0));
     let outcome = tokio::task::spawn_blocking(run).await.unwrap();

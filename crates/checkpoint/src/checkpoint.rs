@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use crate::files::{identity, open_regular, read_exact_at, read_small};
+use crate::files::{identity, is_settled, open_regular, read_exact_at, read_small};
 use crate::header::read_header;
 use crate::{CheckpointError, Chunks, Digest, dtype_size, is_float, widen};
 
@@ -228,17 +228,40 @@ impl Checkpoint {
     /// A cheap fingerprint of the files: equal while nothing was written to them.
     pub fn identity(&self) -> Result<String, CheckpointError> {
         let mut parts = Vec::new();
+        self.each_file(&mut |file, name| {
+            parts.push(identity(file, name)?);
+            Ok(())
+        })?;
+        Ok(parts.join(";"))
+    }
+
+    /// Whether [`Self::identity`] may be kept beyond this process: the last write to the files was long enough ago that
+    /// the next one gives another identity.
+    pub fn is_settled(&self) -> Result<bool, CheckpointError> {
+        let mut settled = true;
+        self.each_file(&mut |file, _| {
+            settled &= is_settled(file);
+            Ok(())
+        })?;
+        Ok(settled)
+    }
+
+    /// The weights, then what else decides the content.
+    fn each_file(
+        &self,
+        look: &mut dyn FnMut(&File, &str) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
         for weights in &self.files {
-            parts.push(identity(&weights.file, &weights.name)?);
+            look(&weights.file, &weights.name)?;
         }
         for name in std::iter::once(&"config.json").chain(SIDECAR_FILES) {
             match open_regular(&self.dir, name) {
-                Ok(file) => parts.push(identity(&file, name)?),
+                Ok(file) => look(&file, name)?,
                 Err(CheckpointError::Missing { .. }) => {}
                 Err(e) => return Err(e),
             }
         }
-        Ok(parts.join(";"))
+        Ok(())
     }
 
     fn require(&self, name: &str) -> Result<&TensorInfo, CheckpointError> {

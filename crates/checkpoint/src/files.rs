@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -103,4 +104,18 @@ pub(crate) fn identity(file: &File, name: &str) -> Result<String, CheckpointErro
         m.ctime(),
         m.ctime_nsec()
     ))
+}
+
+/// How long a file must lie untouched before its [`identity`] is trusted later: file systems count times in ticks, and two
+/// writes in one tick give one identity.
+const SETTLED: Duration = Duration::from_secs(2);
+
+/// Whether any later write to the file gives it another identity.
+pub(crate) fn is_settled(file: &File) -> bool {
+    let Ok(m) = file.metadata() else {
+        return false;
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let changed = Duration::from_secs(m.ctime().max(m.mtime()).try_into().unwrap_or(0));
+    now.saturating_sub(changed) > SETTLED
 }

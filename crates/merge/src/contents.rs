@@ -2,9 +2,29 @@
 //! once, not once more for their digests.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
-use cauldron_checkpoint::{Chunks, Digest, tensor_digest};
+use cauldron_checkpoint::{Checkpoint, CheckpointError, Chunks, Digest, tensor_digest};
+
+/// The content digest of one source, once it is known.
+#[derive(Debug)]
+pub(crate) struct SourceContent {
+    /// State of the files when they were opened.
+    pub identity: String,
+    /// Whether the identity may be kept beyond this process.
+    pub settled: bool,
+    pub digest: OnceLock<Digest>,
+}
+
+impl SourceContent {
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
+        Ok(Self {
+            identity: checkpoint.identity()?,
+            settled: checkpoint.is_settled()?,
+            digest: OnceLock::new(),
+        })
+    }
+}
 
 /// Digests of the chunks that were seen, by source and tensor.
 #[derive(Debug, Default)]

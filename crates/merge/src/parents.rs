@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use cauldron_checkpoint::{Checkpoint, CheckpointError, Digest, Dtype, Expert, dtype_size, is_float};
 use serde_json::Value;
 
-use crate::contents::ChunkLog;
+use crate::contents::{ChunkLog, SourceContent};
 use crate::layout::{Layout, OutTensor, layer_of};
 use crate::recipe::{ModelRef, Recipe, Vocab};
 use crate::vocab::{VocabMaps, is_vocabulary};
@@ -41,6 +41,8 @@ pub struct Parents {
     /// State of the files when they were opened.
     identity: String,
     pub(crate) log: ChunkLog,
+    /// One a source.
+    source_contents: Vec<SourceContent>,
     contents: OnceLock<Vec<(ModelRef, Digest)>>,
 }
 
@@ -85,11 +87,14 @@ impl Parents {
             vocab: VocabMaps::default(),
             identity: String::new(),
             log: ChunkLog::default(),
+            source_contents: Vec::new(),
             contents: OnceLock::new(),
         };
-        parents.identity = parents
-            .identity()
-            .map_err(|e| RecipeError::new("models", e.to_string()))?;
+        let unreadable = |e: CheckpointError| RecipeError::new("models", e.to_string());
+        parents.identity = parents.identity().map_err(unreadable)?;
+        let sources = parents.sources.iter();
+        let contents: Result<_, _> = sources.map(|source| SourceContent::of(source)).collect();
+        parents.source_contents = contents.map_err(unreadable)?;
         parents.check_fit(recipe)?;
         let checkpoints: Vec<&Checkpoint> = parents.sources.iter().map(|s| &**s).collect();
         let base = parents.base.as_ref().map(|b| b.source);
@@ -157,19 +162,18 @@ impl Parents {
             return Ok(contents);
         }
         let go_on = |_| !obs.cancelled();
-        let mut of_source = HashMap::new();
         let mut digests = Vec::new();
         for parent in self.all() {
             let failed = |e| MergeError::parent(&parent.reference.to_string(), e);
-            let checkpoint = match of_source.get(&parent.source) {
+            let content = &self.source_contents[parent.source].digest;
+            let checkpoint = match content.get() {
                 Some(digest) => *digest,
                 None => {
                     let known = self.log.tensors(parent.source);
                     let digest = self.sources[parent.source]
                         .content_digest(&known, &go_on)
                         .map_err(failed)?;
-                    of_source.insert(parent.source, digest);
-                    digest
+                    *content.get_or_init(|| digest)
                 }
             };
             let digest = parent.expert.with_adapter_digest(checkpoint).map_err(failed)?;
@@ -178,21 +182,27 @@ impl Parents {
         Ok(self.contents.get_or_init(|| digests))
     }
 
-    pub(crate) fn has_contents(&self) -> bool {
-        self.contents.get().is_some()
+    /// Whether nothing has to be read for the digest of a source any more.
+    pub(crate) fn has_content(&self, source: usize) -> bool {
+        self.source_contents[source].digest.get().is_some()
     }
 
-    /// The digests, if they have been made.
-    pub fn known_contents(&self) -> Option<Vec<Digest>> {
-        Some(self.contents.get()?.iter().map(|(_, digest)| *digest).collect())
-    }
-
-    /// Takes over digests that were made of the same files before (equal [`Self::identity`]).
-    pub fn adopt_contents(&self, digests: Vec<Digest>) {
-        if digests.len() == self.all().count() {
-            let named = self.all().map(|p| p.reference.clone()).zip(digests).collect();
-            let _ = self.contents.set(named);
+    /// Takes over content digests that [`Self::contents_to_keep`] gave before, by the identity of a checkpoint's files.
+    /// Returns whether those of all parents are known now, so that [`crate::merge_digest`] reads no weights.
+    pub fn adopt_contents(&self, known: &dyn Fn(&str) -> Option<Digest>) -> bool {
+        for content in self.source_contents.iter().filter(|c| c.settled) {
+            if let Some(digest) = known(&content.identity) {
+                let _ = content.digest.set(digest);
+            }
         }
+        self.source_contents.iter().all(|c| c.digest.get().is_some())
+    }
+
+    /// Identities and content digests of the checkpoints that are known and may be kept: with the same identity the
+    /// content is the same.
+    pub fn contents_to_keep(&self) -> impl Iterator<Item = (&str, Digest)> {
+        let settled = self.source_contents.iter().filter(|c| c.settled);
+        settled.filter_map(|c| Some((c.identity.as_str(), *c.digest.get()?)))
     }
 
     /// The files must be the ones that were opened and digested: a parent that is rewritten under a merge would give a

@@ -369,9 +369,9 @@ impl Point<'_, '_> {
                 });
             }
         }
-        if !parents.has_contents() {
-            let shape = &tensor.plan.shape;
-            for input in tensor.inputs() {
+        for input in tensor.inputs() {
+            if !parents.has_content(input.source) {
+                let shape = &tensor.plan.shape;
                 parents
                     .log
                     .note(input.source, &input.name, shape, chunk.index, Digest::of(out));

@@ -536,7 +536,7 @@ impl Stream<'_> {
     /// Whether this chunk's bytes are still missing for the digest of the input's content.
     fn wants_digest(&self, tensor: &OutTensor, input: &Input, chunk: Chunk) -> bool {
         let parents = self.parents;
-        if chunk.index == usize::MAX || parents.has_contents() {
+        if chunk.index == usize::MAX || parents.has_content(input.source) {
             return false;
         }
         let Some(info) = parents.sources[input.source].get(&input.name) else {

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // helpers of tests, outside #[test] functions
 
+mod contents;
 mod edges;
 mod fixture;
 mod golden;
