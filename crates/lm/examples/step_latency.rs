@@ -34,20 +34,24 @@ fn score(decoder: &Arc<Decoder>, limit: usize, prompts: usize, tokens: usize) ->
     let config = EngineConfig {
         max_batch_tokens: limit,
         max_running: 64,
+        ..EngineConfig::default()
     };
     let mut engine = Engine::new(decoder.clone(), config);
     let vocab = decoder.config().vocab_size;
     for id in 0..prompts {
         engine.add(Request {
             id: id as u64,
+            group: 0,
             prompt: (0..tokens)
                 .map(|i| ((i * 7919 + id * 104_729) % vocab) as u32)
                 .collect(),
             max_tokens: 1,
             min_tokens: 0,
             sampling: Sampling::default(),
+            logit_bias: Vec::new(),
             stop_ids: Vec::new(),
             prompt_logprobs: Some(1),
+            score_from: 0,
             logprobs: Some(1),
         })?;
     }

@@ -1,22 +1,22 @@
-//! Causal attention over a packed ragged batch with grouped queries: each sequence sees its own cache and
-//! nothing else. Knows no weights; queries come rotated, keys and values are in the cache already.
+//! Causal attention over a packed ragged batch with grouped queries, on keys and values where they lie in their blocks:
+//! each sequence sees the blocks of its table and nothing else. Knows no weights; queries come rotated, keys and values
+//! are in the blocks already.
 //!
-//! Work is cut into (sequence, key/value head, block of query rows); the blocks are sized so that the scores
-//! of one block stay small, and no \[tokens, tokens, heads\] matrix ever exists.
+//! Work is cut into (sequence, key/value head, rows); no \[tokens, tokens, heads\] matrix ever exists. A row's result
+//! has the same bits however the work is cut and whatever else is in the batch: every sum runs over the positions in
+//! order, in one accumulator.
 
 use rayon::prelude::*;
 
 use crate::ModelConfig;
-use crate::kernel::{Vectorized, vectorized};
-use crate::kv::LayerKv;
-use crate::ops::{dot, exp};
-use crate::packed::PackedMatrix;
+use crate::kernel::{TILE_COLUMNS, TILE_ROWS, Vectorized, tile, vectorized};
+use crate::kv::{BLOCK_TOKENS, KvLayer};
+use crate::ops::exp;
+use crate::packed::Rows;
 
-/// Scores that one block may hold (f32, so 8 MiB).
-const BLOCK_SCORES: usize = 2 << 20;
-const MAX_BLOCK_ROWS: usize = 128;
-/// Up to this many query vectors a block is computed as plain dot products, with no copy of keys or values.
-const FEW_QUERIES: usize = 8;
+/// Scores that one task may hold (f32, so 1 MiB: they stay in the second cache).
+const TASK_SCORES: usize = 256 << 10;
+const MAX_TASK_ROWS: usize = 128;
 
 /// The shape of one layer's attention.
 #[derive(Debug, Clone, Copy)]
@@ -36,8 +36,8 @@ pub(crate) struct Span<'a> {
     pub rows: usize,
     /// Position of the first row in its sequence.
     pub position: usize,
-    /// Holds `position + rows` tokens.
-    pub layer: &'a LayerKv,
+    /// The sequence's blocks; they hold `position + rows` tokens.
+    pub blocks: &'a [u32],
 }
 
 impl AttentionShape {
@@ -61,164 +61,198 @@ impl AttentionShape {
     }
 }
 
-/// One task: some query rows of one sequence against one key/value head.
-struct Block<'a> {
+/// Some query rows of one sequence against one key/value head.
+struct Task<'a> {
     row: usize,
     rows: usize,
     position: usize,
     head: usize,
-    layer: &'a LayerKv,
+    blocks: &'a [u32],
 }
 
 /// `queries` is the packed batch with rows of `stride` elements that begin with \[heads, head_dim\]; the
 /// result is \[rows, heads * head_dim\].
-pub(crate) fn attend(shape: AttentionShape, queries: &[f32], stride: usize, spans: &[Span<'_>]) -> Vec<f32> {
-    let blocks = cut(shape, spans);
-    let outputs: Vec<Vec<f32>> = blocks
-        .par_iter()
-        .map(|block| block.attend(shape, queries, stride))
-        .collect();
+pub(crate) fn attend(
+    shape: AttentionShape,
+    queries: &[f32],
+    stride: usize,
+    spans: &[Span<'_>],
+    layer: &KvLayer,
+) -> Vec<f32> {
+    let tasks = cut(shape, spans);
+    let run = |task: &Task<'_>| {
+        vectorized(Attend {
+            task,
+            shape,
+            layer,
+            queries,
+            stride,
+        })
+    };
+    let outputs: Vec<Vec<f32>> = match tasks.len() {
+        1 => tasks.iter().map(run).collect(),
+        _ => tasks.par_iter().map(run).collect(),
+    };
     let rows: usize = spans.iter().map(|span| span.rows).sum();
     let width = shape.heads * shape.head_dim;
     let part = shape.group() * shape.head_dim;
     let mut packed = vec![0f32; rows * width];
-    for (block, output) in blocks.iter().zip(&outputs) {
+    for (task, output) in tasks.iter().zip(&outputs) {
         for (row, values) in output.chunks_exact(part).enumerate() {
-            let at = (block.row + row) * width + block.head * part;
+            let at = (task.row + row) * width + task.head * part;
             packed[at..at + part].copy_from_slice(values);
         }
     }
     packed
 }
 
-fn cut<'a>(shape: AttentionShape, spans: &[Span<'a>]) -> Vec<Block<'a>> {
-    let mut blocks = Vec::new();
+fn cut<'a>(shape: AttentionShape, spans: &[Span<'a>]) -> Vec<Task<'a>> {
+    let mut tasks = Vec::new();
     for span in spans {
         let seen = span.position + span.rows;
-        let rows_at_once = (BLOCK_SCORES / (shape.group() * seen)).clamp(1, MAX_BLOCK_ROWS);
+        let rows_at_once = (TASK_SCORES / (shape.group() * seen)).clamp(1, MAX_TASK_ROWS);
         for from in (0..span.rows).step_by(rows_at_once) {
             for head in 0..shape.kv_heads {
-                blocks.push(Block {
+                tasks.push(Task {
                     row: span.row + from,
                     rows: rows_at_once.min(span.rows - from),
                     position: span.position + from,
                     head,
-                    layer: span.layer,
+                    blocks: span.blocks,
                 });
             }
         }
     }
-    blocks
+    tasks
 }
 
-impl Block<'_> {
-    /// The result is \[rows, group, head_dim\].
-    fn attend(&self, shape: AttentionShape, queries: &[f32], stride: usize) -> Vec<f32> {
-        let (dim, group) = (shape.head_dim, shape.group());
-        let scale = 1.0 / (dim as f32).sqrt();
-        let mut scaled = Vec::with_capacity(self.rows * group * dim);
-        for row in self.row..self.row + self.rows {
-            let at = row * stride + self.head * group * dim;
-            scaled.extend(queries[at..at + group * dim].iter().map(|q| q * scale));
-        }
-        let from = shape.first_seen(self.position);
-        let to = self.position + self.rows;
-        let keys = self.layer.keys(self.head, from, to);
-        let values = self.layer.values(self.head, from, to);
-        let mask = Mask {
-            shape,
-            position: self.position,
-            from,
-            to,
-        };
-        if self.rows * group <= FEW_QUERIES {
-            return vectorized(FewQueries {
-                queries: &scaled,
-                keys,
-                values,
-                mask,
-            });
-        }
-        let mut scores = PackedMatrix::from_rows(keys, dim).product_here(&scaled);
-        vectorized(CausalSoftmax {
-            mask,
-            scores: &mut scores,
-        });
-        PackedMatrix::from_columns(values, dim).product_here(&scores)
-    }
-}
-
-/// What the rows of a block see: rows are \[query row, group\], columns the positions `from..to`.
-#[derive(Clone, Copy)]
-struct Mask {
+struct Attend<'a> {
+    task: &'a Task<'a>,
     shape: AttentionShape,
-    /// Position of the first query row.
-    position: usize,
-    from: usize,
-    to: usize,
-}
-
-struct FewQueries<'a> {
+    layer: &'a KvLayer,
     queries: &'a [f32],
-    keys: &'a [f32],
-    values: &'a [f32],
-    mask: Mask,
+    stride: usize,
 }
 
-impl Vectorized for FewQueries<'_> {
+impl Vectorized for Attend<'_> {
+    /// \[rows, group, head_dim\].
     type Output = Vec<f32>;
 
     #[inline(always)]
     fn run<const FUSED: bool>(self) -> Vec<f32> {
-        let dim = self.mask.shape.head_dim;
-        let seen = self.mask.to - self.mask.from;
-        let mut scores = vec![0f32; self.queries.len() / dim * seen];
-        for (position, key) in self.keys.chunks_exact(dim).enumerate() {
-            for (query, scores) in self.queries.chunks_exact(dim).zip(scores.chunks_exact_mut(seen)) {
-                scores[position] = dot(query, key);
+        let (task, shape) = (self.task, self.shape);
+        let (dim, group) = (shape.head_dim, shape.group());
+        let scale = 1.0 / (dim as f32).sqrt();
+        let mut scaled = Vec::with_capacity(task.rows * group * dim);
+        for row in task.row..task.row + task.rows {
+            let at = row * self.stride + task.head * group * dim;
+            scaled.extend(self.queries[at..at + group * dim].iter().map(|q| q * scale));
+        }
+        let first_block = shape.first_seen(task.position) / BLOCK_TOKENS;
+        let to = task.position + task.rows;
+        let blocks = &task.blocks[first_block..to.div_ceil(BLOCK_TOKENS)];
+        let from = first_block * BLOCK_TOKENS;
+        let width = blocks.len() * BLOCK_TOKENS;
+        let mut scores = self.scores::<FUSED>(&scaled, blocks, width);
+        for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
+            let position = task.position + row / group;
+            let seen = shape.first_seen(position) - from..position + 1 - from;
+            scores[..seen.start].fill(0.0);
+            scores[seen.end..].fill(0.0);
+            softmax(&mut scores[seen]);
+        }
+        self.weighted_values::<FUSED>(&scores, blocks, to - from)
+    }
+}
+
+impl Attend<'_> {
+    /// Products of the queries with the keys of the blocks, \[queries, width\].
+    #[inline(always)]
+    fn scores<const FUSED: bool>(&self, queries: &[f32], blocks: &[u32], width: usize) -> Vec<f32> {
+        let dim = self.shape.head_dim;
+        let count = queries.len() / dim;
+        let x = Rows::pack(queries, dim);
+        let mut scores = vec![0f32; count * width];
+        for (index, block) in blocks.iter().enumerate() {
+            let keys = self.layer.keys(*block, self.task.head);
+            for row in (0..count).step_by(TILE_ROWS) {
+                let rows = TILE_ROWS.min(count - row);
+                let x = &x.values[row * dim..(row + rows) * dim];
+                let out = &mut scores[row * width + index * BLOCK_TOKENS..];
+                match rows {
+                    6 => score_tile::<FUSED, 6>(x, keys, out, width),
+                    5 => score_tile::<FUSED, 5>(x, keys, out, width),
+                    4 => score_tile::<FUSED, 4>(x, keys, out, width),
+                    3 => score_tile::<FUSED, 3>(x, keys, out, width),
+                    2 => score_tile::<FUSED, 2>(x, keys, out, width),
+                    _ => score_tile::<FUSED, 1>(x, keys, out, width),
+                }
             }
         }
-        self.mask.softmax(&mut scores);
-        let mut out = vec![0f32; self.queries.len()];
-        for (position, value) in self.values.chunks_exact(dim).enumerate() {
-            for (out, scores) in out.chunks_exact_mut(dim).zip(scores.chunks_exact(seen)) {
-                let weight = scores[position];
-                for (out, value) in out.iter_mut().zip(value) {
-                    *out += weight * value;
-                }
+        scores
+    }
+
+    /// Sums of the values of the first `seen` tokens of the blocks, weighted by `weights` \[queries, width\].
+    #[inline(always)]
+    fn weighted_values<const FUSED: bool>(&self, weights: &[f32], blocks: &[u32], seen: usize) -> Vec<f32> {
+        let dim = self.shape.head_dim;
+        let width = blocks.len() * BLOCK_TOKENS;
+        let count = weights.len() / width;
+        let mut out = vec![0f32; count * dim];
+        let tiles = weights
+            .chunks(TILE_ROWS * width)
+            .zip(out.chunks_mut(TILE_ROWS * dim));
+        for (weights, out) in tiles {
+            let x = Rows::pack(weights, width).values;
+            match weights.len() / width {
+                6 => self.value_tile::<FUSED, 6>(&x, blocks, seen, out),
+                5 => self.value_tile::<FUSED, 5>(&x, blocks, seen, out),
+                4 => self.value_tile::<FUSED, 4>(&x, blocks, seen, out),
+                3 => self.value_tile::<FUSED, 3>(&x, blocks, seen, out),
+                2 => self.value_tile::<FUSED, 2>(&x, blocks, seen, out),
+                _ => self.value_tile::<FUSED, 1>(&x, blocks, seen, out),
             }
         }
         out
     }
-}
 
-struct CausalSoftmax<'a> {
-    mask: Mask,
-    scores: &'a mut [f32],
-}
-
-impl Vectorized for CausalSoftmax<'_> {
-    type Output = ();
-
+    /// `x` is \[positions, ROWS\]; `out` \[ROWS, head_dim\].
     #[inline(always)]
-    fn run<const FUSED: bool>(self) {
-        self.mask.softmax(self.scores);
+    fn value_tile<const FUSED: bool, const ROWS: usize>(
+        &self,
+        x: &[f32],
+        blocks: &[u32],
+        seen: usize,
+        out: &mut [f32],
+    ) {
+        let dim = self.shape.head_dim;
+        // Slots beyond the last token hold what was there before.
+        let x = &x.as_chunks::<ROWS>().0[..seen];
+        for column in (0..dim).step_by(TILE_COLUMNS) {
+            let mut sums = [[0f32; TILE_COLUMNS]; ROWS];
+            for (block, x) in blocks.iter().zip(x.chunks(BLOCK_TOKENS)) {
+                let values = self.layer.values(*block, self.task.head, column / TILE_COLUMNS);
+                tile::<FUSED, ROWS, f32>(x, values, &mut sums);
+            }
+            let columns = TILE_COLUMNS.min(dim - column);
+            for (row, sums) in sums.iter().enumerate() {
+                out[row * dim + column..][..columns].copy_from_slice(&sums[..columns]);
+            }
+        }
     }
 }
 
-impl Mask {
-    /// Softmax over what each row sees; the rest of the row becomes 0.
-    #[inline(always)]
-    fn softmax(&self, scores: &mut [f32]) {
-        let group = self.shape.group();
-        for (row, scores) in scores.chunks_exact_mut(self.to - self.from).enumerate() {
-            let position = self.position + row / group;
-            let first = self.shape.first_seen(position) - self.from;
-            let last = position + 1 - self.from;
-            scores[..first].fill(0.0);
-            scores[last..].fill(0.0);
-            softmax(&mut scores[first..last]);
-        }
+#[inline(always)]
+fn score_tile<const FUSED: bool, const ROWS: usize>(
+    x: &[f32],
+    keys: &[[f32; BLOCK_TOKENS]],
+    out: &mut [f32],
+    width: usize,
+) {
+    let mut sums = [[0f32; BLOCK_TOKENS]; ROWS];
+    tile::<FUSED, ROWS, f32>(x.as_chunks::<ROWS>().0, keys, &mut sums);
+    for (row, sums) in sums.iter().enumerate() {
+        out[row * width..][..BLOCK_TOKENS].copy_from_slice(sums);
     }
 }
 

@@ -135,11 +135,6 @@ impl ModelConfig {
     pub fn group(&self) -> usize {
         self.num_heads / self.num_kv_heads
     }
-
-    /// Bytes that one token of one sequence takes in the KV cache.
-    pub fn kv_bytes_per_token(&self) -> usize {
-        2 * self.num_layers * self.num_kv_heads * self.head_dim * size_of::<f32>()
-    }
 }
 
 /// One id or a list of ids under `key`, as both config.json and generation_config.json write them.

@@ -7,17 +7,20 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use crate::attention::{AttentionShape, Span, attend};
-use crate::kv::KvCache;
+use crate::kv::{BLOCK_TOKENS, KvLayer, KvPool};
 use crate::ops::{Linear, Matrix, dot, swiglu};
 use crate::rope::{Rope, RopeTable};
 use crate::weights::{Loader, WeightSource, expected_tensors};
 use crate::{LmError, ModelConfig};
 
-/// New tokens of one sequence and the cache that holds the tokens before them.
-#[derive(Debug)]
+/// New tokens of one sequence, and the blocks of its keys and values.
+#[derive(Debug, Clone, Copy)]
 pub struct Segment<'a> {
     pub tokens: &'a [u32],
-    pub cache: &'a mut KvCache,
+    /// Tokens before them: their keys and values are in the blocks.
+    pub position: usize,
+    /// Block `i` holds the tokens from `16 i` on. No other segment writes into a block that this one writes into.
+    pub blocks: &'a [u32],
 }
 
 /// A loaded model.
@@ -82,22 +85,15 @@ impl Decoder {
         &self.lm_head
     }
 
-    /// Runs the new tokens of all segments in one packed forward, grows their caches, and returns the final
-    /// hidden states (after the last norm) as \[total tokens, hidden\], in the order of the segments.
+    /// Runs the new tokens of all segments in one packed forward, puts their keys and values into the blocks, and
+    /// returns the final hidden states (after the last norm) as \[total tokens, hidden\], in the order of the segments.
+    /// In CPU memory a row has the same bits however a text is cut and whatever runs beside it.
     ///
     /// Nothing is computed if a segment is empty, has an id outside the vocabulary or is too long. After any
-    /// other error the caches hold what they held before.
-    pub fn forward(&self, segments: &mut [Segment<'_>]) -> Result<Tensor, LmError> {
-        self.check(segments)?;
-        let result = self.run(segments);
-        for segment in segments {
-            match &result {
-                Ok(_) => segment.cache.commit(segment.tokens.len()),
-                // Layers may have grown before the error.
-                Err(_) => segment.cache.truncate(segment.cache.len()),
-            }
-        }
-        result
+    /// other error the blocks hold nothing of use from `position` on.
+    pub fn forward(&self, pool: &mut KvPool, segments: &[Segment<'_>]) -> Result<Tensor, LmError> {
+        self.check(pool, segments)?;
+        self.run(pool, segments)
     }
 
     /// Logits of a few hidden rows \[rows, hidden\] as \[rows, vocab\] f32. For many rows use
@@ -106,38 +102,45 @@ impl Decoder {
         Ok(self.lm_head.times(&hidden.contiguous()?)?)
     }
 
-    fn check(&self, segments: &[Segment<'_>]) -> Result<(), LmError> {
+    fn check(&self, pool: &KvPool, segments: &[Segment<'_>]) -> Result<(), LmError> {
+        let refuse = |detail: String| Err(LmError::request("prompt", detail));
         if segments.is_empty() {
-            return Err(LmError::request("prompt", "nothing to run"));
+            return refuse("nothing to run".into());
+        }
+        if !pool.fits(&self.config) {
+            return refuse("its blocks were made for another model".into());
         }
         for segment in segments {
             check_tokens(&self.config, segment.tokens)?;
-            if segment.cache.len() + segment.tokens.len() > self.config.max_position_embeddings {
-                let detail = format!(
+            let end = segment.position + segment.tokens.len();
+            if end > self.config.max_position_embeddings {
+                return refuse(format!(
                     "runs past max_position_embeddings = {}",
                     self.config.max_position_embeddings
-                );
-                return Err(LmError::request("prompt", detail));
+                ));
             }
-            if !segment.cache.fits(&self.config) {
-                return Err(LmError::request("prompt", "its cache was made for another model"));
+            let there = segment
+                .blocks
+                .iter()
+                .all(|block| (*block as usize) < pool.blocks());
+            if segment.blocks.len() * BLOCK_TOKENS < end || !there {
+                return refuse("has too few blocks".into());
             }
         }
         Ok(())
     }
 
-    fn run(&self, segments: &mut [Segment<'_>]) -> Result<Tensor, LmError> {
+    fn run(&self, pool: &mut KvPool, segments: &[Segment<'_>]) -> Result<Tensor, LmError> {
         let mut tokens = Vec::new();
         let mut positions = Vec::new();
-        for segment in segments.iter() {
-            let start = segment.cache.len();
+        for segment in segments {
             tokens.extend_from_slice(segment.tokens);
-            positions.extend(start..start + segment.tokens.len());
+            positions.extend(segment.position..segment.position + segment.tokens.len());
         }
         let rope = self.rope.table(&positions);
         let mut hidden = self.embedding.rows(&tokens)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            hidden = layer.forward(&hidden, index, segments, &rope, &self.config)?;
+            hidden = layer.forward(&hidden, pool.layer_mut(index), segments, &rope, &self.config)?;
         }
         Ok(rms_norm(&hidden, &self.norm, &self.config)?)
     }
@@ -221,8 +224,8 @@ impl Layer {
     fn forward(
         &self,
         hidden: &Tensor,
-        index: usize,
-        segments: &mut [Segment<'_>],
+        blocks: &mut KvLayer,
+        segments: &[Segment<'_>],
         rope: &RopeTable,
         config: &ModelConfig,
     ) -> Result<Tensor, LmError> {
@@ -230,7 +233,7 @@ impl Layer {
         let (rows, stride) = qkv.dims2()?;
         let mut qkv = qkv.flatten_all()?.to_vec1::<f32>()?;
         self.norm_and_rotate(&mut qkv, stride, rope, config.rms_norm_eps as f32);
-        let attended = self.attend(&qkv, stride, index, segments);
+        let attended = self.attend(&qkv, stride, blocks, segments);
         let attended = Tensor::from_vec(
             attended,
             (rows, config.num_heads * config.head_dim),
@@ -263,16 +266,17 @@ impl Layer {
         });
     }
 
-    /// Puts the new keys and values into the caches, then attends.
-    fn attend(&self, qkv: &[f32], stride: usize, index: usize, segments: &mut [Segment<'_>]) -> Vec<f32> {
+    /// Puts the new keys and values into the blocks, then attends.
+    fn attend(&self, qkv: &[f32], stride: usize, layer: &mut KvLayer, segments: &[Segment<'_>]) -> Vec<f32> {
         let dim = self.shape.head_dim;
         let keys_at = self.shape.heads * dim;
         let values_at = keys_at + self.shape.kv_heads * dim;
         let mut rows = qkv.chunks_exact(stride);
-        for segment in segments.iter_mut() {
-            let layer = segment.cache.layer_mut(index);
-            for row in rows.by_ref().take(segment.tokens.len()) {
-                layer.push(&row[keys_at..values_at], &row[values_at..]);
+        for segment in segments {
+            for (position, row) in (segment.position..).zip(rows.by_ref().take(segment.tokens.len())) {
+                let block = segment.blocks[position / BLOCK_TOKENS];
+                let slot = position % BLOCK_TOKENS;
+                layer.write(block, slot, &row[keys_at..values_at], &row[values_at..]);
             }
         }
         let mut row = 0;
@@ -282,14 +286,14 @@ impl Layer {
                 let span = Span {
                     row,
                     rows: segment.tokens.len(),
-                    position: segment.cache.len(),
-                    layer: segment.cache.layer(index),
+                    position: segment.position,
+                    blocks: segment.blocks,
                 };
                 row += span.rows;
                 span
             })
             .collect();
-        attend(self.shape, qkv, stride, &spans)
+        attend(self.shape, qkv, stride, &spans, layer)
     }
 }
 

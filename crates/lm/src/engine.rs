@@ -1,20 +1,22 @@
-//! Iteration-level scheduling: each step packs one token of every running answer and as much of the waiting
-//! prompts as fits into one forward of the decoder. First come, first served; an over-long prompt is run in
-//! chunks. It owns the sequences and their caches; it knows no text.
+//! Runs requests on one decoder: asks the [`Scheduler`] what to run, runs it in one forward, scores, draws, and says in
+//! events what came of it. It owns the blocks of keys and values and the scores that are kept with them; it knows no
+//! text.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use rayon::prelude::*;
 
 use crate::decoder::Segment;
-use crate::kv::KvCache;
+use crate::kv::{BLOCK_TOKENS, KvPool};
 use crate::sampler::Sampler;
-use crate::scoring::score;
+use crate::scheduler::{Limits, Plan, Scheduler, Scores, Share, Start};
+use crate::scoring::{Target, score_rows};
 use crate::{Decoder, Event, FinishReason, LmError, Request, TokenLogprobs, score_logits};
 
-/// Bytes of keys and values that the engine lets its sequences grow to, unless told otherwise.
+/// Bytes of keys and values that an engine may hold, unless told otherwise.
 const DEFAULT_KV_BYTES: usize = 4 << 30;
 /// Rows of logits held at once while tokens are drawn.
 const LOGIT_ROWS: usize = 64;
@@ -26,6 +28,8 @@ pub struct EngineConfig {
     pub max_batch_tokens: usize,
     /// Sequences that run at once; each takes one token of a step while it answers.
     pub max_running: usize,
+    /// Bytes of keys and values, of what runs and of what is kept for later.
+    pub kv_bytes: usize,
 }
 
 impl Default for EngineConfig {
@@ -33,6 +37,7 @@ impl Default for EngineConfig {
         Self {
             max_batch_tokens: 2048,
             max_running: 64,
+            kv_bytes: DEFAULT_KV_BYTES,
         }
     }
 }
@@ -41,378 +46,358 @@ impl Default for EngineConfig {
 #[derive(Debug)]
 pub struct Engine {
     decoder: Arc<Decoder>,
-    config: EngineConfig,
-    /// Tokens whose keys and values may exist at once.
-    kv_tokens: usize,
-    waiting: VecDeque<Request>,
-    running: Vec<Sequence>,
+    pool: KvPool,
+    /// Scores of the tokens of each block, where they are known.
+    scores: Vec<BlockScores>,
+    scheduler: Scheduler,
+    sequences: BTreeMap<u64, Sequence>,
     /// Events that arose between steps.
     events: Vec<Event>,
 }
 
+type BlockScores = [Option<Box<TokenLogprobs>>; BLOCK_TOKENS];
+
 #[derive(Debug)]
 struct Sequence {
     request: Request,
-    cache: KvCache,
     sampler: Sampler,
     /// Tokens drawn so far.
     answered: usize,
-    /// The token that the next step runs, once the prompt is through.
-    next: Option<u32>,
-    prompt_logprobs: Vec<Option<TokenLogprobs>>,
-    reserved: usize,
+    /// Scores of the prompt's tokens from `score_from` on, as far as they are known; None once they are told.
+    prompt_logprobs: Option<Vec<TokenLogprobs>>,
 }
 
-/// The rows of one sequence in this step's forward.
-struct Share {
-    sequence: usize,
-    first_row: usize,
-    tokens: Vec<u32>,
+/// A token that was drawn.
+struct Drawn {
+    token: Option<u32>,
+    logprobs: Option<TokenLogprobs>,
 }
 
 impl Engine {
     pub fn new(decoder: Arc<Decoder>, config: EngineConfig) -> Self {
-        let per_token = decoder.config().kv_bytes_per_token();
-        let kv_tokens = (DEFAULT_KV_BYTES / per_token).max(decoder.config().max_position_embeddings);
+        let limits = Limits {
+            max_batch_tokens: config.max_batch_tokens,
+            max_running: config.max_running,
+        };
+        let blocks = (config.kv_bytes / KvPool::block_bytes(decoder.config())).max(1);
         Self {
-            decoder,
-            config: EngineConfig {
-                max_batch_tokens: config.max_batch_tokens.max(1),
-                max_running: config.max_running.max(1),
-            },
-            kv_tokens,
-            waiting: VecDeque::new(),
-            running: Vec::new(),
+            pool: KvPool::new(decoder.config(), blocks),
+            scores: vec![BlockScores::default(); blocks],
+            scheduler: Scheduler::new(limits, blocks),
+            sequences: BTreeMap::new(),
             events: Vec::new(),
+            decoder,
         }
     }
 
-    /// Bounds the tokens, over all sequences, whose keys and values may exist at once. A request waits until
-    /// all it may come to need is free.
-    #[must_use]
-    pub fn with_kv_tokens(mut self, tokens: usize) -> Self {
-        self.kv_tokens = tokens.max(1);
-        self
+    /// Tokens whose keys and values there is memory for.
+    pub fn kv_tokens(&self) -> usize {
+        self.pool.blocks() * BLOCK_TOKENS
     }
 
     /// Queues a request. An error means that it was not taken.
     pub fn add(&mut self, request: Request) -> Result<(), LmError> {
         request.validate(self.decoder.config())?;
-        if request.most_cached(self.decoder.config()) > self.kv_tokens {
+        if request.most_cached(self.decoder.config()) > self.kv_tokens() {
             let detail = format!(
                 "prompt and answer are longer than the {} tokens there is memory for",
-                self.kv_tokens
+                self.kv_tokens()
             );
             return Err(LmError::request("max_tokens", detail));
         }
-        self.waiting.push_back(request);
+        if request.max_tokens == 0 && request.prompt_logprobs.is_none() {
+            self.events.push(Event::Finished {
+                id: request.id,
+                reason: FinishReason::Length,
+            });
+            return Ok(());
+        }
+        let scores = request.prompt_logprobs.map(|top| Scores {
+            from: request.score_from.max(1),
+            top,
+        });
+        self.scheduler
+            .add(request.id, request.group, request.prompt.clone(), scores);
+        let sequence = Sequence {
+            sampler: Sampler::new(request.sampling, &request.prompt),
+            answered: 0,
+            prompt_logprobs: scores.map(|_| Vec::new()),
+            request,
+        };
+        self.sequences.insert(sequence.request.id, sequence);
         Ok(())
     }
 
     /// Ends a request at once; its `Finished` event comes with the next step. Unknown ids are ignored.
     pub fn cancel(&mut self, id: u64) {
-        let held = self.waiting.len() + self.running.len();
-        self.waiting.retain(|request| request.id != id);
-        self.running.retain(|sequence| sequence.request.id != id);
-        if self.waiting.len() + self.running.len() < held {
-            self.events.push(Event::Finished {
-                id,
-                reason: FinishReason::Cancelled,
-            });
-        }
+        self.finish(id, FinishReason::Cancelled);
     }
 
     /// Nothing runs, waits or is to be told.
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty() && self.events.is_empty()
+        self.sequences.is_empty() && self.events.is_empty()
     }
 
     pub fn running(&self) -> usize {
-        self.running.len()
+        self.scheduler.running()
     }
 
     pub fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.scheduler.waiting()
     }
 
-    /// Tokens whose keys and values exist now, and how many may.
+    /// Tokens that the blocks of requests have room for, and how many all blocks have. What is kept for later is not
+    /// counted.
     pub fn kv_usage(&self) -> (usize, usize) {
-        let used = self.running.iter().map(|sequence| sequence.cache.len()).sum();
-        (used, self.kv_tokens)
+        let (used, all) = self.scheduler.usage();
+        (used * BLOCK_TOKENS, all * BLOCK_TOKENS)
     }
 
     /// One forward over all that can run now. Events of one request are in order.
     pub fn step(&mut self) -> Vec<Event> {
-        self.admit();
-        self.fork();
-        let shares = self.plan();
-        if !shares.is_empty() {
-            let run = catch_unwind(AssertUnwindSafe(|| self.run(&shares)));
+        let plan = self.scheduler.plan();
+        for start in &plan.starts {
+            self.start(start);
+        }
+        if !plan.shares.is_empty() {
+            let run = catch_unwind(AssertUnwindSafe(|| self.run(&plan)));
             let failure = match run {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(error.to_string()),
                 Err(_) => Some("the computation panicked".to_owned()),
             };
             if let Some(error) = failure {
-                tracing::error!(error, sequences = shares.len(), "step failed");
-                self.fail(&shares, &error);
+                tracing::error!(error, sequences = plan.shares.len(), "step failed");
+                for share in &plan.shares {
+                    self.fail(share.sequence, &error);
+                }
             }
         }
-        self.running.retain(|sequence| !sequence.is_done());
         std::mem::take(&mut self.events)
     }
 
-    fn admit(&mut self) {
-        let mut reserved: usize = self.running.iter().map(|sequence| sequence.reserved).sum();
-        while self.running.len() < self.config.max_running {
-            let Some(request) = self.waiting.front() else {
-                return;
-            };
-            let needs = request.most_cached(self.decoder.config());
-            if reserved + needs > self.kv_tokens {
-                // Those behind it wait too, or a long request would starve.
-                return;
+    /// Takes over the scores of the tokens that are there already.
+    fn start(&mut self, start: &Start) {
+        let Some(sequence) = self.sequences.get_mut(&start.sequence) else {
+            return;
+        };
+        let Some(known) = &mut sequence.prompt_logprobs else {
+            return;
+        };
+        known.clear();
+        let top = sequence.request.prompt_logprobs.unwrap_or(0);
+        let from = sequence.request.score_from.max(1);
+        for at in from..start.found.min(sequence.request.prompt.len()) {
+            let block = start.blocks[at / BLOCK_TOKENS] as usize;
+            match &self.scores[block][at % BLOCK_TOKENS] {
+                Some(score) => known.push(score.with_top(top)),
+                None => return,
             }
-            let Some(request) = self.waiting.pop_front() else {
-                return;
-            };
-            if request.max_tokens == 0 && request.prompt_logprobs.is_none() {
-                self.events.push(Event::Finished {
-                    id: request.id,
-                    reason: FinishReason::Length,
-                });
-                continue;
-            }
-            reserved += needs;
-            self.running
-                .push(Sequence::new(request, needs, self.decoder.config()));
         }
     }
 
-    /// Choices of one prompt run it once: a sequence that has not begun takes over the keys and values of one whose
-    /// prompt is the same and through, but for the last token, whose row it needs.
-    fn fork(&mut self) {
-        for index in 0..self.running.len() {
-            if !self.running[index].may_follow() {
-                continue;
-            }
-            let prompt = &self.running[index].request.prompt;
-            let through = |other: &&Sequence| other.prompt_is_through() && other.request.prompt == *prompt;
-            let Some(leader) = self.running.iter().find(through) else {
-                continue;
-            };
-            let cache = leader.cache.fork(prompt.len() - 1);
-            self.running[index].cache = cache;
+    fn run(&mut self, plan: &Plan) -> Result<(), LmError> {
+        for copy in &plan.copies {
+            self.pool.copy(copy.from, copy.to, copy.tokens);
         }
-    }
-
-    /// Whether another sequence, earlier in line, is about to run the same prompt.
-    fn follows(&self, index: usize) -> bool {
-        let sequence = &self.running[index];
-        sequence.may_follow()
-            && self.running[..index]
-                .iter()
-                .any(|other| other.next.is_none() && other.request.prompt == sequence.request.prompt)
-    }
-
-    /// Answers first, one token each; then prompts in order of arrival while there is room. At least one
-    /// prompt token runs in each step, so that answers cannot hold prompts up for ever.
-    fn plan(&self) -> Vec<Share> {
-        let mut shares = Vec::new();
-        let mut rows = 0;
-        for (sequence, state) in self.running.iter().enumerate() {
-            if let Some(token) = state.next {
-                shares.push(Share {
-                    sequence,
-                    first_row: rows,
-                    tokens: vec![token],
-                });
-                rows += 1;
-            }
-        }
-        let mut room = self.config.max_batch_tokens.saturating_sub(rows).max(1);
-        for (sequence, state) in self.running.iter().enumerate() {
-            if state.next.is_some() || room == 0 || self.follows(sequence) {
-                continue;
-            }
-            let from = state.cache.len();
-            let to = state.request.prompt.len().min(from + room);
-            shares.push(Share {
-                sequence,
-                first_row: rows,
-                tokens: state.request.prompt[from..to].to_vec(),
-            });
-            rows += to - from;
-            room -= to - from;
-        }
-        shares
-    }
-
-    fn run(&mut self, shares: &[Share]) -> Result<(), LmError> {
-        let hidden = self.forward(shares)?;
-        for share in shares {
-            self.score_prompt(share, &hidden)?;
-        }
-        let ready: Vec<&Share> = shares
+        let segments: Vec<Segment<'_>> = plan
+            .shares
             .iter()
-            .filter(|share| self.running[share.sequence].prompt_is_through())
+            .map(|share| Segment {
+                tokens: &self.scheduler.tokens(share.sequence)[share.range.clone()],
+                position: share.range.start,
+                blocks: self.scheduler.table(share.sequence),
+            })
             .collect();
-        for share in &ready {
-            let sequence = &mut self.running[share.sequence];
-            if sequence.answered == 0 && sequence.request.prompt_logprobs.is_some() {
-                let tokens = std::mem::take(&mut sequence.prompt_logprobs);
-                let id = sequence.request.id;
-                self.events.push(Event::PromptLogprobs { id, tokens });
+        let hidden = self.decoder.forward(&mut self.pool, &segments)?;
+        self.score_prompts(&plan.shares, &hidden)?;
+        let mut last_rows = Vec::new();
+        let mut rows = 0;
+        for share in &plan.shares {
+            rows += share.range.len();
+            self.keep(share);
+            if self.scheduler.is_through(share.sequence) {
+                self.tell_prompt_logprobs(share.sequence);
+                last_rows.push((share.sequence, rows as u32 - 1));
             }
         }
-        for some in ready.chunks(LOGIT_ROWS) {
+        for some in last_rows.chunks(LOGIT_ROWS) {
             self.draw(some, &hidden)?;
         }
         Ok(())
     }
 
-    fn forward(&mut self, shares: &[Share]) -> Result<Tensor, LmError> {
-        let mut caches: Vec<Option<&mut KvCache>> = self
-            .running
-            .iter_mut()
-            .map(|sequence| Some(&mut sequence.cache))
-            .collect();
-        let mut segments: Vec<Segment<'_>> = shares
-            .iter()
-            .filter_map(|share| {
-                let cache = caches[share.sequence].take()?;
-                Some(Segment {
-                    tokens: &share.tokens,
-                    cache,
-                })
-            })
-            .collect();
-        self.decoder.forward(&mut segments)
-    }
-
-    /// Row `i` of a prompt scores its token `i + 1`.
-    fn score_prompt(&mut self, share: &Share, hidden: &Tensor) -> Result<(), LmError> {
-        let sequence = &mut self.running[share.sequence];
-        let Some(top) = sequence
-            .request
-            .prompt_logprobs
-            .filter(|_| sequence.next.is_none())
-        else {
-            return Ok(());
-        };
-        let end = sequence.cache.len();
-        let start = end - share.tokens.len();
-        if start == 0 {
-            sequence.prompt_logprobs.push(None);
-        }
-        let last = sequence.request.prompt.len().min(end + 1);
-        let targets = &sequence.request.prompt[start + 1..last];
-        if targets.is_empty() {
-            return Ok(());
-        }
-        let rows = hidden.narrow(0, share.first_row, targets.len())?;
-        let scored = score(&self.decoder, &rows, targets, top)?;
-        sequence.prompt_logprobs.extend(scored.into_iter().map(Some));
-        Ok(())
-    }
-
-    /// Draws one token from the last row of each share.
-    fn draw(&mut self, shares: &[&Share], hidden: &Tensor) -> Result<(), LmError> {
-        let (drawing, done): (Vec<&Share>, Vec<&Share>) = shares
-            .iter()
-            .partition(|share| self.running[share.sequence].request.max_tokens > 0);
-        for share in done {
-            self.running[share.sequence].finish(FinishReason::Length, &mut self.events);
-        }
-        if drawing.is_empty() {
-            return Ok(());
-        }
-        let last = |share: &&Share| (share.first_row + share.tokens.len() - 1) as u32;
-        let rows: Vec<u32> = drawing.iter().map(last).collect();
-        let rows = Tensor::from_vec(rows, drawing.len(), hidden.device())?;
-        let logits = self
-            .decoder
-            .logits(&hidden.index_select(&rows, 0)?)?
-            .to_vec2::<f32>()?;
-        let longest = self.decoder.config().max_position_embeddings;
-        for (share, logits) in drawing.iter().zip(logits) {
-            self.running[share.sequence].take(logits, longest, &mut self.events);
-        }
-        Ok(())
-    }
-
-    fn fail(&mut self, shares: &[Share], error: &str) {
+    /// Row `i` of a prompt scores its token `i + 1`; all prompts go through the head together.
+    fn score_prompts(&mut self, shares: &[Share], hidden: &Tensor) -> Result<(), LmError> {
+        let mut targets = Vec::new();
+        let mut counts = Vec::new();
+        let mut first_row = 0;
         for share in shares {
-            let sequence = &mut self.running[share.sequence];
-            if !sequence.is_done() {
-                sequence.fail(error, &mut self.events);
+            let row = first_row;
+            first_row += share.range.len();
+            let Some(sequence) = self.sequences.get(&share.sequence) else {
+                continue;
+            };
+            let Some(next) = sequence.next_to_score() else {
+                continue;
+            };
+            let prompt = &sequence.request.prompt;
+            let last = prompt.len().min(share.range.end + 1);
+            let from = next.max(share.range.start + 1);
+            let tokens = from..last.max(from);
+            counts.push((share.sequence, tokens.len()));
+            targets.extend(tokens.map(|at| Target {
+                row: (row + at - 1 - share.range.start) as u32,
+                token: prompt[at],
+                top: sequence.request.prompt_logprobs.unwrap_or(0),
+            }));
+        }
+        let mut scored = score_rows(&self.decoder, hidden, &targets)?.into_iter();
+        for (id, count) in counts {
+            let known = self
+                .sequences
+                .get_mut(&id)
+                .and_then(|s| s.prompt_logprobs.as_mut());
+            if let Some(known) = known {
+                known.extend(scored.by_ref().take(count));
             }
         }
+        Ok(())
+    }
+
+    /// Tells the scheduler that a share was run, and keeps the scores of its tokens with their blocks.
+    fn keep(&mut self, share: &Share) {
+        let Some(sequence) = self.sequences.get(&share.sequence) else {
+            return;
+        };
+        let known = sequence.prompt_logprobs.as_deref().unwrap_or_default();
+        let from = sequence.request.score_from.max(1);
+        for filled in self.scheduler.ran(share, from..from + known.len()) {
+            if filled.keep_scores {
+                let kept = &mut self.scores[filled.block as usize];
+                for at in filled.scored {
+                    kept[at % BLOCK_TOKENS] = Some(Box::new(known[at - from].clone()));
+                }
+            }
+        }
+    }
+
+    fn tell_prompt_logprobs(&mut self, id: u64) {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        if let Some(known) = sequence.prompt_logprobs.take() {
+            let prompt = sequence.request.prompt.len();
+            let unscored = prompt.min(sequence.request.score_from.max(1));
+            if known.len() != prompt - unscored {
+                return self.fail(id, "a score of the prompt was lost");
+            }
+            let tokens = std::iter::repeat_n(None, unscored).chain(known.into_iter().map(Some));
+            self.events.push(Event::PromptLogprobs {
+                id,
+                tokens: tokens.collect(),
+            });
+            self.scheduler.needs_no_scores(id);
+        }
+    }
+
+    /// Draws the next token of each sequence from its row.
+    fn draw(&mut self, rows: &[(u64, u32)], hidden: &Tensor) -> Result<(), LmError> {
+        let (draw, end): (Vec<(u64, u32)>, Vec<(u64, u32)>) = rows.iter().partition(|(id, _)| {
+            let sequence = self.sequences.get(id);
+            sequence.is_some_and(|s| s.answered < s.request.max_tokens)
+        });
+        for (id, _) in end {
+            self.finish(id, FinishReason::Length);
+        }
+        if draw.is_empty() {
+            return Ok(());
+        }
+        let places = draw.iter().map(|(_, row)| *row).collect();
+        let places = Tensor::from_vec(places, draw.len(), hidden.device())?;
+        let logits = self.decoder.logits(&hidden.index_select(&places, 0)?)?;
+        let logits = logits.to_vec2::<f32>()?;
+        let mut drawing: BTreeMap<u64, Vec<f32>> = draw.iter().map(|(id, _)| *id).zip(logits).collect();
+        let drawn: Vec<(u64, Drawn)> = self
+            .sequences
+            .iter_mut()
+            .filter_map(|(id, sequence)| Some((*id, sequence, drawing.remove(id)?)))
+            .collect::<Vec<_>>()
+            .into_par_iter()
+            .map(|(id, sequence, logits)| (id, sequence.draw(logits)))
+            .collect();
+        for (id, drawn) in drawn {
+            self.take(id, drawn);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, id: u64, drawn: Drawn) {
+        let Some(token) = drawn.token else {
+            return self.fail(id, "the model gave no finite logit");
+        };
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        let logprobs = drawn.logprobs;
+        self.events.push(Event::Token { id, token, logprobs });
+        sequence.answered += 1;
+        let full = self.scheduler.tokens(id).len() >= self.decoder.config().max_position_embeddings;
+        if sequence.request.stop_ids.contains(&token) {
+            self.finish(id, FinishReason::Stop);
+        } else if full || sequence.answered >= sequence.request.max_tokens {
+            self.finish(id, FinishReason::Length);
+        } else {
+            self.scheduler.push(id, token);
+        }
+    }
+
+    fn finish(&mut self, id: u64, reason: FinishReason) {
+        if self.end(id) {
+            self.events.push(Event::Finished { id, reason });
+        }
+    }
+
+    fn fail(&mut self, id: u64, error: &str) {
+        if self.end(id) {
+            self.events.push(Event::Failed {
+                id,
+                error: error.to_owned(),
+                field: None,
+            });
+        }
+    }
+
+    /// False if it had ended.
+    fn end(&mut self, id: u64) -> bool {
+        self.scheduler.remove(id);
+        self.sequences.remove(&id).is_some()
     }
 }
 
 impl Sequence {
-    fn new(request: Request, reserved: usize, config: &crate::ModelConfig) -> Self {
-        Self {
-            cache: KvCache::new(config),
-            sampler: Sampler::new(request.sampling, &request.prompt),
-            answered: 0,
-            next: None,
-            prompt_logprobs: Vec::new(),
-            reserved,
-            request,
-        }
+    /// The first prompt token whose score is wanted and not known.
+    fn next_to_score(&self) -> Option<usize> {
+        let known = self.prompt_logprobs.as_ref()?;
+        Some(self.request.score_from.max(1) + known.len())
     }
 
-    fn prompt_is_through(&self) -> bool {
-        self.cache.len() >= self.request.prompt.len()
-    }
-
-    /// Nothing of its prompt was run, and its rows are of no use but the last.
-    fn may_follow(&self) -> bool {
-        self.cache.is_empty() && self.request.prompt.len() > 1 && self.request.prompt_logprobs.is_none()
-    }
-
-    /// Ended sequences hold no reservation and are dropped at the end of the step.
-    fn is_done(&self) -> bool {
-        self.reserved == 0
-    }
-
-    fn take(&mut self, mut logits: Vec<f32>, longest: usize, events: &mut Vec<Event>) {
-        let id = self.request.id;
+    fn draw(&mut self, mut logits: Vec<f32>) -> Drawn {
         let unchanged = self.request.logprobs.map(|top| (top, logits.clone()));
+        for (token, bias) in &self.request.logit_bias {
+            if let Some(logit) = logits.get_mut(*token as usize) {
+                *logit += bias;
+            }
+        }
         let banned: &[u32] = match self.answered < self.request.min_tokens {
             true => &self.request.stop_ids,
             false => &[],
         };
-        let Some(token) = self.sampler.sample(&mut logits, banned) else {
-            return self.fail("the model gave no finite logit", events);
-        };
+        let token = self.sampler.sample(&mut logits, banned);
         // Log-probabilities are those of the model, before penalties and temperature.
-        let logprobs = unchanged.map(|(top, logits)| score_logits(&logits, token, top));
-        events.push(Event::Token { id, token, logprobs });
-        self.answered += 1;
-        self.next = Some(token);
-        if self.request.stop_ids.contains(&token) {
-            self.finish(FinishReason::Stop, events);
-        } else if self.answered >= self.request.max_tokens || self.cache.len() >= longest {
-            self.finish(FinishReason::Length, events);
-        }
-    }
-
-    fn finish(&mut self, reason: FinishReason, events: &mut Vec<Event>) {
-        let id = self.request.id;
-        events.push(Event::Finished { id, reason });
-        self.reserved = 0;
-    }
-
-    fn fail(&mut self, error: &str, events: &mut Vec<Event>) {
-        let id = self.request.id;
-        events.push(Event::Failed {
-            id,
-            error: error.to_owned(),
-            field: None,
-        });
-        self.reserved = 0;
+        let logprobs = token
+            .zip(unchanged)
+            .map(|(token, (top, logits))| score_logits(&logits, token, top));
+        Drawn { token, logprobs }
     }
 }

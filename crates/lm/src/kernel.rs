@@ -42,18 +42,44 @@ pub(crate) fn multiply_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// Adds the product of `x` \[inner, ROWS\] and `panel` \[inner, 16\] to `sums` \[ROWS, 16\].
+/// A packed weight: f32, or bf16 that is widened in a register. The numbers are the same.
+pub(crate) trait Weight: Copy + Send + Sync {
+    /// Whether many rows gain from a block of weights that is widened once for all of them.
+    const WIDENS: bool;
+    fn widen(self) -> f32;
+}
+
+impl Weight for f32 {
+    const WIDENS: bool = false;
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+/// The upper half of the f32.
+impl Weight for u16 {
+    const WIDENS: bool = true;
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self) << 16)
+    }
+}
+
+/// Adds the product of `x` \[inner, ROWS\] and `panel` \[inner, 16\] to `sums` \[ROWS, 16\]. Each sum is one chain
+/// over the inner elements in order, whatever ROWS is.
 #[inline(always)]
-pub(crate) fn tile<const FUSED: bool, const ROWS: usize>(
+pub(crate) fn tile<const FUSED: bool, const ROWS: usize, W: Weight>(
     x: &[[f32; ROWS]],
-    panel: &[[f32; TILE_COLUMNS]],
+    panel: &[[W; TILE_COLUMNS]],
     sums: &mut [[f32; TILE_COLUMNS]; ROWS],
 ) {
     // A copy that is not borrowed stays in registers.
     let mut held = *sums;
     for (x, weights) in x.iter().zip(panel) {
+        let weights = weights.map(W::widen);
         for (sums, x) in held.iter_mut().zip(x) {
-            for (sum, weight) in sums.iter_mut().zip(weights) {
+            for (sum, weight) in sums.iter_mut().zip(&weights) {
                 *sum = multiply_add::<FUSED>(*x, *weight, *sum);
             }
         }

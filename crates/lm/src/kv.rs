@@ -1,121 +1,132 @@
-//! Keys and values of past tokens. The cache lives outside the model: one object a sequence, made by the
-//! caller, grown by the decoder, dropped with the sequence. It knows nothing of attention.
+//! Storage of keys and values, in blocks of 16 tokens that any sequence's table may name. A block of one head is laid
+//! out as the panels that [`crate::kernel::tile`] reads, so that attention runs on the blocks where they lie. It knows
+//! nothing of sequences: which block holds what is [`crate::blocks`]' business.
 
 use crate::ModelConfig;
+use crate::kernel::TILE_COLUMNS;
 
-/// The cache of one sequence.
-#[derive(Debug, Clone)]
-pub struct KvCache {
-    layers: Vec<LayerKv>,
-    len: usize,
+/// Tokens of one block.
+pub const BLOCK_TOKENS: usize = TILE_COLUMNS;
+
+/// Blocks of all layers of one model. Memory is taken from the system as blocks are first written.
+#[derive(Debug)]
+pub struct KvPool {
+    layers: Vec<KvLayer>,
+    blocks: usize,
 }
 
-/// One layer of one sequence: for each key/value head a growing matrix \[tokens, head_dim\].
-#[derive(Debug, Clone)]
-pub(crate) struct LayerKv {
-    heads: Vec<HeadKv>,
+/// The blocks of one layer.
+#[derive(Debug)]
+pub(crate) struct KvLayer {
+    /// \[block, head, head_dim\] panels of 16 tokens.
+    keys: Vec<[f32; BLOCK_TOKENS]>,
+    /// \[block, head, head_dim / 16, token\] panels of 16 dimensions; the last one is padded with zeros.
+    values: Vec<[f32; TILE_COLUMNS]>,
+    kv_heads: usize,
     head_dim: usize,
 }
 
-#[derive(Debug, Clone, Default)]
-struct HeadKv {
-    keys: Vec<f32>,
-    values: Vec<f32>,
-}
-
-impl KvCache {
-    pub fn new(config: &ModelConfig) -> Self {
-        let layer = LayerKv {
-            heads: vec![HeadKv::default(); config.num_kv_heads],
-            head_dim: config.head_dim,
-        };
+impl KvPool {
+    pub fn new(config: &ModelConfig, blocks: usize) -> Self {
         Self {
-            layers: vec![layer; config.num_layers],
-            len: 0,
+            layers: (0..config.num_layers)
+                .map(|_| KvLayer::new(config.num_kv_heads, config.head_dim, blocks))
+                .collect(),
+            blocks,
         }
     }
 
-    /// Tokens whose keys and values are in every layer; the position of the next token.
-    pub fn len(&self) -> usize {
-        self.len
+    /// Bytes that one block takes over all layers.
+    pub fn block_bytes(config: &ModelConfig) -> usize {
+        let padded = config.head_dim.next_multiple_of(TILE_COLUMNS);
+        let per_token = config.num_layers * config.num_kv_heads * (config.head_dim + padded);
+        per_token * BLOCK_TOKENS * size_of::<f32>()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
+    pub fn blocks(&self) -> usize {
+        self.blocks
     }
 
-    /// Forgets all tokens from `len` on.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-        let keep = self.len;
-        self.layers.iter_mut().for_each(|layer| layer.truncate(keep));
-    }
-
-    /// A cache of its own with the first `len` tokens.
-    pub(crate) fn fork(&self, len: usize) -> Self {
-        let keep = self.len.min(len);
-        Self {
-            layers: self.layers.iter().map(|layer| layer.fork(keep)).collect(),
-            len: keep,
+    /// Copies the first `tokens` tokens of a block into another, in every layer.
+    pub fn copy(&mut self, from: u32, to: u32, tokens: usize) {
+        for layer in &mut self.layers {
+            layer.copy(from as usize, to as usize, tokens);
         }
     }
 
-    pub(crate) fn layer(&self, layer: usize) -> &LayerKv {
-        &self.layers[layer]
-    }
-
-    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut LayerKv {
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut KvLayer {
         &mut self.layers[layer]
     }
 
-    /// Counts `tokens` more, once every layer has them.
-    pub(crate) fn commit(&mut self, tokens: usize) {
-        self.len += tokens;
-    }
-
     pub(crate) fn fits(&self, config: &ModelConfig) -> bool {
-        let head_fits =
-            |layer: &LayerKv| layer.heads.len() == config.num_kv_heads && layer.head_dim == config.head_dim;
-        self.layers.len() == config.num_layers && self.layers.iter().all(head_fits)
+        let fits =
+            |layer: &KvLayer| layer.kv_heads == config.num_kv_heads && layer.head_dim == config.head_dim;
+        self.layers.len() == config.num_layers && self.layers.iter().all(fits)
     }
 }
 
-impl LayerKv {
-    /// Appends one token: `keys` and `values` are \[kv_heads, head_dim\].
-    pub(crate) fn push(&mut self, keys: &[f32], values: &[f32]) {
-        let dim = self.head_dim;
-        let parts = keys.chunks_exact(dim).zip(values.chunks_exact(dim));
-        for (head, (key, value)) in self.heads.iter_mut().zip(parts) {
-            head.keys.extend_from_slice(key);
-            head.values.extend_from_slice(value);
-        }
-    }
-
-    /// Keys of the tokens `from..to` of one head, \[to - from, head_dim\].
-    pub(crate) fn keys(&self, head: usize, from: usize, to: usize) -> &[f32] {
-        &self.heads[head].keys[from * self.head_dim..to * self.head_dim]
-    }
-
-    pub(crate) fn values(&self, head: usize, from: usize, to: usize) -> &[f32] {
-        &self.heads[head].values[from * self.head_dim..to * self.head_dim]
-    }
-
-    fn fork(&self, len: usize) -> Self {
-        let part = |values: &[f32]| values[..len * self.head_dim].to_vec();
-        let heads = self.heads.iter().map(|head| HeadKv {
-            keys: part(&head.keys),
-            values: part(&head.values),
-        });
+impl KvLayer {
+    pub(crate) fn new(kv_heads: usize, head_dim: usize, blocks: usize) -> Self {
+        let panels = head_dim.div_ceil(TILE_COLUMNS);
         Self {
-            heads: heads.collect(),
-            head_dim: self.head_dim,
+            keys: vec![[0.0; BLOCK_TOKENS]; blocks * kv_heads * head_dim],
+            values: vec![[0.0; TILE_COLUMNS]; blocks * kv_heads * panels * BLOCK_TOKENS],
+            kv_heads,
+            head_dim,
         }
     }
 
-    fn truncate(&mut self, len: usize) {
-        for head in &mut self.heads {
-            head.keys.truncate(len * self.head_dim);
-            head.values.truncate(len * self.head_dim);
+    fn panels(&self) -> usize {
+        self.head_dim.div_ceil(TILE_COLUMNS)
+    }
+
+    /// Writes one token: `keys` and `values` are \[kv_heads, head_dim\].
+    pub(crate) fn write(&mut self, block: u32, slot: usize, keys: &[f32], values: &[f32]) {
+        let (dim, panels) = (self.head_dim, self.panels());
+        let parts = keys.chunks_exact(dim).zip(values.chunks_exact(dim));
+        for (head, (key, value)) in parts.enumerate() {
+            let at = block as usize * self.kv_heads + head;
+            let columns = &mut self.keys[at * dim..][..dim];
+            columns
+                .iter_mut()
+                .zip(key)
+                .for_each(|(panel, key)| panel[slot] = *key);
+            let stored = &mut self.values[at * panels * BLOCK_TOKENS..][..panels * BLOCK_TOKENS];
+            for (panel, value) in stored
+                .chunks_exact_mut(BLOCK_TOKENS)
+                .zip(value.chunks(TILE_COLUMNS))
+            {
+                panel[slot][..value.len()].copy_from_slice(value);
+            }
+        }
+    }
+
+    /// Keys of a block and head, \[head_dim\] panels of 16 tokens.
+    #[inline(always)]
+    pub(crate) fn keys(&self, block: u32, head: usize) -> &[[f32; BLOCK_TOKENS]] {
+        &self.keys[(block as usize * self.kv_heads + head) * self.head_dim..][..self.head_dim]
+    }
+
+    /// Values of a block and head for the dimensions from `16 * panel` on, \[16 tokens\].
+    #[inline(always)]
+    pub(crate) fn values(&self, block: u32, head: usize, panel: usize) -> &[[f32; TILE_COLUMNS]] {
+        let at = (block as usize * self.kv_heads + head) * self.panels() + panel;
+        &self.values[at * BLOCK_TOKENS..][..BLOCK_TOKENS]
+    }
+
+    fn copy(&mut self, from: usize, to: usize, tokens: usize) {
+        let (keys, values) = (
+            self.kv_heads * self.head_dim,
+            self.kv_heads * self.panels() * BLOCK_TOKENS,
+        );
+        for at in 0..keys {
+            let source = self.keys[from * keys + at];
+            self.keys[to * keys + at][..tokens].copy_from_slice(&source[..tokens]);
+        }
+        for panel in (0..values).step_by(BLOCK_TOKENS) {
+            let source = from * values + panel;
+            self.values
+                .copy_within(source..source + tokens, to * values + panel);
         }
     }
 }

@@ -12,16 +12,22 @@ const MAX_LOGPROBS: usize = 1024;
 pub struct Request {
     /// Chosen by the caller, unique among what the engine holds.
     pub id: u64,
+    /// Requests of one client: room is shared out evenly among groups.
+    pub group: u64,
     pub prompt: Vec<u32>,
     /// 0: only score the prompt.
     pub max_tokens: usize,
     /// Stop ids cannot be drawn before this many tokens.
     pub min_tokens: usize,
     pub sampling: Sampling,
+    /// Added to the logits of some tokens, before penalties.
+    pub logit_bias: Vec<(u32, f32)>,
     /// A token among these ends the answer; it is emitted before the end.
     pub stop_ids: Vec<u32>,
     /// Log-probabilities of the prompt, with this many likeliest tokens.
     pub prompt_logprobs: Option<usize>,
+    /// The first prompt token whose log-probability is wanted; 0 and 1 mean all that have one.
+    pub score_from: usize,
     /// Log-probabilities of the answer, with this many likeliest tokens.
     pub logprobs: Option<usize>,
 }
@@ -75,6 +81,13 @@ impl Request {
         ] {
             if count.is_some_and(|count| count > MAX_LOGPROBS) {
                 return Err(LmError::request(field, format!("must be at most {MAX_LOGPROBS}")));
+            }
+        }
+        for (token, bias) in &self.logit_bias {
+            if *token as usize >= config.vocab_size || !bias.is_finite() {
+                let detail =
+                    format!("{bias} for token {token}: must be a number for a token of the vocabulary");
+                return Err(LmError::request("logit_bias", detail));
             }
         }
         self.sampling.validate()

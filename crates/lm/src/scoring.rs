@@ -32,10 +32,36 @@ pub fn score(
     targets: &[u32],
     top: usize,
 ) -> Result<Vec<TokenLogprobs>, LmError> {
+    let targets: Vec<Target> = (0..)
+        .zip(targets)
+        .map(|(row, token)| Target {
+            row,
+            token: *token,
+            top,
+        })
+        .collect();
+    score_rows(decoder, hidden, &targets)
+}
+
+/// A token to be scored under a row of the hidden states.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Target {
+    pub row: u32,
+    pub token: u32,
+    pub top: usize,
+}
+
+/// Scores each target, in order.
+pub(crate) fn score_rows(
+    decoder: &Decoder,
+    hidden: &Tensor,
+    targets: &[Target],
+) -> Result<Vec<TokenLogprobs>, LmError> {
     let mut scored = Vec::with_capacity(targets.len());
-    for (chunk, targets) in targets.chunks(MAX_ROWS).enumerate() {
-        let rows = hidden.narrow(0, chunk * MAX_ROWS, targets.len())?.contiguous()?;
-        let mut states: Vec<RowState> = targets.iter().map(|t| RowState::new(*t, top)).collect();
+    for targets in targets.chunks(MAX_ROWS) {
+        let rows: Vec<u32> = targets.iter().map(|target| target.row).collect();
+        let rows = hidden.index_select(&Tensor::from_vec(rows, targets.len(), hidden.device())?, 0)?;
+        let mut states: Vec<RowState> = targets.iter().map(|t| RowState::new(t.token, t.top)).collect();
         let vocab = decoder.config().vocab_size;
         for start in (0..vocab).step_by(TILE) {
             let columns = TILE.min(vocab - start);
@@ -58,6 +84,21 @@ pub fn score_logits(logits: &[f32], target: u32, top: usize) -> TokenLogprobs {
     let mut state = RowState::new(target, top);
     state.see(0, logits);
     state.finish()
+}
+
+impl TokenLogprobs {
+    /// As if only the `top` likeliest had been asked for; not more than are there.
+    pub(crate) fn with_top(&self, top: usize) -> Self {
+        let mut best: Vec<(u32, f32)> = self.top.iter().take(top).copied().collect();
+        if !best.iter().any(|(id, _)| *id == self.token) {
+            best.push((self.token, self.logprob));
+        }
+        Self {
+            token: self.token,
+            logprob: self.logprob,
+            top: best,
+        }
+    }
 }
 
 /// What is known of one row after some tiles. NaN logits count as absent.

@@ -1,8 +1,8 @@
 //! What must hold of the decoder by itself: batching, chunking and windows change nothing; bad input is an error.
 
-use crate::common::{Tiny, VOCAB, all_logits, assert_close, config, prompt};
+use crate::common::{Text, Tiny, VOCAB, all_logits, assert_close, config, prompt};
 use candle_core::Device;
-use cauldron_lm::{Decoder, KvCache, LmError, ModelConfig, Segment, WeightSource, score};
+use cauldron_lm::{BLOCK_TOKENS, Decoder, KvPool, LmError, ModelConfig, Segment, WeightSource, score};
 use serde_json::json;
 
 fn tiny() -> Tiny {
@@ -10,95 +10,79 @@ fn tiny() -> Tiny {
 }
 
 #[test]
-fn a_ragged_batch_gives_what_one_by_one_gives() {
+fn a_ragged_batch_gives_the_bits_that_one_by_one_gives() {
     let decoder = tiny().decoder();
     let prompts: Vec<Vec<u32>> = [3, 1, 200, 17, 64].iter().map(|n| prompt(*n, *n)).collect();
-    let mut caches: Vec<KvCache> = prompts.iter().map(|_| KvCache::new(decoder.config())).collect();
+    let mut pool = KvPool::new(decoder.config(), 80);
+    let tables: Vec<Vec<u32>> = (0..5).map(|at| (at * 16..(at + 1) * 16).collect()).collect();
     // Different positions in one forward: the first sequence has a past already.
     let past = [5u32, 6, 7];
+    let segment = |tokens, position, blocks| Segment {
+        tokens,
+        position,
+        blocks,
+    };
     decoder
-        .forward(&mut [Segment {
-            tokens: &past,
-            cache: &mut caches[0],
-        }])
+        .forward(&mut pool, &[segment(&past, 0, &tables[0])])
         .expect("a past");
-    let mut segments: Vec<Segment<'_>> = prompts
+    let segments: Vec<Segment<'_>> = prompts
         .iter()
-        .zip(&mut caches)
-        .map(|(tokens, cache)| Segment { tokens, cache })
+        .zip(&tables)
+        .enumerate()
+        .map(|(at, (tokens, blocks))| segment(tokens, if at == 0 { past.len() } else { 0 }, blocks))
         .collect();
-    let hidden = decoder.forward(&mut segments).expect("hidden states");
+    let hidden = decoder.forward(&mut pool, &segments).expect("hidden states");
     let packed: Vec<Vec<f32>> = decoder.logits(&hidden).expect("logits").to_vec2().expect("rows");
-    let mut row = 0;
-    for (index, tokens) in prompts.iter().enumerate() {
-        let alone = match index {
+    let alone = prompts
+        .iter()
+        .enumerate()
+        .flat_map(|(index, tokens)| match index {
             0 => all_logits(&decoder, &[&past[..], tokens].concat())[past.len()..].to_vec(),
             _ => all_logits(&decoder, tokens),
-        };
-        for (position, logits) in alone.iter().enumerate() {
-            assert_close(
-                &packed[row],
-                logits,
-                2e-5,
-                &format!("sequence {index} position {position}"),
-            );
-            row += 1;
-        }
-        assert_eq!(
-            caches[index].len(),
-            tokens.len() + if index == 0 { past.len() } else { 0 }
-        );
-    }
+        });
+    assert_eq!(packed, alone.collect::<Vec<_>>());
 }
 
 #[test]
-fn chunks_and_single_steps_give_what_the_whole_prompt_gives() {
-    let decoder = tiny().decoder();
-    let tokens = prompt(150, 1);
-    let whole = all_logits(&decoder, &tokens);
-    for sizes in [vec![100, 49, 1], vec![1; 150], vec![7; 21]] {
-        let mut cache = KvCache::new(decoder.config());
-        let mut at = 0;
-        for size in sizes {
-            let part = &tokens[at..at + size];
-            let hidden = decoder
-                .forward(&mut [Segment {
-                    tokens: part,
-                    cache: &mut cache,
-                }])
-                .expect("hidden");
-            at += size;
-            let logits: Vec<Vec<f32>> = decoder.logits(&hidden).expect("logits").to_vec2().expect("rows");
-            assert_close(&logits[size - 1], &whole[at - 1], 2e-5, &format!("position {at}"));
+fn chunks_and_single_steps_give_the_bits_that_the_whole_prompt_gives() {
+    let windowed = config(
+        "MistralForCausalLM",
+        json!({"sliding_window": 21, "head_dim": 12, "num_key_value_heads": 1}),
+    );
+    for decoder in [tiny().decoder(), Tiny::new(windowed).decoder()] {
+        let tokens = prompt(150, 1);
+        let whole = all_logits(&decoder, &tokens);
+        for sizes in [vec![100, 49, 1], vec![1; 150], vec![7; 21]] {
+            let mut text = Text::new(&decoder);
+            for size in sizes {
+                let at = text.len;
+                let rows = text.run(&tokens[at..at + size]).expect("rows");
+                assert_eq!(rows, whole[at..at + size], "position {at}");
+            }
         }
     }
 }
 
 #[test]
-fn a_truncated_cache_goes_on_as_if_the_rest_had_never_been() {
+fn a_copied_block_goes_on_as_the_first_one_does() {
     let decoder = tiny().decoder();
     let tokens = prompt(30, 2);
-    let mut cache = KvCache::new(decoder.config());
-    decoder
-        .forward(&mut [Segment {
-            tokens: &prompt(50, 2),
-            cache: &mut cache,
-        }])
-        .expect("hidden");
-    cache.truncate(20);
-    let hidden = decoder
-        .forward(&mut [Segment {
-            tokens: &tokens[20..],
-            cache: &mut cache,
-        }])
-        .expect("hidden");
+    let mut pool = KvPool::new(decoder.config(), 6);
+    let first = Segment {
+        tokens: &prompt(40, 2),
+        position: 0,
+        blocks: &[4, 1, 3],
+    };
+    decoder.forward(&mut pool, &[first]).expect("hidden");
+    pool.copy(1, 5, 20 - BLOCK_TOKENS);
+    let second = Segment {
+        tokens: &tokens[20..],
+        position: 20,
+        blocks: &[4, 5],
+    };
+    let hidden = decoder.forward(&mut pool, &[second]).expect("hidden");
     let logits: Vec<Vec<f32>> = decoder.logits(&hidden).expect("logits").to_vec2().expect("rows");
-    assert_close(
-        &logits[9],
-        &all_logits(&decoder, &tokens)[29],
-        2e-5,
-        "after truncation",
-    );
+    assert_eq!(logits, all_logits(&decoder, &tokens)[20..]);
 }
 
 #[test]
@@ -133,13 +117,7 @@ fn a_window_hides_older_tokens() {
 fn prompt_logprobs_are_the_softmax_of_the_logits() {
     let decoder = tiny().decoder();
     let tokens = prompt(40, 4);
-    let mut cache = KvCache::new(decoder.config());
-    let hidden = decoder
-        .forward(&mut [Segment {
-            tokens: &tokens,
-            cache: &mut cache,
-        }])
-        .expect("hidden");
+    let hidden = Text::new(&decoder).hidden(&tokens).expect("hidden");
     let rows = hidden.narrow(0, 0, 39).expect("rows");
     let scored = score(&decoder, &rows, &tokens[1..], 5).expect("scores");
     for (position, (scored, logits)) in scored.iter().zip(all_logits(&decoder, &tokens)).enumerate() {
@@ -158,31 +136,34 @@ fn prompt_logprobs_are_the_softmax_of_the_logits() {
 }
 
 #[test]
-fn bad_input_is_an_error_and_leaves_the_cache_alone() {
+fn bad_input_is_an_error() {
     let decoder = tiny().decoder();
-    let mut cache = KvCache::new(decoder.config());
     for tokens in [vec![], vec![VOCAB as u32], vec![1, u32::MAX], prompt(257, 0)] {
-        let result = decoder.forward(&mut [Segment {
-            tokens: &tokens,
-            cache: &mut cache,
-        }]);
+        let result = Text::new(&decoder).run(&tokens);
         assert!(
             matches!(result, Err(LmError::Request { field: "prompt", .. })),
             "{tokens:?}"
         );
-        assert!(cache.is_empty());
     }
+    let mut pool = KvPool::new(decoder.config(), 2);
+    let tokens = prompt(17, 0);
+    for blocks in [&[0u32][..], &[0, 2], &[]] {
+        let segment = Segment {
+            tokens: &tokens,
+            position: 0,
+            blocks,
+        };
+        assert!(decoder.forward(&mut pool, &[segment]).is_err(), "{blocks:?}");
+    }
+    assert!(decoder.forward(&mut pool, &[]).is_err());
     let other = Tiny::new(config("LlamaForCausalLM", json!({"num_hidden_layers": 3})));
-    let mut foreign = KvCache::new(other.decoder().config());
-    assert!(
-        decoder
-            .forward(&mut [Segment {
-                tokens: &[1],
-                cache: &mut foreign
-            }])
-            .is_err()
-    );
-    assert!(decoder.forward(&mut []).is_err());
+    let mut foreign = KvPool::new(other.decoder().config(), 2);
+    let segment = Segment {
+        tokens: &[1],
+        position: 0,
+        blocks: &[0],
+    };
+    assert!(decoder.forward(&mut foreign, &[segment]).is_err());
 }
 
 #[test]

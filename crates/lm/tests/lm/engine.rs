@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::common::{Tiny, VOCAB, all_logits, config, prompt};
-use cauldron_lm::{Decoder, Engine, EngineConfig, Event, FinishReason, Request, Sampling, TokenLogprobs};
+use cauldron_lm::{
+    Decoder, Engine, EngineConfig, Event, FinishReason, KvPool, Request, Sampling, TokenLogprobs,
+};
 use serde_json::json;
 
 /// All that one request gave.
@@ -23,12 +25,15 @@ fn tiny() -> Arc<Decoder> {
 fn request(id: u64, prompt: Vec<u32>, max_tokens: usize) -> Request {
     Request {
         id,
+        group: 0,
         prompt,
         max_tokens,
         min_tokens: 0,
         sampling: Sampling::default(),
+        logit_bias: Vec::new(),
         stop_ids: Vec::new(),
         prompt_logprobs: None,
+        score_from: 0,
         logprobs: None,
     }
 }
@@ -37,6 +42,7 @@ fn engine(decoder: &Arc<Decoder>, max_batch_tokens: usize, max_running: usize) -
     let config = EngineConfig {
         max_batch_tokens,
         max_running,
+        ..EngineConfig::default()
     };
     Engine::new(decoder.clone(), config)
 }
@@ -145,6 +151,7 @@ fn lm_eval_scoring_gets_prompt_plus_one_entries_even_if_the_answer_is_eos() {
     let scoring = |id| Request {
         stop_ids: vec![next],
         prompt_logprobs: Some(1),
+        score_from: 0,
         logprobs: Some(1),
         ..request(id, tokens.clone(), 1)
     };
@@ -217,7 +224,7 @@ fn cancelled_requests_end_once_and_free_their_memory() {
     let decoder = tiny();
     let mut engine = engine(&decoder, 64, 2);
     for id in 0..4 {
-        engine.add(request(id, prompt(10, 1), 40)).expect("taken");
+        engine.add(request(id, prompt(10, id as usize), 40)).expect("taken");
     }
     let mut answers = BTreeMap::new();
     collect(&mut answers, engine.step());
@@ -244,22 +251,36 @@ fn cancelled_requests_end_once_and_free_their_memory() {
 #[test]
 fn memory_for_keys_and_values_is_bounded_and_requests_wait_for_it() {
     let decoder = tiny();
-    let mut engine = engine(&decoder, 1024, 64).with_kv_tokens(50);
+    let config = EngineConfig {
+        kv_bytes: 3 * KvPool::block_bytes(decoder.config()),
+        ..EngineConfig::default()
+    };
+    let mut engine = Engine::new(decoder.clone(), config);
+    assert_eq!(engine.kv_tokens(), 48);
     assert!(
         engine
             .add(request(9, prompt(40, 1), 20))
             .is_err_and(|e| e.to_string().starts_with("max_tokens"))
     );
+    // Three prompts fit, their answers do not: some are sent back and run again.
     for id in 0..5 {
-        engine.add(request(id, prompt(10, 1), 11)).expect("taken");
+        engine
+            .add(request(id, prompt(10, id as usize), 21))
+            .expect("taken");
     }
     let mut answers = BTreeMap::new();
     while !engine.is_idle() {
         collect(&mut answers, engine.step());
         let (used, most) = engine.kv_usage();
-        assert!(used <= most && engine.running() <= 2, "{used} of {most}");
+        assert!(used <= most && engine.running() <= 3, "{used} of {most}");
     }
-    assert!(answers.values().all(|answer| answer.tokens.len() == 11));
+    for (id, answer) in answers {
+        assert_eq!(
+            answer.tokens,
+            oracle(&decoder, &prompt(10, id as usize), 21),
+            "{id}"
+        );
+    }
 }
 
 #[test]

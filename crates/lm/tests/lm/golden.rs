@@ -49,6 +49,7 @@ fn run(decoder: &Arc<Decoder>, requests: Vec<Request>) -> Vec<Event> {
     let config = EngineConfig {
         max_batch_tokens: 256,
         max_running: 32,
+        ..EngineConfig::default()
     };
     let mut engine = Engine::new(decoder.clone(), config);
     for request in requests {
@@ -64,12 +65,15 @@ fn run(decoder: &Arc<Decoder>, requests: Vec<Request>) -> Vec<Event> {
 fn request(id: usize, prompt: Vec<u32>, max_tokens: usize, prompt_logprobs: Option<usize>) -> Request {
     Request {
         id: id as u64,
+        group: 0,
         prompt,
         max_tokens,
         min_tokens: 0,
         sampling: Sampling::default(),
+        logit_bias: Vec::new(),
         stop_ids: Vec::new(),
         prompt_logprobs,
+        score_from: 0,
         logprobs: None,
     }
 }
@@ -216,6 +220,7 @@ fn speed() {
             EngineConfig {
                 max_batch_tokens: 2048,
                 max_running: 64,
+                ..EngineConfig::default()
             },
         );
         for id in 0..count {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use cauldron_checkpoint::Checkpoint;
-use cauldron_lm::{Decoder, KvCache, ModelConfig, Segment};
+use cauldron_lm::{BLOCK_TOKENS, Decoder, KvPool, LmError, ModelConfig, Segment};
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -134,15 +134,51 @@ pub fn prompt(length: usize, seed: usize) -> Vec<u32> {
         .collect()
 }
 
+/// One text on a pool of its own, in blocks that lie in disorder.
+pub struct Text<'a> {
+    decoder: &'a Decoder,
+    pool: KvPool,
+    blocks: Vec<u32>,
+    pub len: usize,
+}
+
+impl<'a> Text<'a> {
+    pub fn new(decoder: &'a Decoder) -> Self {
+        let blocks = decoder.config().max_position_embeddings.div_ceil(BLOCK_TOKENS);
+        let order = (0..blocks as u32).map(|i| (i * 7 + 3) % blocks as u32);
+        let order: Vec<u32> = match blocks.is_multiple_of(7) {
+            true => (0..blocks as u32).collect(),
+            false => order.collect(),
+        };
+        Self {
+            pool: KvPool::new(decoder.config(), blocks),
+            blocks: order,
+            len: 0,
+            decoder,
+        }
+    }
+
+    /// Logits of the rows of some more tokens.
+    pub fn run(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, LmError> {
+        let hidden = self.hidden(tokens)?;
+        Ok(self.decoder.logits(&hidden)?.to_vec2()?)
+    }
+
+    pub fn hidden(&mut self, tokens: &[u32]) -> Result<Tensor, LmError> {
+        let segment = Segment {
+            tokens,
+            position: self.len,
+            blocks: &self.blocks,
+        };
+        let hidden = self.decoder.forward(&mut self.pool, &[segment])?;
+        self.len += tokens.len();
+        Ok(hidden)
+    }
+}
+
 /// Logits of every position of one prompt, run alone in one forward.
 pub fn all_logits(decoder: &Decoder, tokens: &[u32]) -> Vec<Vec<f32>> {
-    let mut cache = KvCache::new(decoder.config());
-    let mut segments = [Segment {
-        tokens,
-        cache: &mut cache,
-    }];
-    let hidden = decoder.forward(&mut segments).expect("hidden states");
-    decoder.logits(&hidden).expect("logits").to_vec2().expect("rows")
+    Text::new(decoder).run(tokens).expect("logits")
 }
 
 pub fn assert_close(a: &[f32], b: &[f32], tolerance: f32, what: &str) {
