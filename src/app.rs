@@ -68,6 +68,10 @@ impl App {
             max_batch_tokens: config.engine.max_batch_tokens as usize,
             max_running: config.engine.max_running as usize,
             max_waiting: config.engine.max_waiting as usize,
+            kv_bytes: config
+                .engine
+                .kv_cache_bytes
+                .unwrap_or_else(serving::default_kv_bytes) as usize,
             max_models: config.engine.max_models as usize,
             hold: config.engine.hold(),
         };

@@ -49,6 +49,7 @@ impl Config {
                 max_batch_tokens: DEFAULT_BATCH_TOKENS,
                 max_running: DEFAULT_RUNNING,
                 max_waiting: DEFAULT_WAITING,
+                kv_cache_bytes: None,
                 max_models: DEFAULT_MODELS,
                 hold_seconds: DEFAULT_HOLD_SECONDS,
             },
@@ -117,6 +118,10 @@ pub struct EngineArgs {
     /// Sequences that may wait, a model; more are answered 429.
     #[arg(long, env = "CAULDRON_MAX_WAITING", default_value_t = DEFAULT_WAITING)]
     pub max_waiting: u32,
+    /// Bytes of keys and values that a model may hold, of the sequences that run and of texts that may come again. Longer
+    /// requests than fit are refused. Default: a quarter of the memory that is free at the start, at most 4 GiB.
+    #[arg(long, env = "CAULDRON_KV_CACHE_BYTES", value_parser = clap::value_parser!(u64).range(1 << 20..))]
+    pub kv_cache_bytes: Option<u64>,
     /// Models that may be loaded at the same time; more are answered 429.
     #[arg(long, env = "CAULDRON_MAX_MODELS", default_value_t = DEFAULT_MODELS, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_models: u32,

@@ -67,6 +67,7 @@ impl EngineThread {
             config: EngineConfig {
                 max_batch_tokens: limits.max_batch_tokens,
                 max_running: limits.max_running,
+                kv_bytes: limits.kv_bytes,
             },
             running: running.clone(),
             waiting: waiting.clone(),

@@ -7,6 +7,7 @@ mod device;
 mod engine;
 mod load;
 mod loader;
+mod memory;
 mod served;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use crate::config::ModelName;
 
 pub use device::open as open_device;
 pub use engine::EngineThread;
+pub use memory::default_kv_bytes;
 pub use served::{Generation, Served};
 
 /// What to load: a folder, and what is known of it.
@@ -42,6 +44,8 @@ pub struct ServingLimits {
     pub max_batch_tokens: usize,
     pub max_running: usize,
     pub max_waiting: usize,
+    /// Bytes of keys and values, a model.
+    pub kv_bytes: usize,
     /// Names that may be taken.
     pub max_models: usize,
     /// How long requests for a loading model wait.

@@ -18,6 +18,7 @@ static NEXT_MODEL: AtomicU64 = AtomicU64::new(1);
 const MOST_HELD: usize = 256;
 
 static NEXT_REQUEST: AtomicU64 = AtomicU64::new(1);
+static NEXT_GROUP: AtomicU64 = AtomicU64::new(1);
 
 /// A model that answers. Its weights go when the last holder does.
 #[derive(Debug)]
@@ -96,13 +97,15 @@ impl Served {
         self.most_sequences
     }
 
-    /// Hands requests to the engine, all or none; holds them while there is no room. Each one's events end with
+    /// Hands the requests of one client to the engine, all or none; holds them while there is no room. Each one's events end with
     /// `Finished` or `Failed`; dropping a [`Generation`] cancels it.
     pub async fn submit(self: &Arc<Self>, requests: Vec<Request>) -> Result<Vec<Generation>, ServingError> {
         let mut room = self.room(requests.len()).await?;
         let mut generations = Vec::with_capacity(requests.len());
         let mut alive = true;
+        let group = NEXT_GROUP.fetch_add(1, Ordering::Relaxed);
         for mut request in requests {
+            request.group = group;
             request.id = NEXT_REQUEST.fetch_add(1, Ordering::Relaxed);
             let (sender, events) = unbounded_channel();
             generations.push(Generation {

@@ -288,7 +288,11 @@ async fn bad_requests_are_400_and_name_the_parameter() {
         (json!({"stop": "x".repeat(2000)}), "stop"),
         (json!({"best_of": 5}), "best_of"),
         (json!({"suffix": "x"}), "suffix"),
-        (json!({"logit_bias": {"1": 5}}), "logit_bias"),
+        (json!({"logit_bias": {"x": 5}}), "logit_bias"),
+        (json!({"logit_bias": {"260": 5}}), "logit_bias"),
+        (json!({"logit_bias": {"1": 101}}), "logit_bias"),
+        (json!({"logit_bias": {"1": "5"}}), "logit_bias"),
+        (json!({"logit_bias": [1]}), "logit_bias"),
         (
             json!({"response_format": {"type": "json_object"}}),
             "response_format",

@@ -12,5 +12,6 @@ mod models_api;
 mod openapi;
 mod process;
 mod queue;
+mod score_api;
 mod security;
 mod server;

@@ -9,7 +9,7 @@
 use rayon::prelude::*;
 
 use crate::ModelConfig;
-use crate::kernel::{TILE_COLUMNS, TILE_ROWS, Vectorized, tile, vectorized};
+use crate::kernel::{Instructions, TILE_COLUMNS, Vectorized, vectorized, with_rows};
 use crate::kv::{BLOCK_TOKENS, KvLayer};
 use crate::ops::exp;
 use crate::packed::Rows;
@@ -139,7 +139,7 @@ impl Vectorized for Attend<'_> {
     type Output = Vec<f32>;
 
     #[inline(always)]
-    fn run<const FUSED: bool>(self) -> Vec<f32> {
+    fn run<I: Instructions>(self) -> Vec<f32> {
         let (task, shape) = (self.task, self.shape);
         let (dim, group) = (shape.head_dim, shape.group());
         let scale = 1.0 / (dim as f32).sqrt();
@@ -153,7 +153,7 @@ impl Vectorized for Attend<'_> {
         let blocks = &task.blocks[first_block..to.div_ceil(BLOCK_TOKENS)];
         let from = first_block * BLOCK_TOKENS;
         let width = blocks.len() * BLOCK_TOKENS;
-        let mut scores = self.scores::<FUSED>(&scaled, blocks, width);
+        let mut scores = self.scores::<I>(&scaled, blocks, width);
         for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
             let position = task.position + row / group;
             let seen = shape.first_seen(position) - from..position + 1 - from;
@@ -161,32 +161,23 @@ impl Vectorized for Attend<'_> {
             scores[seen.end..].fill(0.0);
             softmax(&mut scores[seen]);
         }
-        self.weighted_values::<FUSED>(&scores, blocks, to - from)
+        self.weighted_values::<I>(&scores, blocks, to - from)
     }
 }
 
 impl Attend<'_> {
     /// Products of the queries with the keys of the blocks, \[queries, width\].
     #[inline(always)]
-    fn scores<const FUSED: bool>(&self, queries: &[f32], blocks: &[u32], width: usize) -> Vec<f32> {
+    fn scores<I: Instructions>(&self, queries: &[f32], blocks: &[u32], width: usize) -> Vec<f32> {
         let dim = self.shape.head_dim;
         let count = queries.len() / dim;
         let x = Rows::pack(queries, dim);
         let mut scores = vec![0f32; count * width];
         for (index, block) in blocks.iter().enumerate() {
             let keys = self.layer.keys(*block, self.task.head);
-            for row in (0..count).step_by(TILE_ROWS) {
-                let rows = TILE_ROWS.min(count - row);
-                let x = &x.values[row * dim..(row + rows) * dim];
-                let out = &mut scores[row * width + index * BLOCK_TOKENS..];
-                match rows {
-                    6 => score_tile::<FUSED, 6>(x, keys, out, width),
-                    5 => score_tile::<FUSED, 5>(x, keys, out, width),
-                    4 => score_tile::<FUSED, 4>(x, keys, out, width),
-                    3 => score_tile::<FUSED, 3>(x, keys, out, width),
-                    2 => score_tile::<FUSED, 2>(x, keys, out, width),
-                    _ => score_tile::<FUSED, 1>(x, keys, out, width),
-                }
+            for x in x.blocks() {
+                let out = &mut scores[x.row * width + index * BLOCK_TOKENS..];
+                with_rows!(x.rows, ROWS => score_tile::<I, ROWS>(x.values, keys, out, width));
             }
         }
         scores
@@ -194,31 +185,21 @@ impl Attend<'_> {
 
     /// Sums of the values of the first `seen` tokens of the blocks, weighted by `weights` \[queries, width\].
     #[inline(always)]
-    fn weighted_values<const FUSED: bool>(&self, weights: &[f32], blocks: &[u32], seen: usize) -> Vec<f32> {
+    fn weighted_values<I: Instructions>(&self, weights: &[f32], blocks: &[u32], seen: usize) -> Vec<f32> {
         let dim = self.shape.head_dim;
         let width = blocks.len() * BLOCK_TOKENS;
         let count = weights.len() / width;
         let mut out = vec![0f32; count * dim];
-        let tiles = weights
-            .chunks(TILE_ROWS * width)
-            .zip(out.chunks_mut(TILE_ROWS * dim));
-        for (weights, out) in tiles {
-            let x = Rows::pack(weights, width).values;
-            match weights.len() / width {
-                6 => self.value_tile::<FUSED, 6>(&x, blocks, seen, out),
-                5 => self.value_tile::<FUSED, 5>(&x, blocks, seen, out),
-                4 => self.value_tile::<FUSED, 4>(&x, blocks, seen, out),
-                3 => self.value_tile::<FUSED, 3>(&x, blocks, seen, out),
-                2 => self.value_tile::<FUSED, 2>(&x, blocks, seen, out),
-                _ => self.value_tile::<FUSED, 1>(&x, blocks, seen, out),
-            }
+        for x in Rows::pack(weights, width).blocks() {
+            let out = &mut out[x.row * dim..];
+            with_rows!(x.rows, ROWS => self.value_tile::<I, ROWS>(x.values, blocks, seen, out));
         }
         out
     }
 
     /// `x` is \[positions, ROWS\]; `out` \[ROWS, head_dim\].
     #[inline(always)]
-    fn value_tile<const FUSED: bool, const ROWS: usize>(
+    fn value_tile<I: Instructions, const ROWS: usize>(
         &self,
         x: &[f32],
         blocks: &[u32],
@@ -232,7 +213,7 @@ impl Attend<'_> {
             let mut sums = [[0f32; TILE_COLUMNS]; ROWS];
             for (block, x) in blocks.iter().zip(x.chunks(BLOCK_TOKENS)) {
                 let values = self.layer.values(*block, self.task.head, column / TILE_COLUMNS);
-                tile::<FUSED, ROWS, f32>(x, values, &mut sums);
+                I::tile::<ROWS, f32>(x, values, &mut sums);
             }
             let columns = TILE_COLUMNS.min(dim - column);
             for (row, sums) in sums.iter().enumerate() {
@@ -243,14 +224,14 @@ impl Attend<'_> {
 }
 
 #[inline(always)]
-fn score_tile<const FUSED: bool, const ROWS: usize>(
+fn score_tile<I: Instructions, const ROWS: usize>(
     x: &[f32],
     keys: &[[f32; BLOCK_TOKENS]],
     out: &mut [f32],
     width: usize,
 ) {
     let mut sums = [[0f32; BLOCK_TOKENS]; ROWS];
-    tile::<FUSED, ROWS, f32>(x.as_chunks::<ROWS>().0, keys, &mut sums);
+    I::tile::<ROWS, f32>(x.as_chunks::<ROWS>().0, keys, &mut sums);
     for (row, sums) in sums.iter().enumerate() {
         out[row * width..][..BLOCK_TOKENS].copy_from_slice(sums);
     }

@@ -81,6 +81,18 @@ impl Decoder {
         &self.config
     }
 
+    /// Bytes that the matrices take in memory.
+    pub fn weight_bytes(&self) -> usize {
+        let tables = match Arc::ptr_eq(&self.embedding, &self.lm_head) {
+            true => self.embedding.bytes(),
+            false => self.embedding.bytes() + self.lm_head.bytes(),
+        };
+        let linears = |layer: &Layer| {
+            [&layer.qkv, &layer.attention_out, &layer.gate_up, &layer.down].map(Linear::bytes)
+        };
+        tables + self.layers.iter().flat_map(linears).sum::<usize>()
+    }
+
     pub(crate) fn lm_head(&self) -> &Matrix {
         &self.lm_head
     }

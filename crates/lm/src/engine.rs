@@ -303,12 +303,12 @@ impl Engine {
 
     /// Draws the next token of each sequence from its row.
     fn draw(&mut self, rows: &[(u64, u32)], hidden: &Tensor) -> Result<(), LmError> {
-        let (draw, end): (Vec<(u64, u32)>, Vec<(u64, u32)>) = rows.iter().partition(|(id, _)| {
-            let sequence = self.sequences.get(id);
-            sequence.is_some_and(|s| s.answered < s.request.max_tokens)
-        });
-        for (id, _) in end {
-            self.finish(id, FinishReason::Length);
+        let mut draw = Vec::with_capacity(rows.len());
+        for (id, row) in rows {
+            match self.sequences.get(id) {
+                Some(sequence) if sequence.answered < sequence.request.max_tokens => draw.push((*id, *row)),
+                _ => self.finish(*id, FinishReason::Length),
+            }
         }
         if draw.is_empty() {
             return Ok(());

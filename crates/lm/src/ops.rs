@@ -7,7 +7,7 @@ use std::ops::Range;
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 use rayon::prelude::*;
 
-use crate::kernel::{Vectorized, vectorized};
+use crate::kernel::{Instructions, Vectorized, vectorized};
 use crate::packed::PackedMatrix;
 
 /// W \[rows, inner\]: a table of rows, or the weight of a product `x W^T`.
@@ -26,6 +26,14 @@ impl Matrix {
                 let rows = values.len() / inner;
                 Ok(Self::Dense(Tensor::from_vec(values, (rows, inner), device)?))
             }
+        }
+    }
+
+    /// Bytes that it takes in memory.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Packed(packed) => packed.bytes(),
+            Self::Dense(weight) => weight.elem_count() * weight.dtype().size_in_bytes(),
         }
     }
 
@@ -76,6 +84,10 @@ impl Linear {
         Self { weight, bias }
     }
 
+    pub(crate) fn bytes(&self) -> usize {
+        self.weight.bytes()
+    }
+
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let product = self.weight.times(x)?;
         match &self.bias {
@@ -115,7 +127,7 @@ impl Vectorized for Swiglu<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<const FUSED: bool>(self) {
+    fn run<I: Instructions>(self) {
         for ((out, gate), up) in self.out.iter_mut().zip(self.gate).zip(self.up) {
             *out = gate / (1.0 + exp(-gate)) * up;
         }

@@ -6,11 +6,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::kernel::{TILE_COLUMNS, TILE_ROWS, Vectorized, Weight, tile, vectorized};
+use crate::kernel::{Instructions, TILE_COLUMNS, Vectorized, Weight, most_rows, vectorized, with_rows};
 
-/// Inner elements that one pass takes: a panel's share of 32 KiB stays in the first cache.
-const INNER_BLOCK: usize = 512;
-/// Rows of `x` that a task of many rows takes; a multiple of [`TILE_ROWS`].
+/// Inner elements that one pass takes: a panel's share of 16 KiB, and that of a tile's rows, stay in the first cache.
+const INNER_BLOCK: usize = 256;
+/// Rows of `x` that a task of many rows takes.
 const ROW_BLOCK: usize = 96;
 /// Up to this many rows the tasks divide the columns, above the rows.
 const FEW_ROWS: usize = 48;
@@ -78,9 +78,7 @@ impl PackedMatrix {
         if rows > FEW_ROWS {
             // Few and large tasks keep the panels in cache, but every thread should have as many as the others.
             let share = rows.div_ceil(rayon::current_num_threads());
-            let block = share
-                .div_ceil(share.div_ceil(ROW_BLOCK))
-                .next_multiple_of(TILE_ROWS);
+            let block = share.div_ceil(share.div_ceil(ROW_BLOCK)).next_multiple_of(12);
             out.par_chunks_mut(block * width)
                 .zip(x.par_chunks(block * self.inner))
                 .for_each(|(out, x)| self.part(&Rows::pack(x, self.inner), columns.start, width, out));
@@ -156,18 +154,32 @@ fn joined(parts: &[f32], rows: usize, width: usize, share: usize) -> Vec<f32> {
     out
 }
 
-/// Rows of `x` in blocks of up to six, each block \[inner, rows of the block\].
+/// Rows of `x` in blocks for the tiles, each block \[inner, rows of the block\].
 pub(crate) struct Rows {
-    pub(crate) values: Vec<f32>,
+    values: Vec<f32>,
+    inner: usize,
     rows: usize,
+    /// Rows of a block; the last one may have fewer.
+    block: usize,
+}
+
+/// One block of [`Rows`].
+pub(crate) struct RowBlock<'a> {
+    /// The first row.
+    pub row: usize,
+    pub rows: usize,
+    pub values: &'a [f32],
 }
 
 impl Rows {
+    /// In blocks of nearly the same size.
     #[inline(always)]
     pub(crate) fn pack(x: &[f32], inner: usize) -> Self {
+        let rows = x.len() / inner;
+        let block = rows.div_ceil(rows.div_ceil(most_rows()).max(1)).max(1);
         let mut values = vec![0f32; x.len()];
-        let blocks = values.chunks_mut(TILE_ROWS * inner);
-        for (block, x) in blocks.zip(x.chunks(TILE_ROWS * inner)) {
+        let blocks = values.chunks_mut(block * inner);
+        for (block, x) in blocks.zip(x.chunks(block * inner)) {
             let rows = x.len() / inner;
             for (row, x) in x.chunks_exact(inner).enumerate() {
                 for (packed, value) in block.chunks_exact_mut(rows).zip(x) {
@@ -177,8 +189,22 @@ impl Rows {
         }
         Self {
             values,
-            rows: x.len() / inner,
+            inner,
+            rows,
+            block,
         }
+    }
+
+    #[inline(always)]
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = RowBlock<'_>> {
+        (0..self.rows).step_by(self.block).map(|row| {
+            let rows = self.block.min(self.rows - row);
+            RowBlock {
+                row,
+                rows,
+                values: &self.values[row * self.inner..(row + rows) * self.inner],
+            }
+        })
     }
 }
 
@@ -194,9 +220,9 @@ impl<W: Weight> Vectorized for Part<'_, W> {
     type Output = ();
 
     #[inline(always)]
-    fn run<const FUSED: bool>(self) {
+    fn run<I: Instructions>(self) {
         let inner = self.inner;
-        let widens = W::WIDENS && self.x.rows > TILE_ROWS;
+        let widens = W::WIDENS && self.x.rows > self.x.block;
         let mut wide = vec![[0f32; TILE_COLUMNS]; if widens { INNER_BLOCK.min(inner) } else { 0 }];
         for from in (0..inner).step_by(INNER_BLOCK) {
             let to = inner.min(from + INNER_BLOCK);
@@ -206,7 +232,6 @@ impl<W: Weight> Vectorized for Part<'_, W> {
                 let place = Place {
                     x: self.x,
                     inner: from..to,
-                    all: inner,
                     columns: TILE_COLUMNS.min(self.width - column),
                     width: self.width,
                 };
@@ -215,9 +240,9 @@ impl<W: Weight> Vectorized for Part<'_, W> {
                     for (wide, weights) in wide.iter_mut().zip(panel) {
                         *wide = weights.map(W::widen);
                     }
-                    place.tiles::<FUSED, f32>(&wide[..panel.len()], out);
+                    place.tiles::<I, f32>(&wide[..panel.len()], out);
                 } else {
-                    place.tiles::<FUSED, W>(panel, out);
+                    place.tiles::<I, W>(panel, out);
                 }
             }
         }
@@ -228,8 +253,6 @@ impl<W: Weight> Vectorized for Part<'_, W> {
 struct Place<'a> {
     x: &'a Rows,
     inner: Range<usize>,
-    /// Inner elements of a whole row.
-    all: usize,
     columns: usize,
     /// Between the rows of the result.
     width: usize,
@@ -237,33 +260,24 @@ struct Place<'a> {
 
 impl Place<'_> {
     #[inline(always)]
-    fn tiles<const FUSED: bool, W: Weight>(&self, panel: &[[W; TILE_COLUMNS]], out: &mut [f32]) {
-        let Range { start, end } = self.inner;
-        for row in (0..self.x.rows).step_by(TILE_ROWS) {
-            let rows = TILE_ROWS.min(self.x.rows - row);
-            let x = &self.x.values[row * self.all + start * rows..row * self.all + end * rows];
-            let out = &mut out[row * self.width..];
-            match rows {
-                6 => self.tile::<FUSED, 6, W>(x, panel, out),
-                5 => self.tile::<FUSED, 5, W>(x, panel, out),
-                4 => self.tile::<FUSED, 4, W>(x, panel, out),
-                3 => self.tile::<FUSED, 3, W>(x, panel, out),
-                2 => self.tile::<FUSED, 2, W>(x, panel, out),
-                _ => self.tile::<FUSED, 1, W>(x, panel, out),
-            }
+    fn tiles<I: Instructions, W: Weight>(&self, panel: &[[W; TILE_COLUMNS]], out: &mut [f32]) {
+        for block in self.x.blocks() {
+            let x = &block.values[self.inner.start * block.rows..self.inner.end * block.rows];
+            let out = &mut out[block.row * self.width..];
+            with_rows!(block.rows, ROWS => self.tile::<I, ROWS, W>(x, panel, out));
         }
     }
 
     /// Adds one tile to `out`.
     #[inline(always)]
-    fn tile<const FUSED: bool, const ROWS: usize, W: Weight>(
+    fn tile<I: Instructions, const ROWS: usize, W: Weight>(
         &self,
         x: &[f32],
         panel: &[[W; TILE_COLUMNS]],
         out: &mut [f32],
     ) {
         let mut sums = [[0f32; TILE_COLUMNS]; ROWS];
-        tile::<FUSED, ROWS, W>(x.as_chunks::<ROWS>().0, panel, &mut sums);
+        I::tile::<ROWS, W>(x.as_chunks::<ROWS>().0, panel, &mut sums);
         for (row, sums) in sums.iter().enumerate() {
             let out = &mut out[row * self.width..row * self.width + self.columns];
             for (out, sum) in out.iter_mut().zip(sums) {
@@ -306,6 +320,7 @@ mod tests {
             (2, 16, 16),
             (6, 70, 33),
             (7, 600, 100),
+            (13, 300, 33),
             (49, 33, 65),
             (200, 1100, 40),
         ] {
@@ -367,20 +382,5 @@ mod tests {
             let alone = packed.product(&x[row * inner..][..inner], 0..columns);
             assert_eq!(alone, all[row * columns..][..columns], "row {row}");
         }
-    }
-
-    #[test]
-    fn the_plain_instructions_give_the_same() {
-        let (x, weight) = (values(9 * 40, 5), values(20 * 40, 6));
-        let mut out = vec![0f32; 9 * 20];
-        let part = Part {
-            x: &Rows::pack(&x, 40),
-            panels: &pack(&weight, 40, |value| value),
-            inner: 40,
-            width: 20,
-            out: &mut out,
-        };
-        part.run::<false>();
-        assert_close(&out, &expected(&x, &weight, 40), "plain");
     }
 }

@@ -5,7 +5,7 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use crate::kernel::{Vectorized, vectorized};
+use crate::kernel::{Instructions, Vectorized, vectorized};
 use crate::ops::{exp, with_slice};
 use crate::{Decoder, LmError};
 
@@ -198,7 +198,7 @@ impl Vectorized for Largest<'_> {
     type Output = f32;
 
     #[inline(always)]
-    fn run<const FUSED: bool>(self) -> f32 {
+    fn run<I: Instructions>(self) -> f32 {
         let mut best = [f32::NEG_INFINITY; 16];
         let blocks = self.0.chunks_exact(16);
         let rest = blocks
@@ -224,7 +224,7 @@ impl Vectorized for SumExp<'_> {
     type Output = f64;
 
     #[inline(always)]
-    fn run<const FUSED: bool>(self) -> f64 {
+    fn run<I: Instructions>(self) -> f64 {
         let mut total = 0.0;
         for block in self.logits.chunks(256) {
             let mut sums = [0f32; 16];

@@ -43,6 +43,9 @@ pub struct CompletionBody {
     repetition_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
     presence_penalty: Option<f32>,
+    /// Numbers from -100 to 100 by token id, added to the logits.
+    #[schema(value_type = Option<std::collections::HashMap<String, f32>>)]
+    logit_bias: Option<Value>,
     seed: Option<i64>,
     /// Choices of each prompt, at most 128.
     n: Option<usize>,

@@ -22,12 +22,13 @@ pub const MAX_STOPS: usize = 64;
 pub const MAX_STOP_BYTES: usize = 1024;
 /// Ids of `stop_token_ids`.
 const MAX_STOP_IDS: usize = 64;
+/// Ids of `logit_bias`.
+const MAX_BIASES: usize = 4096;
 /// Sequences of one request: prompts times n.
 pub const MAX_SEQUENCES: usize = 4096;
 
 /// Fields of OpenAI that change an answer and that are refused.
 const UNSUPPORTED: &[&str] = &[
-    "logit_bias",
     "response_format",
     "tools",
     "functions",
@@ -59,6 +60,8 @@ const UNSUPPORTED: &[&str] = &[
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub sampling: Sampling,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
     pub seed: Option<u64>,
     pub n: usize,
     pub max_tokens: Option<usize>,
@@ -117,6 +120,7 @@ impl Settings {
         };
         Ok(Self {
             sampling,
+            logit_bias: logit_bias(params.take("logit_bias"))?,
             seed: params
                 .integer("seed", i64::MIN, i64::MAX)?
                 .map(|seed| seed as u64),
@@ -156,6 +160,10 @@ impl Settings {
             let message = format!("token id {bad} is beyond the vocabulary of {rows}");
             return Err(ApiError::invalid("stop_token_ids", message));
         }
+        if let Some((bad, _)) = self.logit_bias.iter().find(|(id, _)| *id as usize >= rows) {
+            let message = format!("token id {bad} is beyond the vocabulary of {rows}");
+            return Err(ApiError::invalid("logit_bias", message));
+        }
         let stop_ids = self.all_stop_ids(served);
         let mut requests = Vec::with_capacity(prompts.len() * self.n);
         for prompt in prompts {
@@ -168,12 +176,15 @@ impl Settings {
                     .map_or_else(fresh_seed, |seed| seed_of(seed, choice as u64));
                 requests.push(Request {
                     id: 0,
+                    group: 0,
                     prompt: prompt.clone(),
                     max_tokens,
                     min_tokens: self.min_tokens.min(max_tokens),
                     sampling,
+                    logit_bias: self.logit_bias.clone(),
                     stop_ids: stop_ids.clone(),
                     prompt_logprobs: prompt_logprobs.filter(|_| choice == 0),
+                    score_from: 0,
                     logprobs,
                 });
             }
@@ -257,6 +268,24 @@ fn stop_ids(value: Option<Value>) -> Result<Vec<u32>, ApiError> {
             format!("must be a list of at most {MAX_STOP_IDS} token ids"),
         )),
     }
+}
+
+/// OpenAI's map from token ids, as strings, to numbers from -100 to 100.
+fn logit_bias(value: Option<Value>) -> Result<Vec<(u32, f32)>, ApiError> {
+    let bad = |message: &str| ApiError::invalid("logit_bias", message);
+    let map = match value {
+        None => return Ok(Vec::new()),
+        Some(Value::Object(map)) if map.len() <= MAX_BIASES => map,
+        Some(Value::Object(_)) => return Err(bad(&format!("at most {MAX_BIASES} token ids"))),
+        Some(_) => return Err(bad("must be an object of token ids and numbers")),
+    };
+    let biases = map.iter().map(|(id, bias)| {
+        let id: u32 = id.parse().map_err(|_| bad("its keys must be token ids"))?;
+        let bias = bias.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));
+        let bias = bias.ok_or_else(|| bad(&format!("token {id}: must be a number from -100 to 100")))?;
+        Ok((id, bias as f32))
+    });
+    biases.collect()
 }
 
 /// A token of an answer with the text that became certain with it.

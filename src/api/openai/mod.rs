@@ -8,6 +8,7 @@ mod generate;
 mod logprobs;
 mod models;
 mod params;
+mod score;
 mod sse;
 mod tokenize;
 
@@ -29,6 +30,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(models::get_served))
         .routes(routes!(completions::create_completion))
         .routes(routes!(chat::create_chat_completion))
+        .routes(routes!(score::score))
         .routes(routes!(tokenize::tokenize))
         .routes(routes!(tokenize::detokenize))
         .routes(routes!(tokenize::tokenizer_info))

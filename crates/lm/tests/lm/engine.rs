@@ -224,7 +224,9 @@ fn cancelled_requests_end_once_and_free_their_memory() {
     let decoder = tiny();
     let mut engine = engine(&decoder, 64, 2);
     for id in 0..4 {
-        engine.add(request(id, prompt(10, id as usize), 40)).expect("taken");
+        engine
+            .add(request(id, prompt(10, id as usize), 40))
+            .expect("taken");
     }
     let mut answers = BTreeMap::new();
     collect(&mut answers, engine.step());

@@ -1,0 +1,84 @@
+//! Tokens a second of prefill, scoring and decoding, without a server in between.
+//!
+//! `cargo run --release -p cauldron-lm --example speed -- MODEL_FOLDER [CASE ...]`, a case being `prefill:SEQUENCESxTOKENS`,
+//! `score:SEQUENCESxTOKENS` or `decode:SEQUENCESxTOKENS[@PAST]`.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::Device;
+use cauldron_checkpoint::Checkpoint;
+use cauldron_lm::{Decoder, Engine, EngineConfig, ModelConfig, Request, Sampling};
+
+const CASES: &[&str] = &[
+    "prefill:1x512",
+    "prefill:8x256",
+    "prefill:1x2048",
+    "score:8x256",
+    "decode:1x64",
+    "decode:4x64",
+    "decode:8x64",
+    "decode:32x64",
+    "decode:1x64@2048",
+];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut args = std::env::args().skip(1);
+    let folder = args.next().ok_or("which model folder?")?;
+    let mut cases: Vec<String> = args.collect();
+    if cases.is_empty() {
+        cases = CASES.iter().map(|case| (*case).to_owned()).collect();
+    }
+    let checkpoint = Checkpoint::open(folder.as_ref())?;
+    let config = ModelConfig::from_json(checkpoint.config())?;
+    let decoder = Arc::new(Decoder::load(config, &checkpoint, &Device::Cpu)?);
+    for case in &cases {
+        let (kind, shape) = case.split_once(':').ok_or("a case is kind:shape")?;
+        let (shape, past) = shape.split_once('@').unwrap_or((shape, "16"));
+        let (sequences, tokens) = shape.split_once('x').ok_or("a shape is SEQUENCESxTOKENS")?;
+        let (sequences, tokens, past): (usize, usize, usize) =
+            (sequences.parse()?, tokens.parse()?, past.parse()?);
+        let (length, answer, logprobs) = match kind {
+            "prefill" => (tokens, 1, None),
+            "score" => (tokens, 1, Some(1)),
+            "decode" => (past, tokens + 1, None),
+            _ => return Err("a kind is prefill, score or decode".into()),
+        };
+        let config = EngineConfig {
+            max_batch_tokens: 256,
+            ..EngineConfig::default()
+        };
+        let mut engine = Engine::new(decoder.clone(), config);
+        let vocab = decoder.config().vocab_size;
+        for id in 0..sequences {
+            engine.add(Request {
+                id: id as u64,
+                group: 0,
+                prompt: (0..length)
+                    .map(|i| ((i * 7919 + id * 104_729 + 13) % vocab) as u32)
+                    .collect(),
+                max_tokens: answer,
+                min_tokens: 0,
+                sampling: Sampling::default(),
+                logit_bias: Vec::new(),
+                stop_ids: Vec::new(),
+                prompt_logprobs: logprobs,
+                score_from: 0,
+                logprobs,
+            })?;
+        }
+        let start = Instant::now();
+        engine.step();
+        let first = start.elapsed().as_secs_f64();
+        while !engine.is_idle() {
+            engine.step();
+        }
+        let all = start.elapsed().as_secs_f64();
+        let rate = match kind {
+            "decode" => (sequences * tokens) as f64 / (all - first),
+            _ => (sequences * tokens) as f64 / all,
+        };
+        println!("{case:20} {rate:8.1} tokens/s");
+    }
+    Ok(())
+}
