@@ -3,7 +3,8 @@
 #
 #   scripts/oracles.sh                 all of them
 #   scripts/oracles.sh fast            transformers and openai, which ./test.sh runs
-#   scripts/oracles.sh transformers    the merged folder loads as it is; logprobs, generations, tokens, chat template
+#   scripts/oracles.sh transformers    the merged folder loads as it is; logprobs, generations, tokens, chat template;
+#                                      logits of every architecture
 #   scripts/oracles.sh openai          the real openai client: streams, choices, log-probabilities, errors, hang-ups
 #   scripts/oracles.sh mergekit        bytes of average and linear merges of the real models
 #   scripts/oracles.sh methods         every method against mergekit, and the M3 formulas against numpy, on tiny models
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/.."
 . scripts/lib.sh
 
 which=${1:-all}
-case $which in all | fast | transformers | openai | mergekit | methods | lm-eval) ;; *) sed -n 2,13p "$0" >&2; exit 2 ;; esac
+case $which in all | fast | transformers | openai | mergekit | methods | lm-eval) ;; *) sed -n 2,14p "$0" >&2; exit 2 ;; esac
 wanted() {
     case $which in
     all | "$1") true ;;
@@ -35,6 +36,7 @@ fi
 if wanted transformers; then
     environment transformers scripts/requirements-oracles.txt
     "$environment/bin/python" scripts/oracle_transformers.py "$url"
+    "$environment/bin/python" scripts/golden_architectures.py crates/lm/tests/data/architectures.json --check
 fi
 if wanted openai; then
     environment openai scripts/requirements-openai.txt

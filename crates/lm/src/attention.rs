@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use crate::ModelConfig;
 use crate::kernel::{Instructions, TILE_COLUMNS, Vectorized, vectorized, with_rows};
 use crate::kv::{BLOCK_TOKENS, KvLayer};
-use crate::ops::exp;
+use crate::ops::{capped, exp};
 use crate::packed::Rows;
 
 /// Scores that one task may hold (f32, so 1 MiB: they stay in the second cache).
@@ -26,6 +26,9 @@ pub(crate) struct AttentionShape {
     pub head_dim: usize,
     /// Latest positions a token sees, itself included.
     pub window: Option<usize>,
+    /// Of the products of queries and keys.
+    pub scale: f32,
+    pub softcap: Option<f32>,
 }
 
 /// The rows of one sequence in the packed batch.
@@ -47,6 +50,8 @@ impl AttentionShape {
             kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             window: config.windows[layer],
+            scale: config.attention_scale as f32,
+            softcap: config.attention_softcap,
         }
     }
 
@@ -142,11 +147,10 @@ impl Vectorized for Attend<'_> {
     fn run<I: Instructions>(self) -> Vec<f32> {
         let (task, shape) = (self.task, self.shape);
         let (dim, group) = (shape.head_dim, shape.group());
-        let scale = 1.0 / (dim as f32).sqrt();
         let mut scaled = Vec::with_capacity(task.rows * group * dim);
         for row in task.row..task.row + task.rows {
             let at = row * self.stride + task.head * group * dim;
-            scaled.extend(self.queries[at..at + group * dim].iter().map(|q| q * scale));
+            scaled.extend(self.queries[at..at + group * dim].iter().map(|q| q * shape.scale));
         }
         let first_block = shape.first_seen(task.position) / BLOCK_TOKENS;
         let to = task.position + task.rows;
@@ -159,7 +163,11 @@ impl Vectorized for Attend<'_> {
             let seen = shape.first_seen(position) - from..position + 1 - from;
             scores[..seen.start].fill(0.0);
             scores[seen.end..].fill(0.0);
-            softmax(&mut scores[seen]);
+            let scores = &mut scores[seen];
+            if let Some(cap) = shape.softcap {
+                scores.iter_mut().for_each(|score| *score = capped(*score, cap));
+            }
+            softmax(scores);
         }
         self.weighted_values::<I>(&scores, blocks, to - from)
     }

@@ -1,51 +1,24 @@
-//! config.json of the four supported families as one checked type. Defaults are those of transformers'
+//! config.json of the supported families as one checked type. Defaults are those of transformers'
 //! configuration classes; whatever would change the numbers and is not done here is refused by name.
 
+mod architecture;
+mod layers;
 mod rope;
+
+pub use architecture::Architecture;
+pub(crate) use architecture::SUPPORTED;
 
 use serde_json::{Map, Value};
 
 use crate::LmError;
-use crate::rope::RopeScaling;
+use crate::rope::{RopeConfig, RopeScaling};
 
-pub(crate) const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM";
-
-/// The families that share one decoder block.
+/// What multiplies the second half of the feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Architecture {
-    Llama,
-    Mistral,
-    Qwen2,
-    Qwen3,
-}
-
-impl Architecture {
-    /// The class name transformers gives the model.
-    pub fn class_name(self) -> &'static str {
-        match self {
-            Self::Llama => "LlamaForCausalLM",
-            Self::Mistral => "MistralForCausalLM",
-            Self::Qwen2 => "Qwen2ForCausalLM",
-            Self::Qwen3 => "Qwen3ForCausalLM",
-        }
-    }
-
-    fn read(config: &Map<String, Value>) -> Result<Self, LmError> {
-        let class = config
-            .get("architectures")
-            .and_then(|list| list.get(0))
-            .and_then(Value::as_str);
-        let kind = config.get("model_type").and_then(Value::as_str);
-        match (class, kind) {
-            (Some("LlamaForCausalLM"), _) | (None, Some("llama")) => Ok(Self::Llama),
-            (Some("MistralForCausalLM"), _) | (None, Some("mistral")) => Ok(Self::Mistral),
-            (Some("Qwen2ForCausalLM"), _) | (None, Some("qwen2")) => Ok(Self::Qwen2),
-            (Some("Qwen3ForCausalLM"), _) | (None, Some("qwen3")) => Ok(Self::Qwen3),
-            (name, kind) => Err(LmError::UnsupportedArchitecture {
-                name: printable(name.or(kind).unwrap_or("(none named)")),
-            }),
-        }
-    }
+pub enum Activation {
+    Silu,
+    /// GELU by its tanh approximation (Gemma).
+    GeluTanh,
 }
 
 /// What the decoder needs to know of a model.
@@ -59,20 +32,34 @@ pub struct ModelConfig {
     pub num_heads: usize,
     pub num_kv_heads: usize,
     pub head_dim: usize,
+    /// Longest text. For Phi-3's longrope that of its short factors: beyond it keys would have to be rotated anew.
     pub max_position_embeddings: usize,
     pub rms_norm_eps: f64,
-    pub rope_theta: f64,
-    pub rope_scaling: RopeScaling,
+    pub activation: Activation,
     pub tie_word_embeddings: bool,
     /// Biases of the query, key and value projections.
     pub qkv_bias: bool,
     /// Bias of the attention output projection.
     pub o_bias: bool,
     pub mlp_bias: bool,
-    /// RMS norms of each query and key head before the rotary embedding (Qwen3).
+    /// RMS norms of each query and key head before the rotary embedding (Qwen3, Gemma 3).
     pub qk_norm: bool,
+    /// One weight for queries, keys and values, and one for gate and up projection (Phi-3).
+    pub fused_projections: bool,
+    /// RMS norms multiply by `1 + weight`, attention and feed-forward layer are normed once more before they are added,
+    /// and embeddings are multiplied by `sqrt(hidden_size)` (Gemma).
+    pub gemma_block: bool,
+    /// What multiplies the products of queries and keys.
+    pub attention_scale: f64,
+    /// Attention scores `x` become `cap * tanh(x / cap)` (Gemma 2).
+    pub attention_softcap: Option<f32>,
+    /// Logits likewise.
+    pub logit_softcap: Option<f32>,
     /// For each layer, the number of latest positions a token sees (itself included), or None for all.
     pub windows: Vec<Option<usize>>,
+    /// For each layer, the rotary embedding of its queries and keys as an index into `ropes`, or None for none.
+    pub layer_ropes: Vec<Option<usize>>,
+    pub ropes: Vec<RopeConfig>,
     /// End-of-sequence ids of config.json; generation_config.json goes before them.
     pub eos_ids: Vec<u32>,
 }
@@ -81,33 +68,23 @@ impl ModelConfig {
     /// Checks config.json. Errors name the field.
     pub fn from_json(config: &Map<String, Value>) -> Result<Self, LmError> {
         let architecture = Architecture::read(config)?;
-        refuse_unsupported(config)?;
+        let defaults = architecture.defaults();
         let fields = Fields(config);
+        fields.refuse_unsupported()?;
         let hidden_size = fields.size("hidden_size", 1 << 17, None)?;
         let num_layers = fields.size("num_hidden_layers", 1024, None)?;
         let num_heads = fields.size("num_attention_heads", 1024, None)?;
-        let num_kv_heads = num_kv_heads(&fields, architecture, num_heads)?;
-        let head_dim = head_dim(&fields, architecture, hidden_size, num_heads)?;
-        let (qkv_bias, o_bias, mlp_bias) = match architecture {
-            Architecture::Llama => {
-                let attention = fields.flag("attention_bias", false)?;
-                (attention, attention, fields.flag("mlp_bias", false)?)
-            }
-            Architecture::Mistral => (false, false, false),
-            Architecture::Qwen2 => (true, false, false),
-            Architecture::Qwen3 => {
-                let attention = fields.flag("attention_bias", false)?;
-                (attention, attention, false)
-            }
-        };
-        let max_position_default = match architecture {
-            Architecture::Llama => 2048,
-            Architecture::Mistral => 131_072,
-            Architecture::Qwen2 | Architecture::Qwen3 => 32_768,
-        };
+        let num_kv_heads = num_kv_heads(&fields, defaults.num_kv_heads, num_heads)?;
+        let head_dim = head_dim(&fields, defaults.head_dim, hidden_size, num_heads)?;
+        let (attention_bias, mlp_bias) = (
+            defaults.has_attention_bias && fields.flag("attention_bias", false)?,
+            defaults.has_mlp_bias && fields.flag("mlp_bias", false)?,
+        );
         let max_position_embeddings =
-            fields.size("max_position_embeddings", 1 << 24, Some(max_position_default))?;
-        let (rope_theta, rope_scaling) = rope::read(&fields, max_position_embeddings)?;
+            fields.size("max_position_embeddings", 1 << 24, Some(defaults.max_position))?;
+        let windows = layers::windows(&fields, architecture, num_layers)?;
+        let ropes = rope::read(&fields, architecture, head_dim, max_position_embeddings)?;
+        let gemma = architecture.is_gemma();
         Ok(Self {
             architecture,
             vocab_size: fields.size("vocab_size", 1 << 22, None)?,
@@ -117,16 +94,31 @@ impl ModelConfig {
             num_heads,
             num_kv_heads,
             head_dim,
-            max_position_embeddings,
-            rms_norm_eps: fields.positive("rms_norm_eps", 1e-6)?,
-            rope_theta,
-            rope_scaling,
-            tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
-            qkv_bias,
-            o_bias,
+            max_position_embeddings: match &ropes[0].scaling {
+                RopeScaling::LongRope {
+                    original_max_position,
+                    ..
+                } => max_position_embeddings.min(*original_max_position),
+                _ => max_position_embeddings,
+            },
+            rms_norm_eps: fields.positive("rms_norm_eps", defaults.rms_norm_eps)?,
+            activation: activation(&fields, gemma)?,
+            tie_word_embeddings: fields.flag("tie_word_embeddings", defaults.tie_word_embeddings)?,
+            qkv_bias: attention_bias || architecture == Architecture::Qwen2,
+            o_bias: attention_bias,
             mlp_bias,
-            qk_norm: architecture == Architecture::Qwen3,
-            windows: windows(&fields, architecture, num_layers)?,
+            qk_norm: matches!(architecture, Architecture::Qwen3 | Architecture::Gemma3),
+            fused_projections: architecture == Architecture::Phi3,
+            gemma_block: gemma,
+            attention_scale: match gemma {
+                true => fields.positive("query_pre_attn_scalar", 256.0)?.powf(-0.5),
+                false => (head_dim as f64).powf(-0.5),
+            },
+            attention_softcap: softcap(&fields, "attn_logit_softcapping", architecture, 50.0)?,
+            logit_softcap: softcap(&fields, "final_logit_softcapping", architecture, 30.0)?,
+            layer_ropes: layers::ropes(&fields, architecture, &windows)?,
+            windows,
+            ropes,
             eos_ids: token_ids(config, "eos_token_id").unwrap_or_default(),
         })
     }
@@ -190,40 +182,76 @@ impl Fields<'_> {
                 }),
         }
     }
-}
 
-fn refuse_unsupported(config: &Map<String, Value>) -> Result<(), LmError> {
-    let activation = config.get("hidden_act").and_then(Value::as_str).unwrap_or("silu");
-    if !matches!(activation, "silu" | "swish") {
-        let detail = format!("{} is not supported (only silu)", printable(activation));
-        return Err(LmError::config("hidden_act", detail));
-    }
-    for key in ["quantization_config", "compression_config"] {
-        if config.get(key).is_some_and(|v| !v.is_null()) {
-            return Err(LmError::config(key, "quantised weights are not supported"));
+    fn count(&self, key: &str, default: usize) -> Result<usize, LmError> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => value
+                .as_u64()
+                .and_then(|v| usize::try_from(v).ok())
+                .ok_or_else(|| LmError::config(key, format!("must be a count, not {}", shown(value)))),
         }
     }
-    whole_heads(config)
-}
 
-/// Rotating only a part of each head is not done here.
-fn whole_heads(table: &Map<String, Value>) -> Result<(), LmError> {
-    const KEY: &str = "partial_rotary_factor";
-    match table.get(KEY) {
-        None | Some(Value::Null) => Ok(()),
-        Some(value) if value.as_f64() == Some(1.0) => Ok(()),
-        Some(_) => Err(LmError::config(KEY, "only 1.0 is supported")),
+    fn refuse_unsupported(&self) -> Result<(), LmError> {
+        for key in ["quantization_config", "compression_config"] {
+            if self.get(key).is_some() {
+                return Err(LmError::config(key, "quantised weights are not supported"));
+            }
+        }
+        match self.flag("use_bidirectional_attention", false)? {
+            true => Err(LmError::config(
+                "use_bidirectional_attention",
+                "only causal attention is supported",
+            )),
+            false => Ok(()),
+        }
     }
 }
 
-fn num_kv_heads(fields: &Fields, architecture: Architecture, num_heads: usize) -> Result<usize, LmError> {
+/// Gemma names its activation `hidden_activation`; a `hidden_act` beside it is not read.
+fn activation(fields: &Fields, gemma: bool) -> Result<Activation, LmError> {
+    let (key, default) = match gemma {
+        true => ("hidden_activation", "gelu_pytorch_tanh"),
+        false => ("hidden_act", "silu"),
+    };
+    match fields.get(key).map_or(Some(default), Value::as_str) {
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
+        other => {
+            let name = printable(other.unwrap_or("(not a string)"));
+            let detail = format!("{name} is not supported (supported: silu, gelu_pytorch_tanh)");
+            Err(LmError::config(key, detail))
+        }
+    }
+}
+
+/// Absent means the default for Gemma 2, null means none; Gemma 3 has none unless it is given.
+fn softcap(
+    fields: &Fields,
+    key: &str,
+    architecture: Architecture,
+    default: f64,
+) -> Result<Option<f32>, LmError> {
+    match (architecture, fields.0.get(key)) {
+        (Architecture::Gemma2, None) => Ok(Some(default as f32)),
+        (Architecture::Gemma2 | Architecture::Gemma3, Some(Value::Number(_))) => {
+            Ok(Some(fields.positive(key, default)? as f32))
+        }
+        (Architecture::Gemma2 | Architecture::Gemma3, Some(other)) if !other.is_null() => Err(
+            LmError::config(key, format!("must be a number above 0, not {}", shown(other))),
+        ),
+        _ => Ok(None),
+    }
+}
+
+/// `default` None: one per query head.
+fn num_kv_heads(fields: &Fields, default: Option<usize>, num_heads: usize) -> Result<usize, LmError> {
     const KEY: &str = "num_key_value_heads";
     // An absent field means the class default; an explicit null means one per query head.
-    let default = match (fields.0.contains_key(KEY), architecture) {
-        (true, _) | (false, Architecture::Llama) => num_heads,
-        (false, Architecture::Mistral) => 8,
-        (false, Architecture::Qwen2 | Architecture::Qwen3) => 32,
-    };
+    let default = default
+        .filter(|_| !fields.0.contains_key(KEY))
+        .unwrap_or(num_heads);
     let kv_heads = fields.size(KEY, num_heads, Some(default))?;
     if !num_heads.is_multiple_of(kv_heads) {
         let detail = format!("{kv_heads} does not divide num_attention_heads = {num_heads}");
@@ -232,16 +260,17 @@ fn num_kv_heads(fields: &Fields, architecture: Architecture, num_heads: usize) -
     Ok(kv_heads)
 }
 
+/// `default` None: the hidden size divided among the heads.
 fn head_dim(
     fields: &Fields,
-    architecture: Architecture,
+    default: Option<usize>,
     hidden_size: usize,
     num_heads: usize,
 ) -> Result<usize, LmError> {
-    let explicit = match (fields.get("head_dim"), architecture) {
-        (Some(_), _) => Some(fields.size("head_dim", 1024, None)?),
-        (None, Architecture::Qwen3) if !fields.0.contains_key("head_dim") => Some(128),
-        (None, _) => None,
+    const KEY: &str = "head_dim";
+    let explicit = match fields.get(KEY) {
+        Some(_) => Some(fields.size(KEY, 1024, None)?),
+        None => default.filter(|_| !fields.0.contains_key(KEY)),
     };
     let head_dim = match explicit {
         Some(dim) => dim,
@@ -256,57 +285,6 @@ fn head_dim(
         return Err(LmError::config("head_dim", detail));
     }
     Ok(head_dim)
-}
-
-/// The attention window of each layer. Mistral slides everywhere; Qwen only from `max_window_layers` on (or as
-/// `layer_types` says), and only if `use_sliding_window`.
-fn windows(
-    fields: &Fields,
-    architecture: Architecture,
-    layers: usize,
-) -> Result<Vec<Option<usize>>, LmError> {
-    let size = |default: Option<usize>| match fields.0.get("sliding_window") {
-        Some(Value::Null) => Ok(None),
-        None => Ok(default),
-        Some(_) => fields.size("sliding_window", 1 << 31, None).map(Some),
-    };
-    let (window, from) = match architecture {
-        Architecture::Llama => (None, 0),
-        Architecture::Mistral => (size(Some(4096))?, 0),
-        Architecture::Qwen2 | Architecture::Qwen3 => match fields.flag("use_sliding_window", false)? {
-            false => (None, 0),
-            true => (size(Some(4096))?, count(fields, "max_window_layers", 28)?),
-        },
-    };
-    let Some(types) = fields.get("layer_types") else {
-        return Ok((0..layers)
-            .map(|layer| window.filter(|_| layer >= from))
-            .collect());
-    };
-    let bad = |detail: &str| LmError::config("layer_types", detail);
-    let types = types.as_array().ok_or_else(|| bad("must be a list"))?;
-    if types.len() != layers {
-        return Err(bad("must have one entry a layer"));
-    }
-    let kinds = types.iter().map(|kind| match kind.as_str() {
-        Some("full_attention") => Ok(None),
-        Some("sliding_attention") => match window {
-            Some(window) => Ok(Some(window)),
-            None => Err(bad("has sliding_attention, but no sliding_window is in use")),
-        },
-        _ => Err(bad("only full_attention and sliding_attention are supported")),
-    });
-    kinds.collect()
-}
-
-fn count(fields: &Fields, key: &str, default: usize) -> Result<usize, LmError> {
-    match fields.get(key) {
-        None => Ok(default),
-        Some(value) => value
-            .as_u64()
-            .and_then(|v| usize::try_from(v).ok())
-            .ok_or_else(|| LmError::config(key, format!("must be a count, not {}", shown(value)))),
-    }
 }
 
 fn shown(value: &Value) -> String {

@@ -33,7 +33,7 @@ fn defaults_are_those_of_the_transformers_classes() {
     let llama = read("LlamaForCausalLM", json!({"num_key_value_heads": "(absent)"}));
     assert_eq!((llama.num_kv_heads, llama.head_dim), (4, 8));
     assert_eq!(
-        (llama.max_position_embeddings, llama.rope_theta),
+        (llama.max_position_embeddings, llama.ropes[0].theta),
         (2048, 10_000.0)
     );
     assert!(!llama.tie_word_embeddings && !llama.qkv_bias && llama.windows == [None; 3]);
@@ -69,6 +69,23 @@ fn sliding_windows_follow_the_family() {
     let types = json!({"use_sliding_window": true, "sliding_window": 7,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"]});
     assert_eq!(read("Qwen3ForCausalLM", types).windows, [None, Some(7), None]);
+    let gemma = |class: &str, change: Value| read(class, change).windows;
+    assert_eq!(
+        gemma("Gemma2ForCausalLM", json!({"sliding_window": 7})),
+        [Some(7), None, Some(7)]
+    );
+    assert_eq!(
+        gemma("Gemma3ForCausalLM", json!({"sliding_window_pattern": 2})),
+        [Some(4096), None, Some(4096)]
+    );
+    let smol = read(
+        "SmolLM3ForCausalLM",
+        json!({"use_sliding_window": true, "sliding_window": 7, "no_rope_layers": [1, 0, 1, 1]}),
+    );
+    assert_eq!(smol.windows, [None, Some(7), None]);
+    assert_eq!(smol.layer_ropes, [Some(0), None, Some(0)]);
+    let flags = refusal("SmolLM3ForCausalLM", json!({"no_rope_layers": [1, 2, 1]}));
+    assert!(flags.contains("no_rope_layers"), "{flags}");
     let chunked = json!({"layer_types": ["chunked_attention", "full_attention", "full_attention"]});
     assert!(refusal("LlamaForCausalLM", chunked).contains("layer_types"));
 }
@@ -78,25 +95,38 @@ fn rope_is_read_from_old_and_new_configs() {
     let old = json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}});
     let old = read("LlamaForCausalLM", old);
     assert_eq!(
-        (old.rope_theta, old.rope_scaling),
-        (5e5, RopeScaling::Linear { factor: 4.0 })
+        (old.ropes[0].theta, &old.ropes[0].scaling),
+        (5e5, &RopeScaling::Linear { factor: 4.0 })
     );
     let new = json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}});
     let new = read("Qwen3ForCausalLM", new);
-    assert_eq!((new.rope_theta, new.rope_scaling), (1e6, RopeScaling::Default));
-    let long = refusal(
+    assert_eq!(
+        (new.ropes[0].theta, &new.ropes[0].scaling),
+        (1e6, &RopeScaling::Default)
+    );
+    let other = refusal(
         "LlamaForCausalLM",
-        json!({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}),
+        json!({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}),
     );
     assert!(
-        long.contains("rope_scaling.rope_type: longrope is not supported"),
+        other.contains("rope_scaling.rope_type: ntk is not supported"),
+        "{other}"
+    );
+    let long = refusal(
+        "Phi3ForCausalLM",
+        json!({"rope_scaling": {"type": "su", "short_factor": [1.0, 2.0]}}),
+    );
+    assert!(
+        long.contains("rope_scaling.short_factor") && long.contains("4 numbers"),
         "{long}"
     );
+    let part = refusal("LlamaForCausalLM", json!({"partial_rotary_factor": 0.5}));
+    assert!(part.contains("partial_rotary_factor"), "{part}");
     let yarn = json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "max_position_embeddings": 512});
     let yarn = read("LlamaForCausalLM", yarn);
     assert!(
         matches!(
-            yarn.rope_scaling,
+            yarn.ropes[0].scaling,
             RopeScaling::Yarn {
                 original_max_position: 512.0,
                 beta_fast: 32.0,
@@ -104,7 +134,7 @@ fn rope_is_read_from_old_and_new_configs() {
             }
         ),
         "{:?}",
-        yarn.rope_scaling
+        yarn.ropes[0].scaling
     );
     let bad = refusal(
         "LlamaForCausalLM",

@@ -1,6 +1,7 @@
 //! One decoder for all families: packed rows of several sequences, of different lengths and positions, in one
 //! forward. Weights are f32 tensors on one device; the KV caches belong to the caller.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -8,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::attention::{AttentionShape, Span, attend};
 use crate::kv::{BLOCK_TOKENS, KvLayer, KvPool};
-use crate::ops::{Linear, Matrix, dot, swiglu};
+use crate::ops::{Linear, Matrix, dot, gate, softcap};
 use crate::rope::{Rope, RopeTable};
 use crate::weights::{Loader, WeightSource, expected_tensors};
 use crate::{LmError, ModelConfig};
@@ -32,7 +33,8 @@ pub struct Decoder {
     norm: Tensor,
     /// \[vocab, hidden\]; the embedding itself where they are tied.
     lm_head: Arc<Matrix>,
-    rope: Rope,
+    /// Those of the config's `ropes`.
+    ropes: Vec<Rope>,
 }
 
 #[derive(Debug)]
@@ -42,10 +44,15 @@ struct Layer {
     /// Weights of the query and key norms, \[head_dim\] each.
     qk_norm: Option<(Vec<f32>, Vec<f32>)>,
     attention_out: Linear,
-    post_norm: Tensor,
+    /// What goes over the attention's result before it is added (Gemma).
+    attention_norm: Option<Tensor>,
+    mlp_input_norm: Tensor,
     gate_up: Linear,
     down: Linear,
+    /// What goes over the feed-forward layer's result before it is added (Gemma).
+    mlp_norm: Option<Tensor>,
     shape: AttentionShape,
+    rope: Option<usize>,
 }
 
 impl Decoder {
@@ -70,9 +77,9 @@ impl Decoder {
         Ok(Self {
             embedding,
             layers,
-            norm: loader.vector("model.norm.weight", hidden)?,
+            norm: loader.norm("model.norm.weight", hidden, &config)?,
             lm_head,
-            rope: Rope::new(&config),
+            ropes: config.ropes.iter().map(Rope::new).collect(),
             config,
         })
     }
@@ -93,10 +100,6 @@ impl Decoder {
         tables + self.layers.iter().flat_map(linears).sum::<usize>()
     }
 
-    pub(crate) fn lm_head(&self) -> &Matrix {
-        &self.lm_head
-    }
-
     /// Runs the new tokens of all segments in one packed forward, puts their keys and values into the blocks, and
     /// returns the final hidden states (after the last norm) as \[total tokens, hidden\], in the order of the segments.
     /// In CPU memory a row has the same bits however a text is cut and whatever runs beside it.
@@ -111,7 +114,16 @@ impl Decoder {
     /// Logits of a few hidden rows \[rows, hidden\] as \[rows, vocab\] f32. For many rows use
     /// [`crate::score`], which never holds the whole matrix.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, LmError> {
-        Ok(self.lm_head.times(&hidden.contiguous()?)?)
+        self.logits_of(&hidden.contiguous()?, 0..self.config.vocab_size)
+    }
+
+    /// As [`Decoder::logits`], of some tokens only; the range begins at a multiple of 16.
+    pub(crate) fn logits_of(&self, hidden: &Tensor, tokens: Range<usize>) -> Result<Tensor, LmError> {
+        let logits = self.lm_head.times_rows(hidden, tokens)?;
+        Ok(match self.config.logit_softcap {
+            None => logits,
+            Some(cap) => softcap(&logits, cap)?,
+        })
     }
 
     fn check(&self, pool: &KvPool, segments: &[Segment<'_>]) -> Result<(), LmError> {
@@ -149,10 +161,14 @@ impl Decoder {
             tokens.extend_from_slice(segment.tokens);
             positions.extend(segment.position..segment.position + segment.tokens.len());
         }
-        let rope = self.rope.table(&positions);
+        let ropes: Vec<RopeTable> = self.ropes.iter().map(|rope| rope.table(&positions)).collect();
         let mut hidden = self.embedding.rows(&tokens)?;
+        if self.config.gemma_block {
+            hidden = hidden.affine((self.config.hidden_size as f64).sqrt(), 0.0)?;
+        }
         for (index, layer) in self.layers.iter().enumerate() {
-            hidden = layer.forward(&hidden, pool.layer_mut(index), segments, &rope, &self.config)?;
+            let rope = layer.rope.map(|rope| &ropes[rope]);
+            hidden = layer.forward(&hidden, pool.layer_mut(index), segments, rope, &self.config)?;
         }
         Ok(rms_norm(&hidden, &self.norm, &self.config)?)
     }
@@ -198,38 +214,49 @@ impl Layer {
         let qk_norm = match config.qk_norm {
             false => None,
             true => Some((
-                loader.vector(&name("self_attn.q_norm.weight"), dim)?.to_vec1()?,
-                loader.vector(&name("self_attn.k_norm.weight"), dim)?.to_vec1()?,
+                loader
+                    .norm(&name("self_attn.q_norm.weight"), dim, config)?
+                    .to_vec1()?,
+                loader
+                    .norm(&name("self_attn.k_norm.weight"), dim, config)?
+                    .to_vec1()?,
             )),
         };
-        Ok(Self {
-            input_norm: loader.vector(&name("input_layernorm.weight"), hidden)?,
-            qkv: linear(
+        let norm = |part: &str| loader.norm(&name(part), hidden, config);
+        let gemma_norm = |part: &str| match config.gemma_block {
+            true => norm(part).map(Some),
+            false => Ok(None),
+        };
+        let mlp = config.intermediate_size;
+        let (qkv, gate_up): (&[_], &[_]) = match config.fused_projections {
+            true => (
+                &[("self_attn.qkv_proj", q + 2 * kv)],
+                &[("mlp.gate_up_proj", 2 * mlp)],
+            ),
+            false => (
                 &[
                     ("self_attn.q_proj", q),
                     ("self_attn.k_proj", kv),
                     ("self_attn.v_proj", kv),
                 ],
-                hidden,
-                config.qkv_bias,
-            )?,
+                &[("mlp.gate_proj", mlp), ("mlp.up_proj", mlp)],
+            ),
+        };
+        Ok(Self {
+            input_norm: norm("input_layernorm.weight")?,
+            qkv: linear(qkv, hidden, config.qkv_bias)?,
             qk_norm,
             attention_out: linear(&[("self_attn.o_proj", hidden)], q, config.o_bias)?,
-            post_norm: loader.vector(&name("post_attention_layernorm.weight"), hidden)?,
-            gate_up: linear(
-                &[
-                    ("mlp.gate_proj", config.intermediate_size),
-                    ("mlp.up_proj", config.intermediate_size),
-                ],
-                hidden,
-                config.mlp_bias,
-            )?,
-            down: linear(
-                &[("mlp.down_proj", hidden)],
-                config.intermediate_size,
-                config.mlp_bias,
-            )?,
+            attention_norm: gemma_norm("post_attention_layernorm.weight")?,
+            mlp_input_norm: norm(match config.gemma_block {
+                true => "pre_feedforward_layernorm.weight",
+                false => "post_attention_layernorm.weight",
+            })?,
+            gate_up: linear(gate_up, hidden, config.mlp_bias)?,
+            down: linear(&[("mlp.down_proj", hidden)], mlp, config.mlp_bias)?,
+            mlp_norm: gemma_norm("post_feedforward_layernorm.weight")?,
             shape: AttentionShape::of(config, index),
+            rope: config.layer_ropes[index],
         })
     }
 
@@ -238,7 +265,7 @@ impl Layer {
         hidden: &Tensor,
         blocks: &mut KvLayer,
         segments: &[Segment<'_>],
-        rope: &RopeTable,
+        rope: Option<&RopeTable>,
         config: &ModelConfig,
     ) -> Result<Tensor, LmError> {
         let qkv = self.qkv.forward(&rms_norm(hidden, &self.input_norm, config)?)?;
@@ -251,17 +278,26 @@ impl Layer {
             (rows, config.num_heads * config.head_dim),
             hidden.device(),
         )?;
-        let hidden = (hidden + self.attention_out.forward(&attended)?)?;
-        let gated = swiglu(
-            &self
-                .gate_up
-                .forward(&rms_norm(&hidden, &self.post_norm, config)?)?,
-        )?;
-        Ok((hidden + self.down.forward(&gated)?)?)
+        let mut attended = self.attention_out.forward(&attended)?;
+        if let Some(norm) = &self.attention_norm {
+            attended = rms_norm(&attended, norm, config)?;
+        }
+        let hidden = (hidden + attended)?;
+        let both = self
+            .gate_up
+            .forward(&rms_norm(&hidden, &self.mlp_input_norm, config)?)?;
+        let mut fed = self.down.forward(&gate(&both, config.activation)?)?;
+        if let Some(norm) = &self.mlp_norm {
+            fed = rms_norm(&fed, norm, config)?;
+        }
+        Ok((hidden + fed)?)
     }
 
-    /// Norms (Qwen3) and rotates the query and key heads of every row in place.
-    fn norm_and_rotate(&self, qkv: &mut [f32], stride: usize, rope: &RopeTable, eps: f32) {
+    /// Norms and rotates the query and key heads of every row in place, where the layer does so.
+    fn norm_and_rotate(&self, qkv: &mut [f32], stride: usize, rope: Option<&RopeTable>, eps: f32) {
+        if rope.is_none() && self.qk_norm.is_none() {
+            return;
+        }
         let dim = self.shape.head_dim;
         let rotated = self.shape.heads + self.shape.kv_heads;
         qkv.par_chunks_mut(stride).enumerate().for_each(|(row, values)| {
@@ -273,7 +309,9 @@ impl Layer {
                         *value = *value * inverse * weight;
                     }
                 }
-                rope.rotate(row, values);
+                if let Some(rope) = rope {
+                    rope.rotate(row, values);
+                }
             }
         });
     }

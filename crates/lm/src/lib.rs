@@ -1,5 +1,5 @@
-//! Language models: config, decoder, scoring, sampling and the text around them, for the Llama family. It
-//! knows checkpoints, but nothing of merging, jobs or HTTP.
+//! Language models: config, decoder, scoring, sampling and the text around them, for models that share
+//! one decoder block. It knows checkpoints, but nothing of merging, jobs or HTTP.
 //!
 //! The way of a request: text -> [`TextTokenizer`] -> [`Request`] -> [`Engine`], which packs all sequences of
 //! one step into one [`Decoder`] forward -> [`Event`]s -> [`TextStream`] -> text.
@@ -25,13 +25,13 @@ mod tokenizer;
 mod tokenizer_guard;
 mod weights;
 
-pub use config::{Architecture, ModelConfig};
+pub use config::{Activation, Architecture, ModelConfig};
 pub use decoder::{Decoder, Segment};
 pub use engine::{Engine, EngineConfig};
 pub use error::LmError;
 pub use kv::{BLOCK_TOKENS, KvPool};
 pub use request::{Event, FinishReason, Request};
-pub use rope::RopeScaling;
+pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{Sampler, Sampling};
 pub use scoring::{MAX_ROWS, NO_LOGPROB, TokenLogprobs, score, score_logits};
 pub use stream::{Chunk, TextStream};

@@ -7,6 +7,7 @@ use std::ops::Range;
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 use rayon::prelude::*;
 
+use crate::config::Activation;
 use crate::kernel::{Instructions, Vectorized, vectorized};
 use crate::packed::PackedMatrix;
 
@@ -97,10 +98,16 @@ impl Linear {
     }
 }
 
-/// `silu(gate) * up` for `x` = \[rows, gate | up\].
-pub(crate) fn swiglu(x: &Tensor) -> candle_core::Result<Tensor> {
+/// `activation(gate) * up` for `x` = \[rows, gate | up\].
+pub(crate) fn gate(x: &Tensor, activation: Activation) -> candle_core::Result<Tensor> {
     if !matches!(x.device(), Device::Cpu) {
-        return candle_nn::ops::swiglu(x);
+        return match activation {
+            Activation::Silu => candle_nn::ops::swiglu(x),
+            Activation::GeluTanh => {
+                let halves = x.chunk(2, 1)?;
+                halves[0].gelu()? * &halves[1]
+            }
+        };
     }
     let (rows, both) = x.dims2()?;
     let width = both / 2;
@@ -110,7 +117,10 @@ pub(crate) fn swiglu(x: &Tensor) -> candle_core::Result<Tensor> {
             .zip(x.par_chunks(both))
             .for_each(|(out, row)| {
                 let (gate, up) = row.split_at(width);
-                vectorized(Swiglu { gate, up, out });
+                match activation {
+                    Activation::Silu => vectorized(Swiglu { gate, up, out }),
+                    Activation::GeluTanh => vectorized(Geglu { gate, up, out }),
+                }
             });
         out
     })?;
@@ -132,6 +142,67 @@ impl Vectorized for Swiglu<'_> {
             *out = gate / (1.0 + exp(-gate)) * up;
         }
     }
+}
+
+struct Geglu<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Vectorized for Geglu<'_> {
+    type Output = ();
+
+    /// `0.5 x (1 + tanh(u)) = x / (1 + e^(-2u))` with `u = sqrt(2 / pi) (x + 0.044715 x^3)`.
+    #[inline(always)]
+    fn run<I: Instructions>(self) {
+        const DOUBLE: f32 = 2.0 * 0.797_884_6;
+        for ((out, x), up) in self.out.iter_mut().zip(self.gate).zip(self.up) {
+            let twice = DOUBLE * (x + 0.044_715 * x * x * x);
+            *out = x / (1.0 + exp(-twice)) * up;
+        }
+    }
+}
+
+/// `cap * tanh(x / cap)` of every element.
+pub(crate) fn softcap(x: &Tensor, cap: f32) -> candle_core::Result<Tensor> {
+    if !matches!(x.device(), Device::Cpu) {
+        return x
+            .affine(1.0 / f64::from(cap), 0.0)?
+            .tanh()?
+            .affine(f64::from(cap), 0.0);
+    }
+    let values = with_slice(x, |x| {
+        let mut out = x.to_vec();
+        out.par_chunks_mut(4096)
+            .for_each(|values| vectorized(Softcap { values, cap }));
+        out
+    })?;
+    Tensor::from_vec(values, x.shape(), &Device::Cpu)
+}
+
+struct Softcap<'a> {
+    values: &'a mut [f32],
+    cap: f32,
+}
+
+impl Vectorized for Softcap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Instructions>(self) {
+        self.values
+            .iter_mut()
+            .for_each(|value| *value = capped(*value, self.cap));
+    }
+}
+
+/// `cap * tanh(x / cap)`; NaN stays.
+#[inline(always)]
+pub(crate) fn capped(x: f32, cap: f32) -> f32 {
+    let scaled = x / cap;
+    let tanh = 1.0 - 2.0 / (exp(2.0 * scaled) + 1.0);
+    if scaled.is_nan() { x } else { cap * tanh }
 }
 
 /// Lends the elements of a contiguous f32 tensor in CPU memory, without a copy.
@@ -222,9 +293,27 @@ mod tests {
     }
 
     #[test]
+    fn capped_is_a_scaled_tanh_and_gelu_its_approximation() -> candle_core::Result<()> {
+        for x in [-300f32, -70.0, -3.0, -1e-3, 0.0, 0.5, 12.0, 49.0, 1e4] {
+            let exact = 50.0 * (x / 50.0).tanh();
+            assert!((capped(x, 50.0) - exact).abs() < 1e-5, "{x}");
+        }
+        assert!(capped(f32::NAN, 50.0).is_nan());
+        let gated = gate(
+            &Tensor::new(&[[1f32, -2.0, 9.0, 1.0, 1.0, 2.0]], &Device::Cpu)?,
+            Activation::GeluTanh,
+        )?;
+        let exact = Tensor::new(&[[1f32, -2.0, 9.0]], &Device::Cpu)?.gelu()?
+            * Tensor::new(&[[1f32, 1.0, 2.0]], &Device::Cpu)?;
+        let difference = (gated - exact?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(difference < 2e-6, "{difference}");
+        Ok(())
+    }
+
+    #[test]
     fn swiglu_is_silu_of_the_first_half_times_the_second() -> candle_core::Result<()> {
         let x = Tensor::new(&[[1f32, -2.0, 3.0, 4.0]], &Device::Cpu)?;
-        let ours = swiglu(&x)?.flatten_all()?.to_vec1::<f32>()?;
+        let ours = gate(&x, Activation::Silu)?.flatten_all()?.to_vec1::<f32>()?;
         let silu = |v: f32| v / (1.0 + (-v).exp());
         assert!((ours[0] - silu(1.0) * 3.0).abs() < 1e-6 && (ours[1] - silu(-2.0) * 4.0).abs() < 1e-6);
         Ok(())

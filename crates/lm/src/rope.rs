@@ -6,10 +6,18 @@
 use std::f32::consts::PI;
 use std::f64::consts::TAU;
 
-use crate::ModelConfig;
+/// One rotary embedding.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeConfig {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Leading dimensions of each head that are rotated.
+    pub dim: usize,
+    pub scaling: RopeScaling,
+}
 
 /// How a config stretches the rotary frequencies beyond the length of pre-training.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     Default,
     Linear {
@@ -37,6 +45,14 @@ pub enum RopeScaling {
         high_freq_factor: f32,
         original_max_position: f32,
     },
+    /// Each frequency is divided by a factor of its own (Phi-3). Texts beyond the original length, which have other
+    /// factors, are not run here.
+    LongRope {
+        short_factors: Vec<f32>,
+        original_max_position: usize,
+        /// Multiplies cosines and sines.
+        attention_factor: f32,
+    },
 }
 
 /// The inverse frequencies of one model.
@@ -47,7 +63,7 @@ pub(crate) struct Rope {
     amplitude: f32,
 }
 
-/// Cosines and sines of one packed batch: row `t` holds the `head_dim / 2` angles of token `t`.
+/// Cosines and sines of one packed batch: row `t` holds the angles of token `t`, one for two rotated dimensions.
 #[derive(Debug)]
 pub(crate) struct RopeTable {
     half: usize,
@@ -56,34 +72,38 @@ pub(crate) struct RopeTable {
 }
 
 impl Rope {
-    pub(crate) fn new(config: &ModelConfig) -> Self {
-        let dim = config.head_dim;
-        // torch: 1.0 / (base ** (arange(0, dim, 2).float() / dim)), all in f32. The power is taken in f64 and
-        // rounded, the closest to any f32 `pow`.
-        let plain = (0..dim).step_by(2).map(|i| {
+    pub(crate) fn new(config: &RopeConfig) -> Self {
+        let dim = config.dim;
+        // torch: base ** (arange(0, dim, 2).float() / dim), all in f32. The power is taken in f64 and rounded, the
+        // closest to any f32 `pow`.
+        let powers = (0..dim).step_by(2).map(|i| {
             let exponent = i as f32 / dim as f32;
-            1.0 / (config.rope_theta.powf(f64::from(exponent)) as f32)
+            config.theta.powf(f64::from(exponent)) as f32
         });
-        let scaling = config.rope_scaling;
-        if let RopeScaling::Yarn {
-            factor,
-            attention_factor,
-            ..
-        } = scaling
-        {
-            let kept = yarn_kept(scaling, dim, config.rope_theta);
-            return Self {
-                inv_freq: plain
-                    .zip(kept)
-                    .map(|(freq, kept)| freq / factor * (1.0 - kept) + freq * kept)
-                    .collect(),
-                amplitude: attention_factor,
-            };
-        }
-        Self {
-            inv_freq: plain.map(|freq| scale(freq, scaling)).collect(),
-            amplitude: 1.0,
-        }
+        let (inv_freq, amplitude) = match &config.scaling {
+            RopeScaling::Yarn {
+                factor,
+                attention_factor,
+                ..
+            } => {
+                let kept = yarn_kept(&config.scaling, dim, config.theta);
+                let freqs = powers.map(|power| 1.0 / power).zip(kept);
+                let mixed = freqs.map(|(freq, kept)| freq / factor * (1.0 - kept) + freq * kept);
+                (mixed.collect(), *attention_factor)
+            }
+            RopeScaling::LongRope {
+                short_factors,
+                attention_factor,
+                ..
+            } => {
+                let stretched = powers
+                    .zip(short_factors)
+                    .map(|(power, factor)| 1.0 / (factor * power));
+                (stretched.collect(), *attention_factor)
+            }
+            scaling => (powers.map(|power| scale(1.0 / power, scaling)).collect(), 1.0),
+        };
+        Self { inv_freq, amplitude }
     }
 
     /// Angles are products of f32 numbers, as in transformers, so that far positions round alike.
@@ -103,11 +123,12 @@ impl Rope {
 }
 
 impl RopeTable {
-    /// Rotates one head of token `row`: pairs are (i, i + half), the half-split layout of transformers.
+    /// Rotates the leading dimensions of one head of token `row`: pairs are (i, i + half), the half-split layout of
+    /// transformers.
     pub(crate) fn rotate(&self, row: usize, head: &mut [f32]) {
         let cos = &self.cos[row * self.half..][..self.half];
         let sin = &self.sin[row * self.half..][..self.half];
-        let (low, high) = head.split_at_mut(self.half);
+        let (low, high) = head[..2 * self.half].split_at_mut(self.half);
         for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
             let (x, y) = (*a, *b);
             *a = x * c - y * s;
@@ -116,9 +137,8 @@ impl RopeTable {
     }
 }
 
-fn scale(freq: f32, scaling: RopeScaling) -> f32 {
-    match scaling {
-        RopeScaling::Default | RopeScaling::Dynamic { .. } | RopeScaling::Yarn { .. } => freq,
+fn scale(freq: f32, scaling: &RopeScaling) -> f32 {
+    match *scaling {
         RopeScaling::Linear { factor } => freq / factor,
         RopeScaling::Llama3 {
             factor,
@@ -137,18 +157,19 @@ fn scale(freq: f32, scaling: RopeScaling) -> f32 {
                 (original_max_position / wavelen - low_freq_factor) / (high_freq_factor - low_freq_factor);
             (1.0 - smooth) * freq / factor + smooth * freq
         }
+        _ => freq,
     }
 }
 
 /// How much of each frequency stays as it is, from 1 to 0 along a ramp over the dimensions.
-fn yarn_kept(scaling: RopeScaling, dim: usize, theta: f64) -> Vec<f32> {
+fn yarn_kept(scaling: &RopeScaling, dim: usize, theta: f64) -> Vec<f32> {
     let RopeScaling::Yarn {
         original_max_position,
         beta_fast,
         beta_slow,
         truncate,
         ..
-    } = scaling
+    } = *scaling
     else {
         return vec![1.0; dim / 2];
     };
@@ -178,7 +199,8 @@ mod tests {
         let config = serde_json::json!({"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 128,
             "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 16,
             "max_position_embeddings": 131_072, "rope_parameters": rope});
-        Rope::new(&ModelConfig::from_json(config.as_object().expect("an object")).expect("a config"))
+        let config = crate::ModelConfig::from_json(config.as_object().expect("an object")).expect("a config");
+        Rope::new(&config.ropes[0])
     }
 
     /// Numbers of transformers 5, `ROPE_INIT_FUNCTIONS[rope_type]` for this config.
@@ -259,12 +281,12 @@ mod tests {
             high_freq_factor: 4.0,
             original_max_position: 8192.0,
         };
-        assert_eq!(scale(1.0, scaling), 1.0);
-        assert_eq!(scale(1e-5, scaling), 1e-5 / 8.0);
+        assert_eq!(scale(1.0, &scaling), 1.0);
+        assert_eq!(scale(1e-5, &scaling), 1e-5 / 8.0);
         let middle = 2.0 * PI / 4096.0;
         let smooth = (2.0 - 1.0) / 3.0;
         let expected = (1.0 - smooth) * middle / 8.0 + smooth * middle;
-        assert!((scale(middle, scaling) - expected).abs() < 1e-9);
+        assert!((scale(middle, &scaling) - expected).abs() < 1e-9);
     }
 
     #[test]

@@ -65,7 +65,7 @@ pub(crate) fn score_rows(
         let vocab = decoder.config().vocab_size;
         for start in (0..vocab).step_by(TILE) {
             let columns = TILE.min(vocab - start);
-            let tile = decoder.lm_head().times_rows(&rows, start..start + columns)?;
+            let tile = decoder.logits_of(&rows, start..start + columns)?;
             let tile = tile.to_device(&candle_core::Device::Cpu)?;
             with_slice(&tile, |logits| {
                 states

@@ -41,13 +41,21 @@ pub(crate) fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)
     let queries = config.num_heads * config.head_dim;
     let keys = config.num_kv_heads * config.head_dim;
     let mlp = config.intermediate_size;
-    let linears = [
-        ("self_attn.q_proj", queries, hidden, config.qkv_bias),
-        ("self_attn.k_proj", keys, hidden, config.qkv_bias),
-        ("self_attn.v_proj", keys, hidden, config.qkv_bias),
+    let projections: &[_] = match config.fused_projections {
+        true => &[
+            ("self_attn.qkv_proj", queries + 2 * keys, hidden, config.qkv_bias),
+            ("mlp.gate_up_proj", 2 * mlp, hidden, config.mlp_bias),
+        ],
+        false => &[
+            ("self_attn.q_proj", queries, hidden, config.qkv_bias),
+            ("self_attn.k_proj", keys, hidden, config.qkv_bias),
+            ("self_attn.v_proj", keys, hidden, config.qkv_bias),
+            ("mlp.gate_proj", mlp, hidden, config.mlp_bias),
+            ("mlp.up_proj", mlp, hidden, config.mlp_bias),
+        ],
+    };
+    let outputs = [
         ("self_attn.o_proj", hidden, queries, config.o_bias),
-        ("mlp.gate_proj", mlp, hidden, config.mlp_bias),
-        ("mlp.up_proj", mlp, hidden, config.mlp_bias),
         ("mlp.down_proj", hidden, mlp, config.mlp_bias),
     ];
     let mut tensors = vec![
@@ -65,14 +73,18 @@ pub(crate) fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)
             |part: &str, shape: Vec<usize>| tensors.push((format!("model.layers.{layer}.{part}"), shape));
         add("input_layernorm.weight", vec![hidden]);
         add("post_attention_layernorm.weight", vec![hidden]);
+        if config.gemma_block {
+            add("pre_feedforward_layernorm.weight", vec![hidden]);
+            add("post_feedforward_layernorm.weight", vec![hidden]);
+        }
         if config.qk_norm {
             add("self_attn.q_norm.weight", vec![config.head_dim]);
             add("self_attn.k_norm.weight", vec![config.head_dim]);
         }
-        for (part, rows, columns, bias) in linears {
-            add(&format!("{part}.weight"), vec![rows, columns]);
-            if bias {
-                add(&format!("{part}.bias"), vec![rows]);
+        for (part, rows, columns, bias) in projections.iter().chain(&outputs) {
+            add(&format!("{part}.weight"), vec![*rows, *columns]);
+            if *bias {
+                add(&format!("{part}.bias"), vec![*rows]);
             }
         }
     }
@@ -86,8 +98,12 @@ pub(crate) struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Tensor, LmError> {
-        let values = self.read(name, &[len])?;
+    /// What an RMS norm multiplies by: Gemma keeps it less one.
+    pub(crate) fn norm(&self, name: &str, len: usize, config: &ModelConfig) -> Result<Tensor, LmError> {
+        let mut values = self.read(name, &[len])?;
+        if config.gemma_block {
+            values.iter_mut().for_each(|value| *value += 1.0);
+        }
         Ok(Tensor::from_vec(values, len, self.device)?)
     }
 

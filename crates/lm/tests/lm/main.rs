@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // helpers of tests, outside #[test] functions
 
+mod architectures;
 mod common;
 mod decoder;
 mod decoder_vs_candle;
