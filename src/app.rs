@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use cauldron_merge::MergeOptions;
@@ -13,7 +14,7 @@ use tracing::{error, info};
 use crate::cache::{Cache, KnownContents, sync_folder};
 use crate::config::{ApiKeys, Config, ModelName};
 use crate::jobs::{Intake, Job, JobStore, Runner, SqliteJobs, Worker};
-use crate::serving::{self, LoadRequest, Serving, ServingLimits};
+use crate::serving::{self, LoadError, LoadRequest, Served, Serving, ServingError, ServingLimits};
 use crate::sources::ModelSources;
 
 /// The state of every handler.
@@ -68,10 +69,8 @@ impl App {
             max_batch_tokens: config.engine.max_batch_tokens as usize,
             max_running: config.engine.max_running as usize,
             max_waiting: config.engine.max_waiting as usize,
-            kv_bytes: config
-                .engine
-                .kv_cache_bytes
-                .unwrap_or_else(serving::default_kv_bytes) as usize,
+            memory_bytes: config.engine.model_memory_bytes,
+            kv_bytes: config.engine.kv_cache_bytes,
             max_models: config.engine.max_models as usize,
             hold: config.engine.hold(),
         };
@@ -88,7 +87,7 @@ impl App {
         let (to_load, from) = (serving.clone(), cache.clone());
         let on_success = Box::new(move |job: &Job, names: Vec<String>| {
             for name in names {
-                load_result(&to_load, &from, job, &name);
+                load_result(&to_load, &from, job, &name, posted(job));
             }
         });
         let worker = Arc::new(Worker::new(jobs.clone(), runner, on_success));
@@ -119,11 +118,50 @@ impl App {
 
     /// Loads the result of a job that is done under a name.
     pub fn serve_result(&self, job: &Job, name: &str) {
-        load_result(&self.serving, &self.cache, job, name);
+        load_result(&self.serving, &self.cache, job, name, Instant::now());
+    }
+
+    /// The model of a name; waits while it is loading. With --load-on-first-use a folder of --models-dir is loaded when
+    /// its name is asked for.
+    pub async fn model(&self, name: &str) -> Result<Arc<Served>, ServingError> {
+        match self.serving.get(name).await {
+            Err(ServingError::Unknown(_)) if self.config.engine.load_on_first_use => {}
+            answer => return answer,
+        }
+        let unknown = || ServingError::Unknown(name.chars().take(100).collect());
+        let key: ModelName = name.parse().map_err(|_| unknown())?;
+        let (sources, reference) = (self.sources.clone(), name.to_owned());
+        let located = tokio::task::spawn_blocking(move || sources.locate("model", &reference)).await;
+        let Ok(Ok(located)) = located else {
+            return Err(unknown());
+        };
+        let request = LoadRequest {
+            folder: located.folder,
+            adapter: located.adapter,
+            source: name.to_owned(),
+            cached: located.cached,
+            asked: Instant::now(),
+        };
+        match self.serving.load_if_new(key, request) {
+            Ok(()) => self.serving.get(name).await,
+            Err(LoadError::ShuttingDown) => Err(ServingError::ShuttingDown),
+            Err(e) => Err(ServingError::Failed {
+                name: name.to_owned(),
+                detail: e.to_string(),
+            }),
+        }
     }
 }
 
-fn load_result(serving: &Arc<Serving>, cache: &Cache, job: &Job, name: &str) {
+/// When the client posted the recipe, as far as the wall clock tells.
+fn posted(job: &Job) -> Instant {
+    let age = jiff::Timestamp::now().as_millisecond() - job.created_at;
+    let age = Duration::from_millis(u64::try_from(age).unwrap_or_default());
+    let now = Instant::now();
+    now.checked_sub(age).unwrap_or(now)
+}
+
+fn load_result(serving: &Arc<Serving>, cache: &Cache, job: &Job, name: &str, asked: Instant) {
     let Some(digest) = job.digest else { return };
     let Ok(name) = name.parse::<ModelName>() else {
         error!(job = %job.id, "the job's name to serve under is no model name");
@@ -134,8 +172,9 @@ fn load_result(serving: &Arc<Serving>, cache: &Cache, job: &Job, name: &str) {
         adapter: None,
         source: format!("merge:{}", job.id),
         cached: Some(digest),
+        asked,
     };
-    if let Err(e) = serving.load(name, request) {
+    if let Err(e) = serving.load(name, request, None) {
         error!(job = %job.id, error = %e, "the result cannot be loaded");
     }
 }

@@ -21,6 +21,11 @@ pub const JOBS: &str = "cauldron_jobs";
 pub const CACHE_ENTRIES: &str = "cauldron_cache_entries";
 pub const CACHE_BYTES: &str = "cauldron_cache_bytes";
 pub const MODELS: &str = "cauldron_models";
+pub const MODEL_MEMORY_BYTES: &str = "cauldron_model_memory_bytes";
+/// From POST /models or POST /merge to the first token of the model.
+pub const MODEL_FIRST_TOKEN: &str = "cauldron_model_first_token_seconds";
+/// Share of the blocks of keys and values that requests hold, over all models.
+pub const KV_CACHE_USAGE: &str = "cauldron_kv_cache_usage_perc";
 
 const UPKEEP: Duration = Duration::from_secs(5);
 

@@ -62,10 +62,12 @@ async fn refresh(app: &App) {
         }
         Err(e) => warn!(error = %e, "the jobs cannot be counted"),
     }
-    let (running, waiting) = app.serving.work();
-    metrics::gauge!(telemetry::REQUESTS_RUNNING).set(running as f64);
-    metrics::gauge!(telemetry::REQUESTS_WAITING).set(waiting as f64);
+    let work = app.serving.work();
+    metrics::gauge!(telemetry::REQUESTS_RUNNING).set(work.running as f64);
+    metrics::gauge!(telemetry::REQUESTS_WAITING).set(work.waiting as f64);
+    metrics::gauge!(telemetry::KV_CACHE_USAGE).set(work.kv_used as f64 / work.kv_all.max(1) as f64);
     metrics::gauge!(telemetry::MODELS).set(app.serving.list().len() as f64);
+    metrics::gauge!(telemetry::MODEL_MEMORY_BYTES).set(app.serving.memory_used() as f64);
     let cache = app.cache.clone();
     match tokio::task::spawn_blocking(move || cache.usage()).await {
         Ok(Ok((entries, bytes))) => {

@@ -1,5 +1,7 @@
 //! /models: load, list and unload served models.
 
+use std::time::Instant;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -11,7 +13,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::extract::{FromSegment, JsonBytes, Segment, json_object};
 use super::problem::Problem;
 use crate::app::AppState;
-use crate::config::ModelName;
+use crate::config::{ModelName, NameError};
 use crate::serving::{LoadError, LoadRequest, ServingError, SlotInfo};
 use crate::sources::SourceError;
 
@@ -33,18 +35,28 @@ struct LoadBody {
     /// A model reference: a folder under --models-dir, `merge:<job id>` or `checkpoint:<digest>`, each with an optional
     /// `+adapter`.
     source: String,
+    /// Other names that mean it, in the place of those it had. Absent: they stay.
+    aliases: Option<Vec<String>>,
 }
 
 /// A slot: a model under a name.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 struct ModelView {
     name: String,
-    /// `loading`, `ready` or `failed`.
+    /// Other names that mean it.
+    aliases: Vec<String>,
+    /// `loading`, `ready`, `failed`, or `unloaded`: it made room for another model, and is loaded again when it is asked.
     status: &'static str,
     source: String,
     /// Digest of the weights, once they are loaded.
     system_fingerprint: Option<String>,
     error: Option<String>,
+    /// What its weights, keys and values may take in memory.
+    memory_bytes: Option<u64>,
+    /// Seconds from the POST (of the model, or of the merge that is served) until it was ready.
+    ready_seconds: Option<f64>,
+    /// Seconds from the same POST until its first token or score.
+    first_token_seconds: Option<f64>,
 }
 
 #[derive(Debug, Serialize, utoipa::ToSchema)]
@@ -56,7 +68,8 @@ struct ModelList {
 ///
 /// Answers 202 at once; models are loaded one after the other. Requests for the name wait until it is ready; requests that
 /// run finish on the weights they began with. If a loaded name is loaded again and that fails, it keeps what it had, and
-/// `error` says why.
+/// `error` says why. Where there is no memory for another model, the one that was not asked for longest makes room, and
+/// comes back when it is asked.
 #[utoipa::path(post, path = "/models", tag = "models", request_body = LoadBody,
     responses((status = 202, body = ModelView, headers(("Location" = String, description = "The slot"))),
         (status = 422, body = Problem, content_type = "application/problem+json"),
@@ -65,7 +78,8 @@ async fn load_model(
     State(AppState(app)): State<AppState>,
     JsonBytes(body): JsonBytes,
 ) -> Result<Response, Problem> {
-    let (name, source) = parse(&body)?;
+    let (name, source, aliases) = parse(&body)?;
+    let asked = Instant::now();
     let (sources, reference) = (app.sources.clone(), source.clone());
     let located = tokio::task::spawn_blocking(move || sources.locate("source", &reference))
         .await
@@ -76,8 +90,9 @@ async fn load_model(
         adapter: located.adapter,
         source,
         cached: located.cached,
+        asked,
     };
-    app.serving.load(name.clone(), request)?;
+    app.serving.load(name.clone(), request, aliases.as_deref())?;
     let info = app.serving.info(&name).ok_or_else(|| unknown(&name))?;
     let mut response = (StatusCode::ACCEPTED, Json(view(info))).into_response();
     if let Ok(location) = HeaderValue::from_str(&format!("/models/{name}")) {
@@ -120,23 +135,35 @@ async fn unload_model(
     }
 }
 
-fn parse(body: &[u8]) -> Result<(ModelName, String), Problem> {
+type Wanted = (ModelName, String, Option<Vec<ModelName>>);
+
+fn parse(body: &[u8]) -> Result<Wanted, Problem> {
     let bad = |field: &str, detail: &str| Problem::unprocessable("invalid-request", field, detail);
     let mut fields = json_object(body)?;
     let name = fields.remove("name").ok_or_else(|| bad("name", "is missing"))?;
     let source = fields
         .remove("source")
         .ok_or_else(|| bad("source", "is missing"))?;
+    let aliases = fields.remove("aliases").filter(|value| !value.is_null());
     if let Some(unknown) = fields.keys().next() {
         let shown: String = unknown.chars().take(100).collect();
-        return Err(bad(&shown, "unknown field; known are name, source"));
+        return Err(bad(&shown, "unknown field; known are name, source, aliases"));
     }
     let name = name.as_str().ok_or_else(|| bad("name", "must be a string"))?;
     let name = name
         .parse::<ModelName>()
         .map_err(|e| bad("name", &e.to_string()))?;
+    let aliases = match aliases {
+        None => None,
+        Some(Value::Array(aliases)) => {
+            let alias = |value: &Value| value.as_str().and_then(|text| text.parse::<ModelName>().ok());
+            let aliases: Option<Vec<ModelName>> = aliases.iter().map(alias).collect();
+            Some(aliases.ok_or_else(|| bad("aliases", &NameError.to_string()))?)
+        }
+        Some(_) => return Err(bad("aliases", "must be a list of names")),
+    };
     match source {
-        Value::String(source) => Ok((name, source)),
+        Value::String(source) => Ok((name, source, aliases)),
         Value::Object(_) => Err(bad(
             "source",
             "recipes cannot be served without a merge yet: POST /merge with serve_as",
@@ -155,6 +182,7 @@ fn unlocated(error: SourceError) -> Problem {
 impl From<LoadError> for Problem {
     fn from(error: LoadError) -> Self {
         match error {
+            LoadError::NameTaken(field, _) => Self::unprocessable("name-taken", field, error.to_string()),
             LoadError::TooMany(_) => Self::new(
                 StatusCode::TOO_MANY_REQUESTS,
                 "too-many-models",
@@ -170,10 +198,14 @@ impl From<LoadError> for Problem {
 fn view(info: SlotInfo) -> ModelView {
     ModelView {
         name: info.name.to_string(),
+        aliases: info.aliases.iter().map(ToString::to_string).collect(),
         status: info.status,
         source: info.source,
         system_fingerprint: info.system_fingerprint,
         error: info.error,
+        memory_bytes: info.memory_bytes,
+        ready_seconds: info.ready_seconds,
+        first_token_seconds: info.first_token_seconds,
     }
 }
 

@@ -50,6 +50,8 @@ impl Config {
                 max_running: DEFAULT_RUNNING,
                 max_waiting: DEFAULT_WAITING,
                 kv_cache_bytes: None,
+                model_memory_bytes: None,
+                load_on_first_use: false,
                 max_models: DEFAULT_MODELS,
                 hold_seconds: DEFAULT_HOLD_SECONDS,
             },
@@ -119,10 +121,19 @@ pub struct EngineArgs {
     #[arg(long, env = "CAULDRON_MAX_WAITING", default_value_t = DEFAULT_WAITING)]
     pub max_waiting: u32,
     /// Bytes of keys and values that a model may hold, of the sequences that run and of texts that may come again. Longer
-    /// requests than fit are refused. Default: a quarter of the memory that is free at the start, at most 4 GiB.
+    /// requests than fit are refused. Default: a quarter of the memory that is free at the start, at most 4 GiB, or less
+    /// where other models have left less.
     #[arg(long, env = "CAULDRON_KV_CACHE_BYTES", value_parser = clap::value_parser!(u64).range(1 << 20..))]
     pub kv_cache_bytes: Option<u64>,
-    /// Models that may be loaded at the same time; more are answered 429.
+    /// Bytes that all loaded models may take, weights and keys and values. A model that needs more than is left takes the
+    /// place of those that were not asked for longest; they come back when they are asked for. Default: four fifths of
+    /// the memory that is free at the start; on a GPU no limit.
+    #[arg(long, env = "CAULDRON_MODEL_MEMORY_BYTES", value_parser = clap::value_parser!(u64).range(1 << 20..))]
+    pub model_memory_bytes: Option<u64>,
+    /// Load a model of --models-dir under its own name when it is first asked for.
+    #[arg(long, env = "CAULDRON_LOAD_ON_FIRST_USE")]
+    pub load_on_first_use: bool,
+    /// Names that models may have at the same time; more are answered 429.
     #[arg(long, env = "CAULDRON_MAX_MODELS", default_value_t = DEFAULT_MODELS, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_models: u32,
     /// Seconds that requests for a model that is loading are held.

@@ -12,12 +12,14 @@ use tokio::sync::mpsc::UnboundedSender;
 use tracing::error;
 
 use super::ServingLimits;
+use super::memory::Reservation;
 
 /// What others ask of the engine thread. Admission is bounded by [`super::Served`], so the channel is.
 pub(super) enum Command {
     Add {
         model: u64,
         decoder: Arc<Decoder>,
+        memory: Arc<Reservation>,
     },
     Remove {
         model: u64,
@@ -39,9 +41,28 @@ pub(super) enum Command {
 pub struct EngineThread {
     commands: Sender<Command>,
     thread: Mutex<Option<JoinHandle<()>>>,
-    running: Arc<AtomicUsize>,
-    waiting: Arc<AtomicUsize>,
+    counts: Arc<Counts>,
     stopped: AtomicBool,
+}
+
+/// What the thread tells of itself.
+#[derive(Debug, Default)]
+struct Counts {
+    running: AtomicUsize,
+    waiting: AtomicUsize,
+    kv_used: AtomicUsize,
+    kv_all: AtomicUsize,
+}
+
+/// How much the engine has to do, over all models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Work {
+    /// Sequences that run, and that wait.
+    pub running: usize,
+    pub waiting: usize,
+    /// Tokens that requests have room for, and that there is room for.
+    pub kv_used: usize,
+    pub kv_all: usize,
 }
 
 /// One model on the thread.
@@ -49,28 +70,25 @@ struct Resident {
     decoder: Arc<Decoder>,
     engine: Engine,
     listeners: HashMap<u64, UnboundedSender<Event>>,
+    config: EngineConfig,
+    /// Given back last, after what it stands for.
+    _memory: Arc<Reservation>,
 }
 
 struct Loop {
     models: HashMap<u64, Resident>,
-    config: EngineConfig,
-    running: Arc<AtomicUsize>,
-    waiting: Arc<AtomicUsize>,
+    limits: ServingLimits,
+    counts: Arc<Counts>,
 }
 
 impl EngineThread {
     pub fn start(limits: ServingLimits) -> std::io::Result<Self> {
         let (commands, receiver) = channel();
-        let (running, waiting) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let counts = Arc::new(Counts::default());
         let state = Loop {
             models: HashMap::new(),
-            config: EngineConfig {
-                max_batch_tokens: limits.max_batch_tokens,
-                max_running: limits.max_running,
-                kv_bytes: limits.kv_bytes,
-            },
-            running: running.clone(),
-            waiting: waiting.clone(),
+            limits,
+            counts: counts.clone(),
         };
         let thread = std::thread::Builder::new()
             .name("engine".into())
@@ -78,8 +96,7 @@ impl EngineThread {
         Ok(Self {
             commands,
             thread: Mutex::new(Some(thread)),
-            running,
-            waiting,
+            counts,
             stopped: AtomicBool::new(false),
         })
     }
@@ -89,12 +106,14 @@ impl EngineThread {
         !self.stopped.load(Ordering::Relaxed) && self.commands.send(command).is_ok()
     }
 
-    /// Running and waiting sequences.
-    pub fn load(&self) -> (usize, usize) {
-        (
-            self.running.load(Ordering::Relaxed),
-            self.waiting.load(Ordering::Relaxed),
-        )
+    pub fn work(&self) -> Work {
+        let read = |count: &AtomicUsize| count.load(Ordering::Relaxed);
+        Work {
+            running: read(&self.counts.running),
+            waiting: read(&self.counts.waiting),
+            kv_used: read(&self.counts.kv_used),
+            kv_all: read(&self.counts.kv_all),
+        }
     }
 
     /// Ends the thread after the step it is in.
@@ -136,12 +155,23 @@ impl Loop {
 
     fn take(&mut self, command: Command) {
         match command {
-            Command::Add { model, decoder } => {
-                let engine = Engine::new(decoder.clone(), self.config);
+            Command::Add {
+                model,
+                decoder,
+                memory,
+            } => {
+                let config = EngineConfig {
+                    max_batch_tokens: self.limits.max_batch_tokens,
+                    max_running: self.limits.max_running,
+                    kv_bytes: memory.kv_bytes as usize,
+                };
+                let engine = Engine::new(decoder.clone(), config);
                 let resident = Resident {
                     decoder,
                     engine,
                     listeners: HashMap::new(),
+                    config,
+                    _memory: memory,
                 };
                 self.models.insert(model, resident);
             }
@@ -177,17 +207,25 @@ impl Loop {
                 Err(_) => {
                     error!("a step panicked; its model's requests fail and it starts afresh");
                     resident.fail_all("the model failed while computing");
-                    resident.engine = Engine::new(resident.decoder.clone(), self.config);
+                    resident.engine = Engine::new(resident.decoder.clone(), resident.config);
                 }
             }
         }
     }
 
     fn count(&self) {
-        let running = self.models.values().map(|m| m.engine.running()).sum();
-        let waiting = self.models.values().map(|m| m.engine.waiting()).sum();
-        self.running.store(running, Ordering::Relaxed);
-        self.waiting.store(waiting, Ordering::Relaxed);
+        let (mut running, mut waiting, mut used, mut all) = (0, 0, 0, 0);
+        for engine in self.models.values().map(|model| &model.engine) {
+            let (model_used, model_all) = engine.kv_usage();
+            running += engine.running();
+            waiting += engine.waiting();
+            used += model_used;
+            all += model_all;
+        }
+        self.counts.running.store(running, Ordering::Relaxed);
+        self.counts.waiting.store(waiting, Ordering::Relaxed);
+        self.counts.kv_used.store(used, Ordering::Relaxed);
+        self.counts.kv_all.store(all, Ordering::Relaxed);
     }
 }
 

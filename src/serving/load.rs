@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use candle_core::Device;
-use cauldron_checkpoint::{Digest, Expert};
+use cauldron_checkpoint::{Digest, Dtype, Expert};
 use cauldron_lm::{ChatTemplate, Decoder, LmError, ModelConfig, TextTokenizer, WeightSource};
 use tracing::warn;
 
 use super::engine::EngineThread;
+use super::memory::{Memory, Need, Reservation};
 use super::served::{Parts, Served};
 use super::{LoadRequest, ServingLimits};
 use crate::cache::{Cache, Pin};
@@ -19,6 +20,15 @@ pub(super) struct Place<'a> {
     pub device: &'a Device,
     pub engine: &'a Arc<EngineThread>,
     pub limits: ServingLimits,
+    pub memory: &'a Memory,
+}
+
+/// What the loader does for a load.
+pub(super) trait Turn: Sync {
+    /// Whether somebody still waits for it: a later load of the name, or its unloading, makes it pointless.
+    fn is_wanted(&self) -> bool;
+    /// Takes memory, from other models if it must.
+    fn make_room(&self, need: Need) -> Result<Reservation, String>;
 }
 
 /// The decoder's view of an expert: `base+adapter` reads as the folded checkpoint would.
@@ -34,15 +44,15 @@ impl WeightSource for ExpertWeights<'_> {
     }
 }
 
-/// Blocks for as long as reading takes. `wanted` is asked between the phases, so that a load that nobody waits for any
-/// more makes way for the next. The error is for people.
+/// Blocks for as long as reading takes, and as making room takes. All that can be checked is checked before another model
+/// has to make room. The error is for people.
 pub(super) fn load(
     name: &ModelName,
     request: LoadRequest,
     place: &Place<'_>,
-    wanted: &(dyn Fn() -> bool + Sync),
+    turn: &dyn Turn,
 ) -> Result<Served, String> {
-    let go_on = || match wanted() {
+    let go_on = || match turn.is_wanted() {
         true => Ok(()),
         false => Err("another request for the name came".to_owned()),
     };
@@ -55,21 +65,40 @@ pub(super) fn load(
     let fingerprint = match (request.cached, &request.adapter) {
         // A cached merge is named by what made it.
         (Some(digest), None) => digest,
-        _ => expert.content_digest(&|_| wanted()).map_err(|e| text(&e))?,
+        _ => expert
+            .content_digest(&|_| turn.is_wanted())
+            .map_err(|e| text(&e))?,
     };
     let tokenizer = TextTokenizer::load(expert.checkpoint(), config.vocab_size).map_err(|e| text(&e))?;
     let template = chat_template(name, &tokenizer);
+    let weights = ExpertWeights(&expert);
+    Decoder::check_weights(&config, &weights).map_err(|e| text(&e))?;
+    let bytes = estimate(&config, &request, &expert, place.device);
     go_on()?;
-    let decoder = Decoder::load(config, &ExpertWeights(&expert), place.device).map_err(|e| text(&e))?;
+    let mut memory = turn.make_room(place.memory.need(&config, bytes))?;
+    go_on()?;
+    let decoder = Decoder::load(config, &weights, place.device).map_err(|e| text(&e))?;
+    memory.correct(decoder.weight_bytes() as u64);
     let parts = Parts {
         fingerprint: fingerprint.to_string(),
+        asked: request.asked,
         source: request.source,
         decoder: Arc::new(decoder),
+        memory,
         tokenizer,
         template,
         pin,
     };
     Served::new(name.clone(), parts, place.engine.clone(), place.limits)
+}
+
+/// Bytes of the weights in memory: numbers that are bf16 take two on the CPU, all others four.
+fn estimate(config: &ModelConfig, request: &LoadRequest, expert: &Expert, device: &Device) -> u64 {
+    let mut tensors = expert.checkpoint().tensors().values();
+    let halves = request.adapter.is_none()
+        && matches!(device, Device::Cpu)
+        && tensors.all(|info| info.dtype == Dtype::BF16);
+    config.parameters() as u64 * if halves { 2 } else { 4 }
 }
 
 /// Bytes of the cache are checked before they are served, and stay while they are.

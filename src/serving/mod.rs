@@ -9,34 +9,24 @@ mod load;
 mod loader;
 mod memory;
 mod served;
+mod slot;
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use candle_core::Device;
-use cauldron_checkpoint::Digest;
-use tokio::sync::Notify;
+use tokio::sync::oneshot;
 
 use crate::cache::Cache;
 use crate::config::ModelName;
 
 pub use device::open as open_device;
-pub use engine::EngineThread;
-pub use memory::default_kv_bytes;
+pub use engine::{EngineThread, Work};
 pub use served::{Generation, Served};
+pub use slot::{LoadRequest, SlotInfo};
 
-/// What to load: a folder, and what is known of it.
-#[derive(Debug, Clone)]
-pub struct LoadRequest {
-    pub folder: PathBuf,
-    pub adapter: Option<PathBuf>,
-    /// The reference it came from, for people.
-    pub source: String,
-    /// Set for entries of the cache: they are verified and kept from deletion while loaded.
-    pub cached: Option<Digest>,
-}
+use memory::Memory;
+use slot::{Slot, Slots};
 
 /// Limits of serving.
 #[derive(Debug, Clone, Copy)]
@@ -44,9 +34,11 @@ pub struct ServingLimits {
     pub max_batch_tokens: usize,
     pub max_running: usize,
     pub max_waiting: usize,
-    /// Bytes of keys and values, a model.
-    pub kv_bytes: usize,
-    /// Names that may be taken.
+    /// Bytes that all models may take; None for what the machine has.
+    pub memory_bytes: Option<u64>,
+    /// Bytes of keys and values of a model; None for what is left.
+    pub kv_bytes: Option<u64>,
+    /// Names that may be taken, aliases included.
     pub max_models: usize,
     /// How long requests for a loading model wait.
     pub hold: Duration,
@@ -70,90 +62,52 @@ pub enum ServingError {
 /// Why a load was not begun.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    #[error("{0} models are loaded already; unload one first")]
+    #[error("at most {0} names of models; unload one first")]
     TooMany(usize),
+    /// The field that names it, and the name.
+    #[error("{1} means another model already")]
+    NameTaken(&'static str, ModelName),
     #[error("the service is shutting down")]
     ShuttingDown,
     #[error("a loading thread cannot be started: {0}")]
     Thread(#[from] std::io::Error),
 }
 
-/// State of a slot.
-#[derive(Debug)]
-enum Slot {
-    Loading(Loading),
-    Ready {
-        served: Arc<Served>,
-        /// Why what was to replace it could not be loaded.
-        not_replaced: Option<String>,
-    },
-    Failed {
-        source: String,
-        detail: String,
-    },
-}
-
-/// A model that is on its way.
-#[derive(Debug)]
-struct Loading {
-    source: String,
-    /// Grows with each load; of several loads of a name the last one counts.
-    ticket: u64,
-    /// Until the loader takes it.
-    request: Option<LoadRequest>,
-    /// What the name meant before: it comes back if the load fails.
-    before: Option<Arc<Served>>,
-}
-
-/// A slot as others see it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SlotInfo {
-    pub name: ModelName,
-    pub status: &'static str,
-    pub source: String,
-    pub system_fingerprint: Option<String>,
-    pub error: Option<String>,
-    /// Seconds since the Unix epoch; when it became ready.
-    pub created: Option<i64>,
-}
-
 /// All slots of this process.
 #[derive(Debug)]
 pub struct Serving {
     slots: Mutex<Slots>,
-    changed: Notify,
     engine: Arc<EngineThread>,
     cache: Cache,
     device: Device,
     limits: ServingLimits,
-}
-
-/// The slots, and what goes with them under one lock.
-#[derive(Debug, Default)]
-struct Slots {
-    by_name: BTreeMap<ModelName, Slot>,
-    last_ticket: u64,
-    /// Whether the loading thread runs.
-    loader: bool,
-    closed: bool,
+    memory: Arc<Memory>,
 }
 
 impl Serving {
     pub fn start(cache: Cache, device: Device, limits: ServingLimits) -> std::io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             slots: Mutex::default(),
-            changed: Notify::new(),
             engine: Arc::new(EngineThread::start(limits)?),
+            memory: Arc::new(Memory::new(
+                limits.memory_bytes,
+                limits.kv_bytes,
+                matches!(device, Device::Cpu),
+            )),
             cache,
             device,
             limits,
         }))
     }
 
-    /// Takes a name away. Requests that run finish on the weights they have.
+    /// Takes a name away, and its aliases with it; or only an alias. Requests that run finish on the weights they have.
     pub fn unload(&self, name: &ModelName) -> Result<(), ServingError> {
-        let removed = self.slots().by_name.remove(name);
-        self.changed.notify_waiters();
+        let mut slots = self.slots();
+        if slots.aliases.remove(name).is_some() {
+            return Ok(());
+        }
+        let removed = slots.by_name.remove(name);
+        slots.aliases.retain(|_, to| to != name);
         removed
             .map(|_| ())
             .ok_or_else(|| ServingError::Unknown(name.to_string()))
@@ -161,18 +115,17 @@ impl Serving {
 
     /// All slots in order of name.
     pub fn list(&self) -> Vec<SlotInfo> {
-        self.slots()
-            .by_name
-            .iter()
-            .map(|(name, slot)| info_of(name, slot))
-            .collect()
+        let slots = self.slots();
+        slots.by_name.keys().filter_map(|name| slots.info(name)).collect()
     }
 
+    /// The slot of a name or an alias.
     pub fn info(&self, name: &ModelName) -> Option<SlotInfo> {
-        self.slots().by_name.get(name).map(|slot| info_of(name, slot))
+        let slots = self.slots();
+        slots.info(slots.resolve(name))
     }
 
-    /// The only model, if there is just one that is ready or loading: what requests without a model name mean.
+    /// The only model, if there is just one that can be asked: what requests without a model name mean.
     pub fn only(&self) -> Option<ModelName> {
         let slots = self.slots();
         let mut usable = slots
@@ -183,44 +136,61 @@ impl Serving {
         usable.next().filter(|_| usable.next().is_none()).cloned()
     }
 
-    /// The model of a name; waits while it is loading.
-    pub async fn get(&self, name: &str) -> Result<Arc<Served>, ServingError> {
+    /// The model of a name or an alias; waits while it is loading, first come, first served.
+    pub async fn get(self: &Arc<Self>, name: &str) -> Result<Arc<Served>, ServingError> {
         let key: ModelName = name
             .parse()
             .map_err(|_| ServingError::Unknown(name.chars().take(100).collect()))?;
-        let deadline = tokio::time::Instant::now() + self.limits.hold;
-        loop {
-            let changed = self.changed.notified();
-            tokio::pin!(changed);
-            // Registered before looking, so that no change falls between.
-            changed.as_mut().enable();
-            if let Some(found) = self.look(&key) {
-                return found;
-            }
-            if tokio::time::timeout_at(deadline, changed).await.is_err() {
-                return Err(ServingError::StillLoading(key.to_string()));
-            }
+        let coming = match self.look(&key)? {
+            Look::There(served) => return Ok(served),
+            Look::Coming(receiver) => receiver,
+        };
+        match tokio::time::timeout(self.limits.hold, coming).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) if self.slots().closed => Err(ServingError::ShuttingDown),
+            Ok(Err(_)) => Err(ServingError::Unknown(key.to_string())),
+            Err(_) => Err(ServingError::StillLoading(key.to_string())),
         }
     }
 
-    /// What a name gives; None while that is not known.
-    fn look(&self, name: &ModelName) -> Option<Result<Arc<Served>, ServingError>> {
-        let slots = self.slots();
-        match slots.by_name.get(name) {
-            None if slots.closed => Some(Err(ServingError::ShuttingDown)),
-            None => Some(Err(ServingError::Unknown(name.to_string()))),
-            Some(Slot::Ready { served, .. }) => Some(Ok(served.clone())),
-            Some(Slot::Failed { detail, .. }) => Some(Err(ServingError::Failed {
+    fn look(self: &Arc<Self>, name: &ModelName) -> Result<Look, ServingError> {
+        let mut slots = self.slots();
+        let name = slots.resolve(name).clone();
+        let closed = slots.closed;
+        match slots.by_name.get_mut(&name) {
+            None if closed => Err(ServingError::ShuttingDown),
+            None => Err(ServingError::Unknown(name.to_string())),
+            Some(Slot::Ready { served, .. }) => {
+                served.touch();
+                Ok(Look::There(served.clone()))
+            }
+            Some(Slot::Failed { detail, .. }) => Err(ServingError::Failed {
                 name: name.to_string(),
                 detail: detail.clone(),
-            })),
-            Some(Slot::Loading(_)) => None,
+            }),
+            Some(Slot::Loading(loading)) => {
+                let (held, coming) = oneshot::channel();
+                // Those that gave up are not kept.
+                loading.held.retain(|held| !held.is_closed());
+                loading.held.push(held);
+                Ok(Look::Coming(coming))
+            }
+            Some(Slot::Unloaded { .. }) => {
+                let (held, coming) = oneshot::channel();
+                self.load_again(&mut slots, &name, held)?;
+                Ok(Look::Coming(coming))
+            }
         }
     }
 
-    /// Sequences that are running and waiting, over all models.
-    pub fn work(&self) -> (usize, usize) {
-        self.engine.load()
+    /// Bytes that models have reserved.
+    pub fn memory_used(&self) -> u64 {
+        self.memory.used_bytes()
+    }
+
+    /// What runs and waits, over all models.
+    pub fn work(&self) -> Work {
+        self.engine.work()
     }
 
     /// Ends all work; what runs gets an error event.
@@ -231,7 +201,6 @@ impl Serving {
             std::mem::take(&mut slots.by_name)
         };
         drop(slots);
-        self.changed.notify_waiters();
         self.engine.shutdown();
     }
 
@@ -240,20 +209,8 @@ impl Serving {
     }
 }
 
-fn info_of(name: &ModelName, slot: &Slot) -> SlotInfo {
-    let (status, source, served, error) = match slot {
-        Slot::Loading(loading) => ("loading", loading.source.clone(), None, None),
-        Slot::Failed { source, detail } => ("failed", source.clone(), None, Some(detail.clone())),
-        Slot::Ready { served, not_replaced } => {
-            ("ready", served.source.clone(), Some(served), not_replaced.clone())
-        }
-    };
-    SlotInfo {
-        name: name.clone(),
-        status,
-        source,
-        system_fingerprint: served.map(|s| s.fingerprint.clone()),
-        error,
-        created: served.map(|s| s.created),
-    }
+/// What a name gives now.
+enum Look {
+    There(Arc<Served>),
+    Coming(oneshot::Receiver<Result<Arc<Served>, ServingError>>),
 }

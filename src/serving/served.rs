@@ -1,22 +1,26 @@
 //! One loaded model as requests hold it: tokenizer, template, fingerprint, and the way to the engine thread.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
 
 use cauldron_lm::{ChatTemplate, Decoder, Event, ModelConfig, Request, TextTokenizer};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::engine::{Command, EngineThread, is_last};
+use super::memory::Reservation;
 use super::{ServingError, ServingLimits};
 use crate::cache::Pin;
 use crate::config::ModelName;
+use crate::telemetry;
 
 static NEXT_MODEL: AtomicU64 = AtomicU64::new(1);
 /// Requests that may be held for room, a model; each has its prompts in memory.
 const MOST_HELD: usize = 256;
 
+/// Counts requests, for the order in which models were used.
+static USES: AtomicU64 = AtomicU64::new(1);
 static NEXT_REQUEST: AtomicU64 = AtomicU64::new(1);
 static NEXT_GROUP: AtomicU64 = AtomicU64::new(1);
 
@@ -32,6 +36,15 @@ pub struct Served {
     pub config: ModelConfig,
     pub tokenizer: Arc<TextTokenizer>,
     pub template: Option<ChatTemplate>,
+    /// Bytes of weights, keys and values.
+    pub memory_bytes: u64,
+    /// From the moment it was asked for until it could answer.
+    pub ready_after: Duration,
+    asked: Instant,
+    first_token_after: OnceLock<Duration>,
+    /// Grows with every request, over all models.
+    last_used: AtomicU64,
+    memory: Weak<Reservation>,
     id: u64,
     engine: Arc<EngineThread>,
     /// A permit for each sequence that the engine may have, running and waiting.
@@ -46,8 +59,10 @@ pub struct Served {
 /// What a loaded folder gave.
 pub(super) struct Parts {
     pub fingerprint: String,
+    pub asked: Instant,
     pub source: String,
     pub decoder: Arc<Decoder>,
+    pub memory: Reservation,
     pub tokenizer: TextTokenizer,
     pub template: Option<ChatTemplate>,
     pub pin: Option<Pin>,
@@ -62,9 +77,12 @@ impl Served {
     ) -> Result<Self, String> {
         let id = NEXT_MODEL.fetch_add(1, Ordering::Relaxed);
         let config = parts.decoder.config().clone();
+        let memory = Arc::new(parts.memory);
+        let (memory_bytes, weak) = (memory.bytes(), Arc::downgrade(&memory));
         let added = engine.send(Command::Add {
             model: id,
             decoder: parts.decoder,
+            memory,
         });
         if !added {
             return Err("the service is shutting down".into());
@@ -77,6 +95,12 @@ impl Served {
             config,
             tokenizer: Arc::new(parts.tokenizer),
             template: parts.template,
+            memory_bytes,
+            ready_after: parts.asked.elapsed(),
+            asked: parts.asked,
+            first_token_after: OnceLock::new(),
+            last_used: AtomicU64::new(USES.fetch_add(1, Ordering::Relaxed)),
+            memory: weak,
             id,
             engine,
             room: Arc::new(Semaphore::new(limits.max_running + limits.max_waiting)),
@@ -87,6 +111,28 @@ impl Served {
         })
     }
 
+    /// From the moment it was asked for until its first token or score, once there was one.
+    pub fn first_token_after(&self) -> Option<Duration> {
+        self.first_token_after.get().copied()
+    }
+
+    /// Marks it as the last one used.
+    pub(super) fn touch(&self) {
+        let now = USES.fetch_add(1, Ordering::Relaxed);
+        self.last_used.store(now, Ordering::Relaxed);
+    }
+
+    /// What to unload first: a model without work, and among those the one not asked for longest.
+    pub(super) fn standing(&self) -> (bool, u64) {
+        let busy = self.room.available_permits() < self.most_sequences;
+        (busy, self.last_used.load(Ordering::Relaxed))
+    }
+
+    /// Its share of the memory, while it lives.
+    pub(super) fn memory(&self) -> &Weak<Reservation> {
+        &self.memory
+    }
+
     /// Longest prompt plus answer, in tokens.
     pub fn max_model_len(&self) -> usize {
         self.config.max_position_embeddings
@@ -95,6 +141,15 @@ impl Served {
     /// Sequences that one call of [`Served::submit`] can have at most.
     pub fn most_sequences(&self) -> usize {
         self.most_sequences
+    }
+
+    fn answered(&self) {
+        if self.first_token_after.get().is_none() {
+            let after = self.asked.elapsed();
+            if self.first_token_after.set(after).is_ok() {
+                metrics::histogram!(telemetry::MODEL_FIRST_TOKEN).record(after);
+            }
+        }
     }
 
     /// Hands the requests of one client to the engine, all or none; holds them while there is no room. Each one's events end with
@@ -171,6 +226,9 @@ impl Generation {
             return None;
         }
         let event = self.events.recv().await;
+        if matches!(event, Some(Event::PromptLogprobs { .. } | Event::Token { .. })) {
+            self.served.answered();
+        }
         self.ended = event.as_ref().is_none_or(is_last);
         event
     }

@@ -15,3 +15,4 @@ mod queue;
 mod score_api;
 mod security;
 mod server;
+mod slots;

@@ -11,7 +11,7 @@ use crate::attention::{AttentionShape, Span, attend};
 use crate::kv::{BLOCK_TOKENS, KvLayer, KvPool};
 use crate::ops::{Linear, Matrix, dot, gate, softcap};
 use crate::rope::{Rope, RopeTable};
-use crate::weights::{Loader, WeightSource, expected_tensors};
+use crate::weights::{Loader, WeightSource, check_shape, expected_tensors};
 use crate::{LmError, ModelConfig};
 
 /// New tokens of one sequence, and the blocks of its keys and values.
@@ -56,15 +56,20 @@ struct Layer {
 }
 
 impl Decoder {
+    /// Whether all tensors are there in their shapes. Reads none.
+    pub fn check_weights(config: &ModelConfig, weights: &dyn WeightSource) -> Result<(), LmError> {
+        expected_tensors(config)
+            .iter()
+            .try_for_each(|(name, shape)| check_shape(weights, name, shape))
+    }
+
     /// Checks every tensor's shape first, then reads them all.
     pub fn load(config: ModelConfig, weights: &dyn WeightSource, device: &Device) -> Result<Self, LmError> {
+        Self::check_weights(&config, weights)?;
         let loader = Loader {
             source: weights,
             device,
         };
-        for (name, shape) in expected_tensors(&config) {
-            loader.check(&name, &shape)?;
-        }
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = Arc::new(loader.stacked(&[("model.embed_tokens.weight".to_owned(), vocab)], hidden)?);
         let lm_head = match config.tie_word_embeddings {

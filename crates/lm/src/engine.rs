@@ -14,10 +14,12 @@ use crate::kv::{BLOCK_TOKENS, KvPool};
 use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Plan, Scheduler, Scores, Share, Start};
 use crate::scoring::{Target, score_rows};
-use crate::{Decoder, Event, FinishReason, LmError, Request, TokenLogprobs, score_logits};
+use crate::{Decoder, Event, FinishReason, LmError, ModelConfig, Request, TokenLogprobs, score_logits};
 
 /// Bytes of keys and values that an engine may hold, unless told otherwise.
 const DEFAULT_KV_BYTES: usize = 4 << 30;
+/// Blocks that an engine keeps at most, however small they are: two million tokens.
+const MOST_BLOCKS: usize = 1 << 17;
 /// Rows of logits held at once while tokens are drawn.
 const LOGIT_ROWS: usize = 64;
 
@@ -79,7 +81,7 @@ impl Engine {
             max_batch_tokens: config.max_batch_tokens,
             max_running: config.max_running,
         };
-        let blocks = (config.kv_bytes / KvPool::block_bytes(decoder.config())).max(1);
+        let blocks = (config.kv_bytes / KvPool::block_bytes(decoder.config())).clamp(1, MOST_BLOCKS);
         Self {
             pool: KvPool::new(decoder.config(), blocks),
             scores: vec![BlockScores::default(); blocks],
@@ -88,6 +90,16 @@ impl Engine {
             events: Vec::new(),
             decoder,
         }
+    }
+
+    /// Bytes of keys and values that an engine for such a model can make use of.
+    pub fn most_kv_bytes(config: &ModelConfig) -> usize {
+        MOST_BLOCKS * KvPool::block_bytes(config)
+    }
+
+    /// Bytes that the longest text of such a model takes.
+    pub fn longest_kv_bytes(config: &ModelConfig) -> usize {
+        config.max_position_embeddings.div_ceil(BLOCK_TOKENS) * KvPool::block_bytes(config)
     }
 
     /// Tokens whose keys and values there is memory for.

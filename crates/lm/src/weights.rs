@@ -130,21 +130,8 @@ impl Loader<'_> {
         Ok(Tensor::from_vec(values, len, self.device)?)
     }
 
-    /// Checks presence and shape without reading.
-    pub(crate) fn check(&self, name: &str, shape: &[usize]) -> Result<(), LmError> {
-        let bad = |detail: String| LmError::Tensor {
-            tensor: name.to_owned(),
-            detail,
-        };
-        match self.source.shape(name) {
-            None => Err(bad("is missing".into())),
-            Some(found) if found != shape => Err(bad(format!("is {found:?}; config.json says {shape:?}"))),
-            Some(_) => Ok(()),
-        }
-    }
-
     fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, LmError> {
-        self.check(name, shape)?;
+        check_shape(self.source, name, shape)?;
         let values = self.source.read_f32(name)?;
         if values.len() != shape.iter().product::<usize>() {
             return Err(LmError::Tensor {
@@ -153,5 +140,18 @@ impl Loader<'_> {
             });
         }
         Ok(values)
+    }
+}
+
+/// Checks presence and shape without reading.
+pub(crate) fn check_shape(source: &dyn WeightSource, name: &str, shape: &[usize]) -> Result<(), LmError> {
+    let bad = |detail: String| LmError::Tensor {
+        tensor: name.to_owned(),
+        detail,
+    };
+    match source.shape(name) {
+        None => Err(bad("is missing".into())),
+        Some(found) if found != shape => Err(bad(format!("is {found:?}; config.json says {shape:?}"))),
+        Some(_) => Ok(()),
     }
 }

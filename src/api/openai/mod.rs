@@ -65,7 +65,7 @@ impl PathModel {
     pub(crate) async fn resolve(self, app: &App, body: Option<String>) -> Result<Arc<Served>, ApiError> {
         let only = || app.serving.only().map(|name| name.to_string());
         match self.model.or(body).or_else(only) {
-            Some(name) => Ok(app.serving.get(&name).await?),
+            Some(name) => Ok(app.model(&name).await?),
             None => {
                 let message = "name one of the models of /v1/models";
                 let mut error = ApiError::invalid("model", message);

@@ -37,10 +37,10 @@ pub async fn list_served(
         None => app.serving.list(),
         Some(model) => vec![slot(&app, model)?],
     };
-    let ready = slots.into_iter().filter(|slot| slot.status == "ready");
+    let answering = slots.into_iter().filter(|slot| answers(slot));
     Ok(Json(ServedList {
         object: "list",
-        data: ready.map(view).collect(),
+        data: answering.flat_map(views).collect(),
     }))
 }
 
@@ -53,8 +53,8 @@ pub async fn get_served(
 ) -> Result<Json<ServedView>, ApiError> {
     let id = path.id.unwrap_or_default();
     let found = slot(&app, &id)?;
-    match found.status == "ready" && path.model.is_none_or(|model| model == id) {
-        true => Ok(Json(view(found))),
+    match answers(&found) && path.model.is_none_or(|model| model == id) {
+        true => Ok(Json(view(id, &found))),
         false => Err(ServingError::Unknown(id).into()),
     }
 }
@@ -65,12 +65,23 @@ fn slot(app: &App, name: &str) -> Result<SlotInfo, ApiError> {
         .ok_or_else(|| ServingError::Unknown(name.chars().take(100).collect()).into())
 }
 
-fn view(slot: SlotInfo) -> ServedView {
+/// One that made room for another answers too: it is loaded when it is asked.
+fn answers(slot: &SlotInfo) -> bool {
+    matches!(slot.status, "ready" | "unloaded")
+}
+
+/// A model under its name and its aliases.
+fn views(slot: SlotInfo) -> Vec<ServedView> {
+    let names = std::iter::once(&slot.name).chain(&slot.aliases);
+    names.map(|name| view(name.to_string(), &slot)).collect()
+}
+
+fn view(id: String, slot: &SlotInfo) -> ServedView {
     ServedView {
-        id: slot.name.to_string(),
+        id,
         object: "model",
         created: slot.created.unwrap_or_default(),
         owned_by: "cauldron",
-        system_fingerprint: slot.system_fingerprint,
+        system_fingerprint: slot.system_fingerprint.clone(),
     }
 }
