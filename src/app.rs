@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use cauldron_lm::Arithmetic;
 use cauldron_merge::MergeOptions;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -140,6 +141,7 @@ impl App {
             adapter: located.adapter,
             source: name.to_owned(),
             cached: located.cached,
+            arithmetic: Arithmetic::F32,
             asked: Instant::now(),
         };
         match self.serving.load_if_new(key, request) {
@@ -172,6 +174,7 @@ fn load_result(serving: &Arc<Serving>, cache: &Cache, job: &Job, name: &str, ask
         adapter: None,
         source: format!("merge:{}", job.id),
         cached: Some(digest),
+        arithmetic: Arithmetic::F32,
         asked,
     };
     if let Err(e) = serving.load(name, request, None) {

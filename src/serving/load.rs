@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use cauldron_checkpoint::{Digest, Dtype, Expert};
-use cauldron_lm::{ChatTemplate, Decoder, LmError, ModelConfig, TextTokenizer, WeightSource};
+use cauldron_lm::{Arithmetic, ChatTemplate, Decoder, LmError, ModelConfig, TextTokenizer, WeightSource};
 use tracing::warn;
 
 use super::engine::EngineThread;
 use super::memory::{Memory, Need, Reservation};
 use super::served::{Parts, Served};
-use super::{LoadRequest, ServingLimits};
+use super::{LoadRequest, ServingLimits, dtype_name};
 use crate::cache::{Cache, Pin};
 use crate::config::ModelName;
 
@@ -58,6 +58,9 @@ pub(super) fn load(
     };
     let text = |e: &dyn std::fmt::Display| e.to_string();
     go_on()?;
+    if request.arithmetic != Arithmetic::F32 && !matches!(place.device, Device::Cpu) {
+        return Err("dtype: only float32 is computed on this device".to_owned());
+    }
     let pin = verified(place.cache, request.cached)?;
     go_on()?;
     let expert = Expert::open(&request.folder, request.adapter.as_deref()).map_err(|e| text(&e))?;
@@ -77,10 +80,15 @@ pub(super) fn load(
     go_on()?;
     let mut memory = turn.make_room(place.memory.need(&config, bytes))?;
     go_on()?;
-    let decoder = Decoder::load(config, &weights, place.device).map_err(|e| text(&e))?;
+    let decoder =
+        Decoder::load_for(config, &weights, place.device, request.arithmetic).map_err(|e| text(&e))?;
     memory.correct(decoder.weight_bytes() as u64);
     let parts = Parts {
-        fingerprint: fingerprint.to_string(),
+        fingerprint: match request.arithmetic {
+            Arithmetic::F32 => fingerprint.to_string(),
+            // The same weights give other numbers.
+            other => format!("{fingerprint}-{}", dtype_name(other)),
+        },
         asked: request.asked,
         source: request.source,
         decoder: Arc::new(decoder),
@@ -98,6 +106,7 @@ fn estimate(config: &ModelConfig, request: &LoadRequest, expert: &Expert, device
     let halves = request.adapter.is_none()
         && matches!(device, Device::Cpu)
         && tensors.all(|info| info.dtype == Dtype::BF16);
+    let halves = halves || request.arithmetic == Arithmetic::Bf16;
     config.parameters() as u64 * if halves { 2 } else { 4 }
 }
 

@@ -309,6 +309,7 @@ mod tests {
             adapter: None,
             source: source.to_owned(),
             cached: None,
+            arithmetic: cauldron_lm::Arithmetic::F32,
             asked: Instant::now(),
         }
     }

@@ -23,7 +23,7 @@ use crate::config::ModelName;
 pub use device::open as open_device;
 pub use engine::{EngineThread, Work};
 pub use served::{Generation, Served};
-pub use slot::{LoadRequest, SlotInfo};
+pub use slot::{LoadRequest, SlotInfo, dtype_name};
 
 use memory::Memory;
 use slot::{Slot, Slots};

@@ -7,6 +7,7 @@ use std::time::Instant;
 use std::path::PathBuf;
 
 use cauldron_checkpoint::Digest;
+use cauldron_lm::Arithmetic;
 use tokio::sync::oneshot;
 
 use super::{Served, ServingError};
@@ -21,6 +22,8 @@ pub struct LoadRequest {
     pub source: String,
     /// Set for entries of the cache: they are verified and kept from deletion while loaded.
     pub cached: Option<Digest>,
+    /// Of the products with weights; everything else is f32.
+    pub arithmetic: Arithmetic,
     /// When the client asked for it: by loading it, or by the merge that made it.
     pub asked: Instant,
 }
@@ -94,6 +97,7 @@ pub struct SlotInfo {
     pub status: &'static str,
     pub source: String,
     pub system_fingerprint: Option<String>,
+    pub dtype: &'static str,
     pub error: Option<String>,
     /// Seconds since the Unix epoch; when it became ready.
     pub created: Option<i64>,
@@ -124,18 +128,22 @@ impl Slots {
 
     pub(super) fn info(&self, name: &ModelName) -> Option<SlotInfo> {
         let slot = self.by_name.get(name)?;
-        let (status, source, served, error) = match slot {
-            Slot::Loading(loading) => (
-                "loading",
-                &loading.request.source,
-                None,
-                loading.not_replaced.clone(),
-            ),
-            Slot::Failed { source, detail } => ("failed", source, None, Some(detail.clone())),
-            Slot::Unloaded { request } => ("unloaded", &request.source, None, None),
+        let (status, source, request, served, error) = match slot {
+            Slot::Loading(loading) => {
+                let request = &loading.request;
+                let why = loading.not_replaced.clone();
+                ("loading", &request.source, Some(request), None, why)
+            }
+            Slot::Failed { source, detail } => ("failed", source, None, None, Some(detail.clone())),
+            Slot::Unloaded { request } => ("unloaded", &request.source, Some(request), None, None),
             Slot::Ready {
-                served, not_replaced, ..
-            } => ("ready", &served.source, Some(served), not_replaced.clone()),
+                served,
+                request,
+                not_replaced,
+            } => {
+                let why = not_replaced.clone();
+                ("ready", &served.source, Some(request), Some(served), why)
+            }
         };
         let aliases = self.aliases.iter().filter(|(_, to)| *to == name);
         Some(SlotInfo {
@@ -144,6 +152,7 @@ impl Slots {
             status,
             source: source.clone(),
             system_fingerprint: served.map(|s| s.fingerprint.clone()),
+            dtype: dtype_name(request.map(|r| r.arithmetic).unwrap_or_default()),
             error,
             created: served.map(|s| s.created),
             memory_bytes: served.map(|s| s.memory_bytes),
@@ -152,5 +161,13 @@ impl Slots {
                 .and_then(|s| s.first_token_after())
                 .map(|d| d.as_secs_f64()),
         })
+    }
+}
+
+/// As checkpoints name it.
+pub fn dtype_name(arithmetic: Arithmetic) -> &'static str {
+    match arithmetic {
+        Arithmetic::F32 => "float32",
+        Arithmetic::Bf16 => "bfloat16",
     }
 }

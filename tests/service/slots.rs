@@ -238,3 +238,46 @@ async fn the_time_from_the_post_to_the_first_token_is_told() {
         assert!(metrics.contains(name), "{name}");
     }
 }
+
+#[tokio::test]
+async fn bfloat16_arithmetic_is_asked_for_and_told() {
+    let app = TestApp::start().await;
+    app.load("exact", "math").await;
+    app.post(
+        "/models",
+        json!({"name": "fast", "source": "math", "dtype": "bfloat16"}),
+    )
+    .await
+    .expect(202);
+    let score = |model: &str| json!({"model": model, "prompt": "Hello there", "max_tokens": 0, "echo": true, "logprobs": 1});
+    let scores = |answer: &Value| -> Vec<f64> {
+        let scores = answer["choices"][0]["logprobs"]["token_logprobs"]
+            .as_array()
+            .expect("scores");
+        scores.iter().filter_map(Value::as_f64).collect()
+    };
+    let exact = app
+        .post("/v1/completions", score("exact"))
+        .await
+        .expect(200)
+        .json();
+    let fast = app
+        .post("/v1/completions", score("fast"))
+        .await
+        .expect(200)
+        .json();
+    let (a, b) = (scores(&exact), scores(&fast));
+    assert!(
+        a != b && a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 0.1),
+        "{a:?} {b:?}"
+    );
+    let print = exact["system_fingerprint"].as_str().expect("a fingerprint");
+    assert_eq!(fast["system_fingerprint"], format!("{print}-bfloat16"));
+    assert_eq!(app.get("/models/fast").await.json()["dtype"], "bfloat16");
+    assert_eq!(app.get("/models/exact").await.json()["dtype"], "float32");
+    for dtype in [json!("float16"), json!(16), json!(["bfloat16"])] {
+        app.post("/models", json!({"name": "m", "source": "math", "dtype": dtype}))
+            .await
+            .expect_problem(422, Some("dtype"));
+    }
+}

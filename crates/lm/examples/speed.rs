@@ -1,14 +1,14 @@
 //! Tokens a second of prefill, scoring and decoding, without a server in between.
 //!
 //! `cargo run --release -p cauldron-lm --example speed -- MODEL_FOLDER [CASE ...]`, a case being `prefill:SEQUENCESxTOKENS`,
-//! `score:SEQUENCESxTOKENS` or `decode:SEQUENCESxTOKENS[@PAST]`.
+//! `score:SEQUENCESxTOKENS` or `decode:SEQUENCESxTOKENS[@PAST]`. ARITHMETIC=bf16 rounds the factors of products to bf16.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::Device;
 use cauldron_checkpoint::Checkpoint;
-use cauldron_lm::{Decoder, Engine, EngineConfig, ModelConfig, Request, Sampling};
+use cauldron_lm::{Arithmetic, Decoder, Engine, EngineConfig, Event, ModelConfig, Request, Sampling};
 
 const CASES: &[&str] = &[
     "prefill:1x512",
@@ -31,7 +31,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let checkpoint = Checkpoint::open(folder.as_ref())?;
     let config = ModelConfig::from_json(checkpoint.config())?;
-    let decoder = Arc::new(Decoder::load(config, &checkpoint, &Device::Cpu)?);
+    let arithmetic = match std::env::var("ARITHMETIC").as_deref() {
+        Ok("bf16") => Arithmetic::Bf16,
+        _ => Arithmetic::F32,
+    };
+    let decoder = Arc::new(Decoder::load_for(config, &checkpoint, &Device::Cpu, arithmetic)?);
     for case in &cases {
         let (kind, shape) = case.split_once(':').ok_or("a case is kind:shape")?;
         let (shape, past) = shape.split_once('@').unwrap_or((shape, "16"));
@@ -68,7 +72,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             })?;
         }
         let start = Instant::now();
-        engine.step();
+        // All prompts are through when the last sequence has its first token.
+        let mut begun = std::collections::BTreeSet::new();
+        while begun.len() < sequences {
+            begun.extend(engine.step().iter().filter_map(|event| match event {
+                Event::Token { id, .. } => Some(*id),
+                _ => None,
+            }));
+        }
         let first = start.elapsed().as_secs_f64();
         while !engine.is_idle() {
             engine.step();

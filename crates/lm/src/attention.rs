@@ -9,7 +9,7 @@
 use rayon::prelude::*;
 
 use crate::ModelConfig;
-use crate::kernel::{Instructions, TILE_COLUMNS, Vectorized, vectorized, with_rows};
+use crate::kernel::{F32, Instructions, TILE_COLUMNS, Vectorized, vectorized, with_rows};
 use crate::kv::{BLOCK_TOKENS, KvLayer};
 use crate::ops::{capped, exp};
 use crate::packed::Rows;
@@ -17,6 +17,8 @@ use crate::packed::Rows;
 /// Scores that one task may hold (f32, so 1 MiB: they stay in the second cache).
 const TASK_SCORES: usize = 256 << 10;
 const MAX_TASK_ROWS: usize = 128;
+/// Scores that are not worth a second thread.
+const FEW_SCORES: usize = 4096;
 
 /// The shape of one layer's attention.
 #[derive(Debug, Clone, Copy)]
@@ -75,6 +77,13 @@ struct Task<'a> {
     blocks: &'a [u32],
 }
 
+impl Task<'_> {
+    fn scores(&self, shape: AttentionShape) -> usize {
+        let to = self.position + self.rows;
+        self.rows * shape.group() * (to - shape.first_seen(self.position))
+    }
+}
+
 /// `queries` is the packed batch with rows of `stride` elements that begin with \[heads, head_dim\]; the
 /// result is \[rows, heads * head_dim\].
 pub(crate) fn attend(
@@ -94,9 +103,10 @@ pub(crate) fn attend(
             stride,
         })
     };
-    let outputs: Vec<Vec<f32>> = match tasks.len() {
-        1 => tasks.iter().map(run).collect(),
-        _ => tasks.par_iter().map(run).collect(),
+    let scores: usize = tasks.iter().map(|task| task.scores(shape)).sum();
+    let outputs: Vec<Vec<f32>> = match scores <= FEW_SCORES {
+        true => tasks.iter().map(run).collect(),
+        false => tasks.par_iter().map(run).collect(),
     };
     let rows: usize = spans.iter().map(|span| span.rows).sum();
     let width = shape.heads * shape.head_dim;
@@ -179,7 +189,7 @@ impl Attend<'_> {
     fn scores<I: Instructions>(&self, queries: &[f32], blocks: &[u32], width: usize) -> Vec<f32> {
         let dim = self.shape.head_dim;
         let count = queries.len() / dim;
-        let x = Rows::pack(queries, dim);
+        let x = Rows::pack::<F32>(queries, dim);
         let mut scores = vec![0f32; count * width];
         for (index, block) in blocks.iter().enumerate() {
             let keys = self.layer.keys(*block, self.task.head);
@@ -198,7 +208,7 @@ impl Attend<'_> {
         let width = blocks.len() * BLOCK_TOKENS;
         let count = weights.len() / width;
         let mut out = vec![0f32; count * dim];
-        for x in Rows::pack(weights, width).blocks() {
+        for x in Rows::pack::<F32>(weights, width).blocks() {
             let out = &mut out[x.row * dim..];
             with_rows!(x.rows, ROWS => self.value_tile::<I, ROWS>(x.values, blocks, seen, out));
         }
@@ -221,7 +231,7 @@ impl Attend<'_> {
             let mut sums = [[0f32; TILE_COLUMNS]; ROWS];
             for (block, x) in blocks.iter().zip(x.chunks(BLOCK_TOKENS)) {
                 let values = self.layer.values(*block, self.task.head, column / TILE_COLUMNS);
-                I::tile::<ROWS, f32>(x, values, &mut sums);
+                I::tile::<ROWS, F32>(x, &values[..x.len()], &mut sums);
             }
             let columns = TILE_COLUMNS.min(dim - column);
             for (row, sums) in sums.iter().enumerate() {
@@ -239,7 +249,7 @@ fn score_tile<I: Instructions, const ROWS: usize>(
     width: usize,
 ) {
     let mut sums = [[0f32; BLOCK_TOKENS]; ROWS];
-    I::tile::<ROWS, f32>(x.as_chunks::<ROWS>().0, keys, &mut sums);
+    I::tile::<ROWS, F32>(x.as_chunks::<ROWS>().0, keys, &mut sums);
     for (row, sums) in sums.iter().enumerate() {
         out[row * width..][..BLOCK_TOKENS].copy_from_slice(sums);
     }

@@ -4,15 +4,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
-use rayon::prelude::*;
-
 use crate::attention::{AttentionShape, Span, attend};
 use crate::kv::{BLOCK_TOKENS, KvLayer, KvPool};
-use crate::ops::{Linear, Matrix, dot, gate, softcap};
+use crate::ops::{self, Linear, Matrix, by_rows, dot, gate, softcap};
+use crate::packed::Arithmetic;
 use crate::rope::{Rope, RopeTable};
 use crate::weights::{Loader, WeightSource, check_shape, expected_tensors};
 use crate::{LmError, ModelConfig};
+use candle_core::{Device, Tensor};
 
 /// New tokens of one sequence, and the blocks of its keys and values.
 #[derive(Debug, Clone, Copy)]
@@ -65,10 +64,21 @@ impl Decoder {
 
     /// Checks every tensor's shape first, then reads them all.
     pub fn load(config: ModelConfig, weights: &dyn WeightSource, device: &Device) -> Result<Self, LmError> {
+        Self::load_for(config, weights, device, Arithmetic::F32)
+    }
+
+    /// As [`Decoder::load`], with products of some arithmetic; in other than CPU memory there is f32 only.
+    pub fn load_for(
+        config: ModelConfig,
+        weights: &dyn WeightSource,
+        device: &Device,
+        arithmetic: Arithmetic,
+    ) -> Result<Self, LmError> {
         Self::check_weights(&config, weights)?;
         let loader = Loader {
             source: weights,
             device,
+            arithmetic,
         };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = Arc::new(loader.stacked(&[("model.embed_tokens.weight".to_owned(), vocab)], hidden)?);
@@ -113,7 +123,8 @@ impl Decoder {
     /// other error the blocks hold nothing of use from `position` on.
     pub fn forward(&self, pool: &mut KvPool, segments: &[Segment<'_>]) -> Result<Tensor, LmError> {
         self.check(pool, segments)?;
-        self.run(pool, segments)
+        // On a thread of the pool, so that the many short parallel loops need not wake one to begin.
+        rayon::scope(|_| self.run(pool, segments))
     }
 
     /// Logits of a few hidden rows \[rows, hidden\] as \[rows, vocab\] f32. For many rows use
@@ -287,7 +298,7 @@ impl Layer {
         if let Some(norm) = &self.attention_norm {
             attended = rms_norm(&attended, norm, config)?;
         }
-        let hidden = (hidden + attended)?;
+        let hidden = ops::add(hidden, &attended)?;
         let both = self
             .gate_up
             .forward(&rms_norm(&hidden, &self.mlp_input_norm, config)?)?;
@@ -295,7 +306,7 @@ impl Layer {
         if let Some(norm) = &self.mlp_norm {
             fed = rms_norm(&fed, norm, config)?;
         }
-        Ok((hidden + fed)?)
+        Ok(ops::add(&hidden, &fed)?)
     }
 
     /// Norms and rotates the query and key heads of every row in place, where the layer does so.
@@ -305,7 +316,7 @@ impl Layer {
         }
         let dim = self.shape.head_dim;
         let rotated = self.shape.heads + self.shape.kv_heads;
-        qkv.par_chunks_mut(stride).enumerate().for_each(|(row, values)| {
+        by_rows(qkv, stride, |row, values| {
             for (head, values) in values.chunks_exact_mut(dim).take(rotated).enumerate() {
                 if let Some((query, key)) = &self.qk_norm {
                     let weight = if head < self.shape.heads { query } else { key };
@@ -353,5 +364,5 @@ impl Layer {
 }
 
 fn rms_norm(x: &Tensor, weight: &Tensor, config: &ModelConfig) -> candle_core::Result<Tensor> {
-    candle_nn::ops::rms_norm(x, weight, config.rms_norm_eps as f32)
+    ops::rms_norm(x, weight, config.rms_norm_eps as f32)
 }

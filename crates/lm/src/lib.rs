@@ -30,6 +30,7 @@ pub use decoder::{Decoder, Segment};
 pub use engine::{Engine, EngineConfig};
 pub use error::LmError;
 pub use kv::{BLOCK_TOKENS, KvPool};
+pub use packed::Arithmetic;
 pub use request::{Event, FinishReason, Request};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{Sampler, Sampling};

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::config::Activation;
 use crate::kernel::{Instructions, Vectorized, vectorized};
-use crate::packed::PackedMatrix;
+use crate::packed::{Arithmetic, PackedMatrix};
 
 /// W \[rows, inner\]: a table of rows, or the weight of a product `x W^T`.
 #[derive(Debug)]
@@ -20,9 +20,14 @@ pub(crate) enum Matrix {
 
 impl Matrix {
     /// From W row by row.
-    pub(crate) fn new(values: Vec<f32>, inner: usize, device: &Device) -> candle_core::Result<Self> {
+    pub(crate) fn new(
+        values: Vec<f32>,
+        inner: usize,
+        device: &Device,
+        arithmetic: Arithmetic,
+    ) -> candle_core::Result<Self> {
         match device {
-            Device::Cpu => Ok(Self::Packed(PackedMatrix::from_rows(&values, inner))),
+            Device::Cpu => Ok(Self::Packed(PackedMatrix::from_rows(&values, inner, arithmetic))),
             _ => {
                 let rows = values.len() / inner;
                 Ok(Self::Dense(Tensor::from_vec(values, (rows, inner), device)?))
@@ -92,8 +97,92 @@ impl Linear {
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let product = self.weight.times(x)?;
         match &self.bias {
-            Some(bias) => product.broadcast_add(bias),
+            Some(bias) => add(&product, bias),
             None => Ok(product),
+        }
+    }
+}
+
+/// `x + y` for `x` = \[rows, width\] and `y` of the same shape, or a row that is added to each. (candle's own sum keeps
+/// threads of its own spinning beside ours.)
+pub(crate) fn add(x: &Tensor, y: &Tensor) -> candle_core::Result<Tensor> {
+    if !matches!(x.device(), Device::Cpu) {
+        return x.broadcast_add(y);
+    }
+    let (rows, width) = x.dims2()?;
+    let sum = with_slice(x, |x| {
+        with_slice(y, |y| {
+            let mut out = x.to_vec();
+            by_rows(&mut out, width, |row, out| {
+                let y = if y.len() == width {
+                    y
+                } else {
+                    &y[row * width..][..width]
+                };
+                out.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+            });
+            out
+        })
+    })??;
+    Tensor::from_vec(sum, (rows, width), &Device::Cpu)
+}
+
+/// RMS norm of every row of \[rows, hidden\].
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> candle_core::Result<Tensor> {
+    if !matches!(x.device(), Device::Cpu) {
+        return candle_nn::ops::rms_norm(x, weight, eps);
+    }
+    let (rows, width) = x.dims2()?;
+    let normed = with_slice(x, |x| {
+        with_slice(weight, |weight| {
+            let mut out = vec![0f32; x.len()];
+            by_rows(&mut out, width, |row, out| {
+                let row = &x[row * width..][..width];
+                vectorized(RmsNorm {
+                    row,
+                    weight,
+                    eps,
+                    out,
+                });
+            });
+            out
+        })
+    })??;
+    Tensor::from_vec(normed, (rows, width), &Device::Cpu)
+}
+
+/// Rows that are worth a second thread, of the cheap operations.
+const FEW_ROWS: usize = 8;
+
+/// Runs `work` on every row of `out` \[rows, width\].
+pub(crate) fn by_rows(out: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    match out.len() / width < FEW_ROWS {
+        true => out
+            .chunks_mut(width)
+            .enumerate()
+            .for_each(|(row, out)| work(row, out)),
+        false => out
+            .par_chunks_mut(width)
+            .enumerate()
+            .for_each(|(row, out)| work(row, out)),
+    }
+}
+
+struct RmsNorm<'a> {
+    row: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl Vectorized for RmsNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Instructions>(self) {
+        let inverse = 1.0 / (dot(self.row, self.row) / self.row.len() as f32 + self.eps).sqrt();
+        for ((out, x), weight) in self.out.iter_mut().zip(self.row).zip(self.weight) {
+            *out = x * inverse * weight;
         }
     }
 }
@@ -113,15 +202,13 @@ pub(crate) fn gate(x: &Tensor, activation: Activation) -> candle_core::Result<Te
     let width = both / 2;
     let gated = with_slice(x, |x| {
         let mut out = vec![0f32; rows * width];
-        out.par_chunks_mut(width)
-            .zip(x.par_chunks(both))
-            .for_each(|(out, row)| {
-                let (gate, up) = row.split_at(width);
-                match activation {
-                    Activation::Silu => vectorized(Swiglu { gate, up, out }),
-                    Activation::GeluTanh => vectorized(Geglu { gate, up, out }),
-                }
-            });
+        by_rows(&mut out, width, |row, out| {
+            let (gate, up) = x[row * both..][..both].split_at(width);
+            match activation {
+                Activation::Silu => vectorized(Swiglu { gate, up, out }),
+                Activation::GeluTanh => vectorized(Geglu { gate, up, out }),
+            }
+        });
         out
     })?;
     Tensor::from_vec(gated, (rows, width), &Device::Cpu)
@@ -275,7 +362,7 @@ mod tests {
     #[test]
     fn a_matrix_is_a_table_and_a_weight() -> candle_core::Result<()> {
         let values: Vec<f32> = (0..40 * 3).map(|i| i as f32 / 10.0).collect();
-        let packed = Matrix::new(values.clone(), 3, &Device::Cpu)?;
+        let packed = Matrix::new(values.clone(), 3, &Device::Cpu, Arithmetic::F32)?;
         let dense = Matrix::Dense(Tensor::from_vec(values, (40, 3), &Device::Cpu)?);
         let x = Tensor::new(&[[1f32, -2.0, 0.5], [0.0, 1.0, 3.0]], &Device::Cpu)?;
         assert_eq!(

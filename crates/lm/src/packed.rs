@@ -1,21 +1,38 @@
 //! Matrices packed for products `x W^T`: panels of 16 output columns, each \[inner, 16\], so that one layout is
 //! read in sequence whether `x` has one row (decoding, bound by memory) or a thousand (prefill, bound by
-//! arithmetic). On two AVX2 cores about twice as fast as candle's gemm for many rows, and thrice for 8 to 32.
+//! arithmetic).
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::kernel::{Instructions, TILE_COLUMNS, Vectorized, Weight, most_rows, vectorized, with_rows};
+use crate::kernel::{
+    Bf16, F32, Instructions, Pairs, PairsAtOnce, TILE_COLUMNS, Unit, Vectorized, bf16_of, f32_of,
+    has_pairs_at_once, most_rows, vectorized, vectorized_at_once, with_rows,
+};
 
-/// Inner elements that one pass takes: a panel's share of 16 KiB, and that of a tile's rows, stay in the first cache.
+/// Inner numbers that one pass takes: a panel's share of at most 16 KiB, and that of a tile's rows, stay in the first cache.
 const INNER_BLOCK: usize = 256;
 /// Rows of `x` that a task of many rows takes.
 const ROW_BLOCK: usize = 96;
 /// Up to this many rows the tasks divide the columns, above the rows.
 const FEW_ROWS: usize = 48;
 /// Panels of one task that divides the columns.
-const PANELS: usize = 4;
+const PANELS: usize = 8;
+/// Panels that many rows take at once: with 12 rows their sums fill 24 of the 32 registers of AVX-512, and each number of
+/// `x` that is loaded is used twice.
+const PAIR: usize = 2;
+
+/// The arithmetic of products with weights; everything else is f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Arithmetic {
+    /// f32 by f32. Weights that are all bf16 numbers are held as such.
+    #[default]
+    F32,
+    /// Both sides rounded to bf16, products added in f32: twice as fast where the machine has an instruction for it. The
+    /// last bits are those of the machine.
+    Bf16,
+}
 
 /// A matrix W \[columns, inner\], packed. "Columns" are those of the product.
 #[derive(Debug)]
@@ -25,20 +42,24 @@ pub(crate) struct PackedMatrix {
     inner: usize,
 }
 
-/// Weights that are all bf16 numbers are held as such: half the memory to read for the same products, to the bit.
 #[derive(Debug)]
 enum Panels {
     F32(Vec<[f32; TILE_COLUMNS]>),
+    /// Half the memory to read for the same products, to the bit.
     Bf16(Vec<[u16; TILE_COLUMNS]>),
+    /// Two neighbours of the inner dimension beside each other, for [`Arithmetic::Bf16`].
+    Pairs(Vec<[[u16; 2]; TILE_COLUMNS]>),
 }
 
 impl PackedMatrix {
     /// From W row by row, \[columns, inner\].
-    pub(crate) fn from_rows(values: &[f32], inner: usize) -> Self {
+    pub(crate) fn from_rows(values: &[f32], inner: usize, arithmetic: Arithmetic) -> Self {
         let is_bf16 = |value: &f32| value.to_bits().trailing_zeros() >= 16;
-        let panels = match values.par_chunks(1 << 16).all(|part| part.iter().all(is_bf16)) {
-            true => Panels::Bf16(pack(values, inner, |value| (value.to_bits() >> 16) as u16)),
-            false => Panels::F32(pack(values, inner, |value| value)),
+        let all_bf16 = || values.par_chunks(1 << 16).all(|part| part.iter().all(is_bf16));
+        let panels = match arithmetic {
+            Arithmetic::Bf16 => Panels::Pairs(pack(values, inner, 2, Pairs::pack)),
+            Arithmetic::F32 if all_bf16() => Panels::Bf16(pack(values, inner, 1, |v| bf16_of(v[0]))),
+            Arithmetic::F32 => Panels::F32(pack(values, inner, 1, |v| v[0])),
         };
         Self {
             panels,
@@ -56,22 +77,55 @@ impl PackedMatrix {
         match &self.panels {
             Panels::F32(panels) => size_of_val(&panels[..]),
             Panels::Bf16(panels) => size_of_val(&panels[..]),
+            Panels::Pairs(panels) => size_of_val(&panels[..]),
         }
     }
 
     /// Appends row `index` of W.
     pub(crate) fn extend_with_row(&self, index: usize, out: &mut Vec<f32>) {
-        let (panel, column) = (index / TILE_COLUMNS * self.inner, index % TILE_COLUMNS);
+        let (panel, column) = (index / TILE_COLUMNS, index % TILE_COLUMNS);
+        let inner = self.inner;
         match &self.panels {
-            Panels::F32(panels) => out.extend(panels[panel..][..self.inner].iter().map(|v| v[column])),
+            Panels::F32(panels) => out.extend(panels[panel * inner..][..inner].iter().map(|v| v[column])),
             Panels::Bf16(panels) => {
-                out.extend(panels[panel..][..self.inner].iter().map(|v| v[column].widen()));
+                let row = panels[panel * inner..][..inner].iter();
+                out.extend(row.map(|v| f32_of(v[column])));
+            }
+            Panels::Pairs(panels) => {
+                let steps = inner.div_ceil(2);
+                let row = panels[panel * steps..][..steps].iter();
+                out.extend(row.flat_map(|v| v[column]).take(inner).map(f32_of));
             }
         }
     }
 
     /// `x W^T` for some columns, \[rows of x, columns\], on all threads. The range begins at a panel.
     pub(crate) fn product(&self, x: &[f32], columns: Range<usize>) -> Vec<f32> {
+        match &self.panels {
+            Panels::F32(panels) => self.product_with::<F32>(x, columns, |x, start, width, out| {
+                vectorized(Part::<F32>::new(self, x, panels, start, width, out));
+            }),
+            Panels::Bf16(panels) => self.product_with::<Bf16>(x, columns, |x, start, width, out| {
+                vectorized(Part::<Bf16>::new(self, x, panels, start, width, out));
+            }),
+            Panels::Pairs(panels) => {
+                self.product_with::<Pairs>(x, columns, |x, start, width, out| match has_pairs_at_once() {
+                    true => {
+                        vectorized_at_once(Part::<PairsAtOnce>::new(self, x, panels, start, width, out));
+                    }
+                    false => vectorized(Part::<Pairs>::new(self, x, panels, start, width, out)),
+                })
+            }
+        }
+    }
+
+    /// `part` adds the columns `start..start + width` for some rows to `out` \[rows, width\].
+    fn product_with<U: Unit>(
+        &self,
+        x: &[f32],
+        columns: Range<usize>,
+        part: impl Fn(&Rows<U::X>, usize, usize, &mut [f32]) + Sync,
+    ) -> Vec<f32> {
         let rows = x.len() / self.inner;
         let width = columns.len();
         let mut out = vec![0f32; rows * width];
@@ -81,60 +135,38 @@ impl PackedMatrix {
             let block = share.div_ceil(share.div_ceil(ROW_BLOCK)).next_multiple_of(12);
             out.par_chunks_mut(block * width)
                 .zip(x.par_chunks(block * self.inner))
-                .for_each(|(out, x)| self.part(&Rows::pack(x, self.inner), columns.start, width, out));
+                .for_each(|(out, x)| part(&Rows::pack::<U>(x, self.inner), columns.start, width, out));
             return out;
         }
-        let x = Rows::pack(x, self.inner);
+        let x = Rows::pack::<U>(x, self.inner);
         let share = PANELS * TILE_COLUMNS;
         out.par_chunks_mut(rows * share)
             .enumerate()
-            .for_each(|(task, out)| self.part(&x, columns.start + task * share, out.len() / rows, out));
+            .for_each(|(task, out)| part(&x, columns.start + task * share, out.len() / rows, out));
         if rows == 1 {
             out
         } else {
             joined(&out, rows, width, share)
         }
     }
-
-    /// Columns `start..start + width` for all of `x`, added to `out` \[rows, width\].
-    fn part(&self, x: &Rows, start: usize, width: usize, out: &mut [f32]) {
-        let first = start / TILE_COLUMNS * self.inner;
-        let panels = first..first + width.div_ceil(TILE_COLUMNS) * self.inner;
-        let inner = self.inner;
-        match &self.panels {
-            Panels::F32(all) => vectorized(Part {
-                x,
-                panels: &all[panels],
-                inner,
-                width,
-                out,
-            }),
-            Panels::Bf16(all) => vectorized(Part {
-                x,
-                panels: &all[panels],
-                inner,
-                width,
-                out,
-            }),
-        }
-    }
 }
 
-/// Panels of W, given row by row; columns beyond the last are zeros.
-fn pack<W: Weight + Default>(
+/// Panels of W, given row by row, with so many numbers a step; columns beyond the last are zeros.
+fn pack<W: Copy + Default + Send>(
     values: &[f32],
     inner: usize,
-    to: impl Fn(f32) -> W + Sync,
+    numbers: usize,
+    to: impl Fn(&[f32]) -> W + Sync,
 ) -> Vec<[W; TILE_COLUMNS]> {
-    let columns = values.len() / inner;
-    let mut panels = vec![[W::default(); TILE_COLUMNS]; columns.div_ceil(TILE_COLUMNS) * inner];
+    let (columns, steps) = (values.len() / inner, inner.div_ceil(numbers));
+    let mut panels = vec![[W::default(); TILE_COLUMNS]; columns.div_ceil(TILE_COLUMNS) * steps];
     panels
-        .par_chunks_exact_mut(inner)
+        .par_chunks_exact_mut(steps)
         .zip(values.par_chunks(inner * TILE_COLUMNS))
         .for_each(|(panel, rows)| {
             for (column, row) in rows.chunks_exact(inner).enumerate() {
-                for (packed, value) in panel.iter_mut().zip(row) {
-                    packed[column] = to(*value);
+                for (packed, values) in panel.iter_mut().zip(row.chunks(numbers)) {
+                    packed[column] = to(values);
                 }
             }
         });
@@ -154,134 +186,242 @@ fn joined(parts: &[f32], rows: usize, width: usize, share: usize) -> Vec<f32> {
     out
 }
 
-/// Rows of `x` in blocks for the tiles, each block \[inner, rows of the block\].
-pub(crate) struct Rows {
-    values: Vec<f32>,
-    inner: usize,
+/// Rows of `x` in blocks for the tiles, each block \[steps, rows of the block\].
+pub(crate) struct Rows<X> {
+    values: Vec<X>,
+    steps: usize,
     rows: usize,
     /// Rows of a block; the last one may have fewer.
     block: usize,
 }
 
 /// One block of [`Rows`].
-pub(crate) struct RowBlock<'a> {
+pub(crate) struct RowBlock<'a, X> {
     /// The first row.
     pub row: usize,
     pub rows: usize,
-    pub values: &'a [f32],
+    pub values: &'a [X],
 }
 
-impl Rows {
+impl<X: Copy + Default> Rows<X> {
     /// In blocks of nearly the same size.
     #[inline(always)]
-    pub(crate) fn pack(x: &[f32], inner: usize) -> Self {
-        let rows = x.len() / inner;
+    pub(crate) fn pack<U: Unit<X = X>>(x: &[f32], inner: usize) -> Self {
+        let (rows, steps) = (x.len() / inner, inner.div_ceil(U::NUMBERS));
         let block = rows.div_ceil(rows.div_ceil(most_rows()).max(1)).max(1);
-        let mut values = vec![0f32; x.len()];
-        let blocks = values.chunks_mut(block * inner);
+        let mut values = vec![X::default(); rows * steps];
+        let blocks = values.chunks_mut(block * steps);
         for (block, x) in blocks.zip(x.chunks(block * inner)) {
             let rows = x.len() / inner;
             for (row, x) in x.chunks_exact(inner).enumerate() {
-                for (packed, value) in block.chunks_exact_mut(rows).zip(x) {
-                    packed[row] = *value;
+                for (packed, numbers) in block.chunks_exact_mut(rows).zip(x.chunks(U::NUMBERS)) {
+                    packed[row] = U::pack(numbers);
                 }
             }
         }
         Self {
             values,
-            inner,
+            steps,
             rows,
             block,
         }
     }
 
     #[inline(always)]
-    pub(crate) fn blocks(&self) -> impl Iterator<Item = RowBlock<'_>> {
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = RowBlock<'_, X>> {
         (0..self.rows).step_by(self.block).map(|row| {
             let rows = self.block.min(self.rows - row);
             RowBlock {
                 row,
                 rows,
-                values: &self.values[row * self.inner..(row + rows) * self.inner],
+                values: &self.values[row * self.steps..(row + rows) * self.steps],
             }
         })
     }
 }
 
-struct Part<'a, W> {
-    x: &'a Rows,
-    panels: &'a [[W; TILE_COLUMNS]],
-    inner: usize,
+/// Some columns of the product, for some rows.
+struct Part<'a, U: Unit> {
+    x: &'a Rows<U::X>,
+    panels: &'a [[U::W; TILE_COLUMNS]],
     width: usize,
     out: &'a mut [f32],
 }
 
-impl<W: Weight> Vectorized for Part<'_, W> {
+impl<'a, U: Unit> Part<'a, U> {
+    fn new(
+        matrix: &PackedMatrix,
+        x: &'a Rows<U::X>,
+        panels: &'a [[U::W; TILE_COLUMNS]],
+        start: usize,
+        width: usize,
+        out: &'a mut [f32],
+    ) -> Self {
+        let steps = matrix.inner.div_ceil(U::NUMBERS);
+        let first = start / TILE_COLUMNS * steps;
+        Self {
+            x,
+            panels: &panels[first..first + width.div_ceil(TILE_COLUMNS) * steps],
+            width,
+            out,
+        }
+    }
+}
+
+impl<U: Unit> Vectorized for Part<'_, U> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Instructions>(self) {
-        let inner = self.inner;
-        let widens = W::WIDENS && self.x.rows > self.x.block;
-        let mut wide = vec![[0f32; TILE_COLUMNS]; if widens { INNER_BLOCK.min(inner) } else { 0 }];
-        for from in (0..inner).step_by(INNER_BLOCK) {
-            let to = inner.min(from + INNER_BLOCK);
-            for (index, panel) in self.panels.chunks_exact(inner).enumerate() {
-                let panel = &panel[from..to];
-                let column = index * TILE_COLUMNS;
+        match self.x.rows {
+            1 => self.few_rows::<I, 1, 8>(),
+            2 => self.few_rows::<I, 2, 4>(),
+            3 => self.few_rows::<I, 3, 4>(),
+            4 => self.few_rows::<I, 4, 2>(),
+            _ => self.many_rows::<I>(),
+        }
+    }
+}
+
+impl<U: Unit> Part<'_, U> {
+    const BLOCK: usize = INNER_BLOCK / U::NUMBERS;
+
+    /// One block of rows, which reads each panel once: several panels at a time, whole panels one after the other.
+    #[inline(always)]
+    fn few_rows<I: Instructions, const ROWS: usize, const PANELS: usize>(self) {
+        let steps = self.x.steps;
+        for (group, panels) in self.panels.chunks(PANELS * steps).enumerate() {
+            for from in (0..steps).step_by(Self::BLOCK) {
+                let part = from..steps.min(from + Self::BLOCK);
+                let x = &self.x.values.as_chunks::<ROWS>().0[part.clone()];
+                let out = &mut self.out[group * PANELS * TILE_COLUMNS..];
                 let place = Place {
-                    x: self.x,
-                    inner: from..to,
-                    columns: TILE_COLUMNS.min(self.width - column),
                     width: self.width,
+                    columns: self.width - group * PANELS * TILE_COLUMNS,
+                };
+                match panels.len() == PANELS * steps {
+                    true => {
+                        let panels = std::array::from_fn(|index| &panels[index * steps..][part.clone()]);
+                        place.add::<I, U, ROWS, PANELS>(x, panels, out);
+                    }
+                    false => {
+                        for (index, panel) in panels.chunks_exact(steps).enumerate() {
+                            let column = index * TILE_COLUMNS;
+                            let place = Place {
+                                columns: place.columns - column,
+                                ..place
+                            };
+                            place.add::<I, U, ROWS, 1>(x, [&panel[part.clone()]], &mut out[column..]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// All rows on a block of two panels, which stays in the first cache, before the next.
+    #[inline(always)]
+    fn many_rows<I: Instructions>(self) {
+        let steps = self.x.steps;
+        // Weights that many blocks of rows need are widened once for all of them.
+        let widens = U::WIDENS && self.x.rows > self.x.block;
+        let none = [<U::Widened as Unit>::W::default(); TILE_COLUMNS];
+        let mut wide = [(); PAIR].map(|()| vec![none; if widens { Self::BLOCK.min(steps) } else { 0 }]);
+        for from in (0..steps).step_by(Self::BLOCK) {
+            let part = from..steps.min(from + Self::BLOCK);
+            for (group, panels) in self.panels.chunks(PAIR * steps).enumerate() {
+                let column = group * PAIR * TILE_COLUMNS;
+                let place = Place {
+                    width: self.width,
+                    columns: self.width - column,
                 };
                 let out = &mut self.out[column..];
+                let count = panels.len() / steps;
+                // A single last panel is taken twice, and its second sums are dropped.
+                let panels: [_; PAIR] =
+                    std::array::from_fn(|index| &panels[index.min(count - 1) * steps..][part.clone()]);
                 if widens {
-                    for (wide, weights) in wide.iter_mut().zip(panel) {
-                        *wide = weights.map(W::widen);
+                    for (wide, panel) in wide.iter_mut().zip(panels) {
+                        for (wide, weights) in wide.iter_mut().zip(panel) {
+                            *wide = weights.map(U::widened);
+                        }
                     }
-                    place.tiles::<I, f32>(&wide[..panel.len()], out);
+                    let panels = std::array::from_fn(|index| &wide[index][..part.len()]);
+                    place.add_all::<I, U::Widened>(self.x, &part, panels, out);
                 } else {
-                    place.tiles::<I, W>(panel, out);
+                    place.add_all::<I, U>(self.x, &part, panels, out);
                 }
             }
         }
     }
 }
 
-/// A stretch of the inner elements of one panel, for all rows.
-struct Place<'a> {
-    x: &'a Rows,
-    inner: Range<usize>,
-    columns: usize,
+/// Where the sums of some panels go.
+#[derive(Clone, Copy)]
+struct Place {
     /// Between the rows of the result.
     width: usize,
+    /// Columns that are left in it.
+    columns: usize,
 }
 
-impl Place<'_> {
+impl Place {
     #[inline(always)]
-    fn tiles<I: Instructions, W: Weight>(&self, panel: &[[W; TILE_COLUMNS]], out: &mut [f32]) {
-        for block in self.x.blocks() {
-            let x = &block.values[self.inner.start * block.rows..self.inner.end * block.rows];
+    fn add_all<I: Instructions, U: Unit>(
+        self,
+        x: &Rows<U::X>,
+        part: &Range<usize>,
+        panels: [&[[U::W; TILE_COLUMNS]]; PAIR],
+        out: &mut [f32],
+    ) {
+        for block in x.blocks() {
+            let x = &block.values[part.start * block.rows..part.end * block.rows];
             let out = &mut out[block.row * self.width..];
-            with_rows!(block.rows, ROWS => self.tile::<I, ROWS, W>(x, panel, out));
+            with_rows!(block.rows, ROWS => {
+                let x = x.as_chunks::<ROWS>().0;
+                match ROWS <= U::MOST_ROWS_OF_TWO {
+                    true => self.add::<I, U, ROWS, PAIR>(x, panels, out),
+                    false => self.add_one_by_one::<I, U, ROWS>(x, panels, out),
+                }
+            });
         }
     }
 
-    /// Adds one tile to `out`.
     #[inline(always)]
-    fn tile<I: Instructions, const ROWS: usize, W: Weight>(
-        &self,
-        x: &[f32],
-        panel: &[[W; TILE_COLUMNS]],
+    fn add_one_by_one<I: Instructions, U: Unit, const ROWS: usize>(
+        self,
+        x: &[[U::X; ROWS]],
+        panels: [&[[U::W; TILE_COLUMNS]]; PAIR],
         out: &mut [f32],
     ) {
-        let mut sums = [[0f32; TILE_COLUMNS]; ROWS];
-        I::tile::<ROWS, W>(x.as_chunks::<ROWS>().0, panel, &mut sums);
-        for (row, sums) in sums.iter().enumerate() {
-            let out = &mut out[row * self.width..row * self.width + self.columns];
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out += sum;
+        for (index, panel) in panels.into_iter().enumerate() {
+            let column = index * TILE_COLUMNS;
+            if column < self.columns {
+                let place = Self {
+                    columns: self.columns - column,
+                    ..self
+                };
+                place.add::<I, U, ROWS, 1>(x, [panel], &mut out[column..]);
+            }
+        }
+    }
+
+    /// Adds the products of some rows with some panels to `out`; columns beyond the last are dropped.
+    #[inline(always)]
+    fn add<I: Instructions, U: Unit, const ROWS: usize, const PANELS: usize>(
+        self,
+        x: &[[U::X; ROWS]],
+        panels: [&[[U::W; TILE_COLUMNS]]; PANELS],
+        out: &mut [f32],
+    ) {
+        let mut sums = [[[0f32; TILE_COLUMNS]; ROWS]; PANELS];
+        I::tiles::<ROWS, PANELS, U>(x, panels, &mut sums);
+        for (panel, sums) in sums.iter().enumerate() {
+            let column = panel * TILE_COLUMNS;
+            let columns = TILE_COLUMNS.min(self.columns.saturating_sub(column));
+            for (row, sums) in sums.iter().enumerate().filter(|_| columns > 0) {
+                let out = &mut out[row * self.width + column..][..columns];
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
             }
         }
     }
@@ -327,7 +467,7 @@ mod tests {
             let (x, weight) = (values(rows * inner, 1), values(columns * inner, 2));
             let exact = expected(&x, &weight, inner);
             let what = format!("{rows} x {inner} x {columns}");
-            let packed = PackedMatrix::from_rows(&weight, inner);
+            let packed = PackedMatrix::from_rows(&weight, inner, Arithmetic::F32);
             assert_close(&packed.product(&x, 0..columns), &exact, &what);
             let mut row = Vec::new();
             packed.extend_with_row(columns - 1, &mut row);
@@ -338,7 +478,7 @@ mod tests {
     #[test]
     fn a_range_of_columns_is_a_part_of_the_product() {
         let (x, weight) = (values(3 * 20, 3), values(90 * 20, 4));
-        let packed = PackedMatrix::from_rows(&weight, 20);
+        let packed = PackedMatrix::from_rows(&weight, 20, Arithmetic::F32);
         assert_eq!(packed.columns(), 90);
         let exact = expected(&x, &weight[32 * 20..80 * 20], 20);
         assert_close(&packed.product(&x, 32..80), &exact, "columns 32..80");
@@ -351,9 +491,9 @@ mod tests {
             .iter()
             .map(|v| f32::from_bits(v.to_bits() & 0xffff_0000))
             .collect();
-        let narrow = PackedMatrix::from_rows(&weight, inner);
+        let narrow = PackedMatrix::from_rows(&weight, inner, Arithmetic::F32);
         let wide = PackedMatrix {
-            panels: Panels::F32(pack(&weight, inner, |value| value)),
+            panels: Panels::F32(pack(&weight, inner, 1, |v| v[0])),
             columns,
             inner,
         };
@@ -374,13 +514,42 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_in_any_company() {
-        let (columns, inner) = (70, 1100);
-        let packed = PackedMatrix::from_rows(&values(columns * inner, 1), inner);
+        for (arithmetic, inner) in [(Arithmetic::F32, 1100), (Arithmetic::Bf16, 1101)] {
+            company(arithmetic, inner);
+        }
+    }
+
+    fn company(arithmetic: Arithmetic, inner: usize) {
+        let columns = 70;
+        let packed = PackedMatrix::from_rows(&values(columns * inner, 1), inner, arithmetic);
         let x = values(130 * inner, 2);
         let all = packed.product(&x, 0..columns);
         for row in [0, 5, 64, 129] {
-            let alone = packed.product(&x[row * inner..][..inner], 0..columns);
-            assert_eq!(alone, all[row * columns..][..columns], "row {row}");
+            for count in [1, 2, 3, 4, 5, 13] {
+                let row = row.min(130 - count);
+                let some = packed.product(&x[row * inner..][..count * inner], 0..columns);
+                assert_eq!(
+                    some,
+                    all[row * columns..][..count * columns],
+                    "{count} rows from {row}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_arithmetic_is_that_of_rounded_factors() {
+        for (rows, inner, columns) in [(1, 5, 3), (3, 301, 33), (5, 600, 100), (130, 70, 40)] {
+            let (x, weight) = (values(rows * inner, 1), values(columns * inner, 2));
+            let round = |values: &[f32]| -> Vec<f32> { values.iter().map(|v| f32_of(bf16_of(*v))).collect() };
+            let exact = expected(&round(&x), &round(&weight), inner);
+            let packed = PackedMatrix::from_rows(&weight, inner, Arithmetic::Bf16);
+            let what = format!("{rows} x {inner} x {columns}");
+            assert_close(&packed.product(&x, 0..columns), &exact, &what);
+            let mut row = Vec::new();
+            packed.extend_with_row(columns - 1, &mut row);
+            assert_eq!(row, round(&weight[(columns - 1) * inner..]));
+            assert_eq!(packed.bytes(), columns.div_ceil(16) * 16 * inner.div_ceil(2) * 4);
         }
     }
 }

@@ -5,6 +5,7 @@ use candle_core::{Device, Tensor};
 use cauldron_checkpoint::{Checkpoint, Expert};
 
 use crate::ops::Matrix;
+use crate::packed::Arithmetic;
 use crate::{LmError, ModelConfig};
 
 /// Named float tensors.
@@ -95,6 +96,7 @@ pub(crate) fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)
 pub(crate) struct Loader<'a> {
     pub source: &'a dyn WeightSource,
     pub device: &'a Device,
+    pub arithmetic: Arithmetic,
 }
 
 impl Loader<'_> {
@@ -117,7 +119,7 @@ impl Loader<'_> {
                 false => values.append(&mut part),
             }
         }
-        Ok(Matrix::new(values, columns, self.device)?)
+        Ok(Matrix::new(values, columns, self.device, self.arithmetic)?)
     }
 
     /// Vectors joined end to end.

@@ -37,7 +37,7 @@ pub async fn list_served(
         None => app.serving.list(),
         Some(model) => vec![slot(&app, model)?],
     };
-    let answering = slots.into_iter().filter(|slot| answers(slot));
+    let answering = slots.into_iter().filter(answers);
     Ok(Json(ServedList {
         object: "list",
         data: answering.flat_map(views).collect(),
