@@ -406,10 +406,10 @@ def versions(args):
     } | packages
 
 
-def results_path(folder, cpu, date):
+def results_path(folder, cpu, date, kind="merge"):
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|@.*", "", cpu.lower())).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"merge-{date}-{slug}"
+    stem = f"{kind}-{date}-{slug}"
     taken = [folder / f"{stem}.json", *(folder / f"{stem}-{n}.json" for n in range(2, 1000))]
     return next(path for path in taken if not path.exists())
 
