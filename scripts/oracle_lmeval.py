@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""The real lm-eval against the service (local-completions, tokenized requests, remote tokenizer) and lm-eval's own hf
-backend on the same folders: equal metrics, log-likelihoods within 1e-3, equal generations.
+"""The real lm-eval against the service (local-completions: one and sixteen requests at a time, the folder's own tokenizer
+and the service's) and lm-eval's own hf backend on the same folders: log-likelihoods, rolling ones and generate_until; equal
+metrics, log-likelihoods within 1e-3, equal generations.
 
     oracle_lmeval.py URL [LIMIT]
 
@@ -60,15 +61,22 @@ def main():
     merged, _ = service.merge(RECIPE)
     service.load("base", "base")
     service.load("math-sentiment", f"checkpoint:{merged.name}")
-    rows, failed = [], False
-    for name, folder in [("base", MODELS / "base"), ("math-sentiment", merged)]:
+    rows, failed, hf = [], False, {}
+    for name, folder, concurrent, tokenizer in [
+        ("base", MODELS / "base", 1, "huggingface"),
+        ("base", MODELS / "base", 16, "remote"),
+        ("math-sentiment", merged, 16, "remote"),
+    ]:
+        own = {"tokenizer": str(folder)} if tokenizer == "huggingface" else {}
         ours = evaluate("local-completions", {
             "model": name, "base_url": f"{service.url}/m/{name}/v1/completions", "tokenized_requests": True,
-            "tokenizer_backend": "remote", "num_concurrent": 2, "max_length": 2048, "timeout": 300,
-        }, 16, limit)
-        theirs = evaluate("hf", {
-            "pretrained": str(folder), "dtype": "float32", "device": "cpu", "max_length": 2048,
-        }, 16, limit)
+            "tokenizer_backend": tokenizer, "num_concurrent": concurrent, "max_length": 2048, "timeout": 300,
+        } | own, 4, limit)
+        if name not in hf:
+            hf[name] = evaluate("hf", {
+                "pretrained": str(folder), "dtype": "float32", "device": "cpu", "max_length": 2048,
+            }, 16, limit)
+        theirs = hf[name]
         for task, (count, worst, other) in differences(ours, theirs).items():
             metric = next(k for k in ours["results"][task]
                           if "," in k and "stderr" not in k and ours["results"][task][k] != "N/A")
@@ -76,11 +84,11 @@ def main():
             same = abs(a - b) < (1e-5 if "bits" in metric else 1e-12)
             good = same and worst < TOLERANCE and other == 0
             failed |= not good
-            rows.append((name, task, metric.split(",")[0], count, a, b, worst, other, "ok" if good else "DIFFERS"))
-    print(f"\n{'model':<16}{'task':<20}{'metric':<14}{'requests':>9}{'ours':>10}{'hf':>10}"
+            rows.append((f"{name}, {concurrent} {tokenizer[:6]}", task, metric.split(",")[0], count, a, b, worst, other, "ok" if good else "DIFFERS"))
+    print(f"\n{'model':<28}{'task':<20}{'metric':<14}{'requests':>9}{'ours':>10}{'hf':>10}"
           f"{'max |dloglik|':>15}{'other':>7}")
     for name, task, metric, count, a, b, worst, other, verdict in rows:
-        print(f"{name:<16}{task:<20}{metric:<14}{count:>9}{a:>10.4f}{b:>10.4f}{worst:>15.2e}{other:>7}  {verdict}")
+        print(f"{name:<28}{task:<20}{metric:<14}{count:>9}{a:>10.4f}{b:>10.4f}{worst:>15.2e}{other:>7}  {verdict}")
     sys.exit(failed)
 
 

@@ -39,8 +39,8 @@ class Service:
             raise SystemExit(f"{recipe}: {job['status']} {job['error']}")
         return DATA / "checkpoints" / job["digest"], job
 
-    def load(self, name, source):
-        self.ask("POST", "/models", {"name": name, "source": source})
+    def load(self, name, source, **more):
+        self.ask("POST", "/models", {"name": name, "source": source} | more)
         while (slot := self.ask("GET", f"/models/{name}"))["status"] == "loading":
             time.sleep(0.1)
         if slot["status"] != "ready":

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use cauldron_lm::{ChatTemplate, Decoder, Event, ModelConfig, Request, TextTokenizer};
+use cauldron_lm::{ChatTemplate, Decoder, Event, Grammars, LmError, ModelConfig, Request, TextTokenizer};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -36,6 +36,8 @@ pub struct Served {
     pub config: ModelConfig,
     pub tokenizer: Arc<TextTokenizer>,
     pub template: Option<ChatTemplate>,
+    /// Made when an answer of some format is first asked for.
+    grammars: OnceLock<Grammars>,
     /// Bytes of weights, keys and values.
     pub memory_bytes: u64,
     /// From the moment it was asked for until it could answer.
@@ -95,6 +97,7 @@ impl Served {
             config,
             tokenizer: Arc::new(parts.tokenizer),
             template: parts.template,
+            grammars: OnceLock::new(),
             memory_bytes,
             ready_after: parts.asked.elapsed(),
             asked: parts.asked,
@@ -109,6 +112,15 @@ impl Served {
             hold: limits.hold,
             _pin: parts.pin,
         })
+    }
+
+    /// Grammars over the model's tokens. Takes a while the first time: off the async threads.
+    pub fn grammars(&self) -> Result<&Grammars, LmError> {
+        if let Some(grammars) = self.grammars.get() {
+            return Ok(grammars);
+        }
+        let made = Grammars::new(&self.tokenizer, self.config.vocab_size)?;
+        Ok(self.grammars.get_or_init(|| made))
     }
 
     /// From the moment it was asked for until its first token or score, once there was one.

@@ -6,6 +6,7 @@ mod chat_api;
 mod checkpoints_api;
 mod common;
 mod completions_api;
+mod format_api;
 mod links;
 mod merge_api;
 mod models_api;

@@ -65,6 +65,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 min_tokens: 0,
                 sampling: Sampling::default(),
                 logit_bias: Vec::new(),
+                constraint: None,
                 stop_ids: Vec::new(),
                 prompt_logprobs: logprobs,
                 score_from: 0,

@@ -49,6 +49,7 @@ fn score(decoder: &Arc<Decoder>, limit: usize, prompts: usize, tokens: usize) ->
             min_tokens: 0,
             sampling: Sampling::default(),
             logit_bias: Vec::new(),
+            constraint: None,
             stop_ids: Vec::new(),
             prompt_logprobs: Some(1),
             score_from: 0,

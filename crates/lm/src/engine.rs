@@ -14,7 +14,9 @@ use crate::kv::{BLOCK_TOKENS, KvPool};
 use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Plan, Scheduler, Scores, Share, Start};
 use crate::scoring::{Target, score_rows};
-use crate::{Decoder, Event, FinishReason, LmError, ModelConfig, Request, TokenLogprobs, score_logits};
+use crate::{
+    Constraint, Decoder, Event, FinishReason, LmError, ModelConfig, Request, TokenLogprobs, score_logits,
+};
 
 /// Bytes of keys and values that an engine may hold, unless told otherwise.
 const DEFAULT_KV_BYTES: usize = 4 << 30;
@@ -69,10 +71,19 @@ struct Sequence {
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
 }
 
-/// A token that was drawn.
+/// A token that was drawn, or why none could be.
 struct Drawn {
-    token: Option<u32>,
+    token: Result<u32, String>,
     logprobs: Option<TokenLogprobs>,
+}
+
+impl Drawn {
+    fn failed(error: String) -> Self {
+        Self {
+            token: Err(error),
+            logprobs: None,
+        }
+    }
 }
 
 impl Engine {
@@ -345,8 +356,9 @@ impl Engine {
     }
 
     fn take(&mut self, id: u64, drawn: Drawn) {
-        let Some(token) = drawn.token else {
-            return self.fail(id, "the model gave no finite logit");
+        let token = match drawn.token {
+            Ok(token) => token,
+            Err(error) => return self.fail(id, &error),
         };
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return;
@@ -355,7 +367,12 @@ impl Engine {
         self.events.push(Event::Token { id, token, logprobs });
         sequence.answered += 1;
         let full = self.scheduler.tokens(id).len() >= self.decoder.config().max_position_embeddings;
-        if sequence.request.stop_ids.contains(&token) {
+        let whole = sequence
+            .request
+            .constraint
+            .as_ref()
+            .is_some_and(Constraint::is_done);
+        if whole || sequence.request.stop_ids.contains(&token) {
             self.finish(id, FinishReason::Stop);
         } else if full || sequence.answered >= sequence.request.max_tokens {
             self.finish(id, FinishReason::Length);
@@ -405,11 +422,25 @@ impl Sequence {
             true => &self.request.stop_ids,
             false => &[],
         };
-        let token = self.sampler.sample(&mut logits, banned);
+        if let Some(constraint) = &mut self.request.constraint
+            && let Err(error) = constraint.apply(&mut logits)
+        {
+            return Drawn::failed(format!("response_format: {error}"));
+        }
+        let Some(token) = self.sampler.sample(&mut logits, banned) else {
+            return Drawn::failed("the model gave no finite logit".to_owned());
+        };
+        if let Some(constraint) = &mut self.request.constraint
+            && !self.request.stop_ids.contains(&token)
+            && let Err(error) = constraint.accept(token)
+        {
+            return Drawn::failed(format!("response_format: {error}"));
+        }
         // Log-probabilities are those of the model, before penalties and temperature.
-        let logprobs = token
-            .zip(unchanged)
-            .map(|(token, (top, logits))| score_logits(&logits, token, top));
-        Drawn { token, logprobs }
+        let logprobs = unchanged.map(|(top, logits)| score_logits(&logits, token, top));
+        Drawn {
+            token: Ok(token),
+            logprobs,
+        }
     }
 }

@@ -6,6 +6,7 @@
 
 mod attention;
 mod config;
+mod constraint;
 mod decoder;
 mod engine;
 mod error;
@@ -26,6 +27,7 @@ mod tokenizer_guard;
 mod weights;
 
 pub use config::{Activation, Architecture, ModelConfig};
+pub use constraint::{Constraint, Grammars};
 pub use decoder::{Decoder, Segment};
 pub use engine::{Engine, EngineConfig};
 pub use error::LmError;

@@ -132,7 +132,7 @@ impl PackedMatrix {
         if rows > FEW_ROWS {
             // Few and large tasks keep the panels in cache, but every thread should have as many as the others.
             let share = rows.div_ceil(rayon::current_num_threads());
-            let block = share.div_ceil(share.div_ceil(ROW_BLOCK)).next_multiple_of(12);
+            let block = share.div_ceil(share.div_ceil(ROW_BLOCK));
             out.par_chunks_mut(block * width)
                 .zip(x.par_chunks(block * self.inner))
                 .for_each(|(out, x)| part(&Rows::pack::<U>(x, self.inner), columns.start, width, out));
@@ -319,7 +319,8 @@ impl<U: Unit> Part<'_, U> {
         }
     }
 
-    /// All rows on a block of two panels, which stays in the first cache, before the next.
+    /// All rows on a block of two panels, which stays in the first cache, before the next block of the same panels: their
+    /// part of the result stays near too.
     #[inline(always)]
     fn many_rows<I: Instructions>(self) {
         let steps = self.x.steps;
@@ -327,16 +328,16 @@ impl<U: Unit> Part<'_, U> {
         let widens = U::WIDENS && self.x.rows > self.x.block;
         let none = [<U::Widened as Unit>::W::default(); TILE_COLUMNS];
         let mut wide = [(); PAIR].map(|()| vec![none; if widens { Self::BLOCK.min(steps) } else { 0 }]);
-        for from in (0..steps).step_by(Self::BLOCK) {
-            let part = from..steps.min(from + Self::BLOCK);
-            for (group, panels) in self.panels.chunks(PAIR * steps).enumerate() {
-                let column = group * PAIR * TILE_COLUMNS;
-                let place = Place {
-                    width: self.width,
-                    columns: self.width - column,
-                };
-                let out = &mut self.out[column..];
-                let count = panels.len() / steps;
+        for (group, panels) in self.panels.chunks(PAIR * steps).enumerate() {
+            let column = group * PAIR * TILE_COLUMNS;
+            let place = Place {
+                width: self.width,
+                columns: self.width - column,
+            };
+            let out = &mut self.out[column..];
+            let count = panels.len() / steps;
+            for from in (0..steps).step_by(Self::BLOCK) {
+                let part = from..steps.min(from + Self::BLOCK);
                 // A single last panel is taken twice, and its second sums are dropped.
                 let panels: [_; PAIR] =
                     std::array::from_fn(|index| &panels[index.min(count - 1) * steps..][part.clone()]);

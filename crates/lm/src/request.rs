@@ -1,7 +1,7 @@
 //! What goes into the engine and what comes out of it: requests in token ids, events in token ids.
 
 use crate::decoder::check_tokens;
-use crate::{LmError, ModelConfig, Sampling, TokenLogprobs};
+use crate::{Constraint, LmError, ModelConfig, Sampling, TokenLogprobs};
 
 /// Largest count of likeliest tokens that may be asked for.
 const MAX_LOGPROBS: usize = 1024;
@@ -22,6 +22,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// Added to the logits of some tokens, before penalties.
     pub logit_bias: Vec<(u32, f32)>,
+    /// What the answer has to be.
+    pub constraint: Option<Constraint>,
     /// A token among these ends the answer; it is emitted before the end.
     pub stop_ids: Vec<u32>,
     /// Log-probabilities of the prompt, with this many likeliest tokens.

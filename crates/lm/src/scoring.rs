@@ -12,7 +12,7 @@ use crate::{Decoder, LmError};
 /// Hidden rows that go through the head at once.
 pub const MAX_ROWS: usize = 1024;
 /// Vocabulary columns of one tile.
-const TILE: usize = 8192;
+const TILE: usize = 4096;
 /// What stands for -inf and NaN: JSON has neither, and a null would be read as "no token".
 pub const NO_LOGPROB: f32 = -9999.0;
 

@@ -140,7 +140,8 @@ impl Chat {
         })
     }
 
-    fn render(self, served: &Served) -> Result<(Self, Vec<u32>), ApiError> {
+    fn render(mut self, served: &Served) -> Result<(Self, Vec<u32>), ApiError> {
+        self.settings.prepare(served)?;
         let prompt = render(served, &self.messages, self.add_generation_prompt)?;
         metrics::counter!(telemetry::PROMPT_TOKENS).increment(prompt.len() as u64);
         Ok((self, prompt))

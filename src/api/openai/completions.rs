@@ -175,6 +175,7 @@ impl Completion {
 
     /// Token ids of the prompts; ids that came as ids are used as they are.
     fn encode(mut self, served: &Served) -> Result<(Self, Vec<Vec<u32>>), ApiError> {
+        self.settings.prepare(served)?;
         let prompts = match std::mem::replace(&mut self.prompts, Prompts::Tokens(Vec::new())) {
             Prompts::Tokens(prompts) => {
                 let rows = served.config.vocab_size;

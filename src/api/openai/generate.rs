@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use cauldron_lm::{Event, FinishReason, Request, Sampling, TextStream, TokenLogprobs};
+use cauldron_lm::{Constraint, Event, FinishReason, Request, Sampling, TextStream, TokenLogprobs};
 use rand::TryRng;
 use serde_json::Value;
 use tokio::task::JoinSet;
 
 use super::error::ApiError;
+use super::format::Format;
 use super::params::{Params, token_ids};
 use crate::serving::{Generation, Served};
 use crate::telemetry;
@@ -29,7 +30,6 @@ pub const MAX_SEQUENCES: usize = 4096;
 
 /// Fields of OpenAI that change an answer and that are refused.
 const UNSUPPORTED: &[&str] = &[
-    "response_format",
     "tools",
     "functions",
     "guided_json",
@@ -62,6 +62,9 @@ pub struct Settings {
     pub sampling: Sampling,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
+    pub format: Option<Format>,
+    /// The format for the model's tokens, once [`Settings::prepare`] was called.
+    constraint: Option<Constraint>,
     pub seed: Option<u64>,
     pub n: usize,
     pub max_tokens: Option<usize>,
@@ -121,6 +124,8 @@ impl Settings {
         Ok(Self {
             sampling,
             logit_bias: logit_bias(params.take("logit_bias"))?,
+            format: Format::read(params.take("response_format"))?,
+            constraint: None,
             seed: params
                 .integer("seed", i64::MIN, i64::MAX)?
                 .map(|seed| seed as u64),
@@ -133,6 +138,14 @@ impl Settings {
             stream,
             include_usage,
         })
+    }
+
+    /// What needs the model and takes a while: off the async threads.
+    pub fn prepare(&mut self, served: &Served) -> Result<(), ApiError> {
+        if let Some(format) = &self.format {
+            self.constraint = Some(format.constraint(served)?);
+        }
+        Ok(())
     }
 
     /// One request for each choice of each prompt: choices of a prompt lie next to each other. `max_tokens` is asked
@@ -182,6 +195,7 @@ impl Settings {
                     min_tokens: self.min_tokens.min(max_tokens),
                     sampling,
                     logit_bias: self.logit_bias.clone(),
+                    constraint: self.constraint.clone(),
                     stop_ids: stop_ids.clone(),
                     prompt_logprobs: prompt_logprobs.filter(|_| choice == 0),
                     score_from: 0,

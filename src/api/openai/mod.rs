@@ -4,6 +4,7 @@
 mod chat;
 mod completions;
 pub mod error;
+mod format;
 mod generate;
 mod logprobs;
 mod models;

@@ -49,9 +49,6 @@ impl<S: Send + Sync> FromRequest<S> for Params {
 fn asks_nothing(key: &str, value: &Value) -> bool {
     match (key, value) {
         ("skip_special_tokens", value) => *value == Value::Bool(true),
-        ("response_format", Value::Object(format)) => {
-            format.is_empty() || format.get("type").and_then(Value::as_str) == Some("text")
-        }
         ("length_penalty" | "typical_p", value) => value.as_f64() == Some(1.0),
         ("no_repeat_ngram_size", value) => value.as_f64() == Some(0.0),
         ("function_call", Value::String(choice)) => ["none", "auto"].contains(&choice.as_str()),

@@ -311,6 +311,7 @@ async fn run(served: &Arc<Served>, pairs: &[Pair]) -> Result<Vec<Vec<TokenLogpro
         min_tokens: 0,
         sampling: Sampling::default(),
         logit_bias: Vec::new(),
+        constraint: None,
         stop_ids: Vec::new(),
         prompt_logprobs: Some(1),
         score_from: pair.start,

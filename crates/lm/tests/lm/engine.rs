@@ -31,6 +31,7 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: usize) -> Request {
         min_tokens: 0,
         sampling: Sampling::default(),
         logit_bias: Vec::new(),
+        constraint: None,
         stop_ids: Vec::new(),
         prompt_logprobs: None,
         score_from: 0,

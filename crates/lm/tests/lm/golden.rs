@@ -71,6 +71,7 @@ fn request(id: usize, prompt: Vec<u32>, max_tokens: usize, prompt_logprobs: Opti
         min_tokens: 0,
         sampling: Sampling::default(),
         logit_bias: Vec::new(),
+        constraint: None,
         stop_ids: Vec::new(),
         prompt_logprobs,
         score_from: 0,
