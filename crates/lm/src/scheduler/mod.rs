@@ -3,8 +3,9 @@
 //! what came of it.
 //!
 //! - Every answer that runs gets its next token in every step; what room is left goes to prompts, cut into chunks.
-//! - Room goes to the group (the requests of one client) that has had least of it, so that a large batch does not hold
-//!   up a short question; within a group it is first come, first served.
+//! - Room goes to the group (the requests of one client) that has had least of it, counted from what all had when it came:
+//!   a large batch does not hold up a short question, and those that come later do not overtake for ever. A prompt that one
+//!   step can finish is finished first. Within a group it is first come, first served.
 //! - A prompt that begins as another one does takes over its blocks; one that is about to, waits for it.
 //! - When blocks run out, the sequence that began last gives its own back and runs again later, from the beginning or
 //!   what is left of it. The oldest is never sent back, so that the work always ends.
@@ -23,6 +24,8 @@ pub(crate) use blocks::{Block, Scores};
 
 pub(crate) type SequenceId = u64;
 
+/// Parts of a token that the clock counts in: many groups have a right to less than one in a step.
+const UNIT: u64 = 1 << 20;
 /// A prompt waits for another one that is being run if that saves it so many tokens.
 const WORTH_WAITING: usize = 8;
 
@@ -41,14 +44,18 @@ pub(crate) struct Scheduler {
     sequences: BTreeMap<SequenceId, Sequence>,
     /// In the order in which they began.
     running: Vec<SequenceId>,
+    /// Prompt tokens that each group with prompts has had a right to so far (times [`UNIT`]): where a new one begins.
+    clock: u64,
 }
 
 /// The sequences of one client.
 #[derive(Debug, Default)]
 struct Group {
     waiting: VecDeque<SequenceId>,
-    /// Prompt tokens that it was given, counted from what the least served group had when it came.
+    /// Prompt tokens that it was given (times [`UNIT`]), counted from the clock when it came.
     served: u64,
+    /// Whether it was given any.
+    begun: bool,
     sequences: usize,
 }
 
@@ -117,6 +124,7 @@ impl Scheduler {
             groups: BTreeMap::new(),
             sequences: BTreeMap::new(),
             running: Vec::new(),
+            clock: 0,
         }
     }
 
@@ -151,9 +159,8 @@ impl Scheduler {
 
     /// Queues a prompt, which is not empty and whose longest text fits into all blocks.
     pub fn add(&mut self, id: SequenceId, group: u64, prompt: Vec<u32>, scores: Option<Scores>) {
-        let least = self.groups.values().map(|g| g.served).min().unwrap_or(0);
         let entry = self.groups.entry(group).or_insert_with(|| Group {
-            served: least,
+            served: self.clock,
             ..Group::default()
         });
         entry.waiting.push_back(id);
@@ -281,6 +288,30 @@ impl Scheduler {
     }
 
     fn plan_prompts(&mut self, plan: &mut Plan) {
+        let groups = self.groups_with_prompts();
+        let answers = plan.shares.len();
+        self.fill_with_prompts(plan);
+        let given: usize = plan.shares.iter().skip(answers).map(|s| s.range.len()).sum();
+        self.clock += given as u64 * UNIT / groups.max(1);
+    }
+
+    fn groups_with_prompts(&self) -> u64 {
+        let mut groups: Vec<u64> = self
+            .running
+            .iter()
+            .filter(|id| self.left(**id) > 1)
+            .map(|id| self.sequences[id].group)
+            .collect();
+        groups.sort_unstable();
+        groups.dedup();
+        let waiting = self
+            .groups
+            .iter()
+            .filter(|(id, group)| !group.waiting.is_empty() && groups.binary_search(id).is_err());
+        (groups.len() + waiting.count()) as u64
+    }
+
+    fn fill_with_prompts(&mut self, plan: &mut Plan) {
         let mut room = self
             .limits
             .max_batch_tokens
@@ -318,7 +349,8 @@ impl Scheduler {
                 continue;
             }
             if let Some(group) = self.groups.get_mut(&self.sequences[&id].group) {
-                group.served += (to - from) as u64;
+                group.served += (to - from) as u64 * UNIT;
+                group.begun = true;
             }
             plan.shares.push(Share {
                 sequence: id,
@@ -328,13 +360,22 @@ impl Scheduler {
         }
     }
 
-    /// The prompt whose turn it is: of the group that was served least, one that has begun, or else the first that waits
-    /// and has no reason to.
+    /// The prompt whose turn it is: one that has begun and needs no more than a step; else of the group that was served
+    /// least, one that has begun, or else the first that waits and has no reason to.
     fn next_prompt(&self, plan: &Plan, passed: &[SequenceId]) -> Option<SequenceId> {
+        let almost_through = self.running.iter().copied().find(|id| {
+            let left = self.left(*id);
+            (1..=self.limits.max_batch_tokens).contains(&left)
+                && !passed.contains(id)
+                && plan.shares.iter().all(|share| share.sequence != *id)
+        });
+        if almost_through.is_some() {
+            return almost_through;
+        }
         let may_begin = self.running.len() < self.limits.max_running;
         let mut groups: Vec<(&u64, &Group)> = self.groups.iter().collect();
-        // The newest among equals: it is the one that has waited for nothing yet.
-        groups.sort_by_key(|(id, group)| (group.served, std::cmp::Reverse(**id)));
+        // Among equals one that was given nothing yet, then the oldest.
+        groups.sort_by_key(|(id, group)| (group.served, group.begun, **id));
         groups.into_iter().find_map(|(id, group)| {
             let begun = self.running.iter().copied().find(|running| {
                 self.sequences[running].group == *id

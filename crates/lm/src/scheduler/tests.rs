@@ -364,3 +364,37 @@ fn sequences_that_are_sent_back_go_on_where_they_were() {
         assert_eq!(world.done[&id], expected(&text(20, id as u32), 50));
     }
 }
+
+/// More comes than can be run, without end: nobody is overtaken for ever, neither by position nor by size.
+#[test]
+fn under_overload_each_comes_to_its_turn() {
+    let mut world = World::new(4096, 16, 512);
+    let mut ended = BTreeMap::new();
+    let mut came = BTreeMap::new();
+    world.add(0, 0, &text(48, 900), 1, None);
+    for step in 0..400 {
+        for _ in 0..2 {
+            let id = came.len() as u64 + 1;
+            came.insert(id, step);
+            world.add(id, id, &text(12, id as u32), 1, None);
+        }
+        world.step();
+        for id in world.done.keys() {
+            ended.entry(*id).or_insert(step);
+        }
+    }
+    // Two thirds of what comes can be run, so the wait grows, but for all of them alike.
+    let late = |id: u64| ended.get(&id).map(|end| end - came[&id]);
+    assert!(
+        (1..450).all(|id| late(id).is_some()),
+        "one of the first 450 of 800 has not ended"
+    );
+    for id in 1..430 {
+        let (own, later) = (late(id), late(id + 20));
+        assert!(
+            own <= later.map(|wait| wait + 10),
+            "{id}: {own:?} steps, {later:?} for one that came later"
+        );
+    }
+    assert!(ended.contains_key(&0), "the long prompt has not ended");
+}
