@@ -26,7 +26,7 @@ pub(super) enum Command {
     },
     Submit {
         model: u64,
-        request: Request,
+        request: Box<Request>,
         events: UnboundedSender<Event>,
     },
     Cancel {
@@ -191,7 +191,7 @@ impl Loop {
             } => {
                 // Without the model, dropping `events` tells the waiting side.
                 if let Some(resident) = self.models.get_mut(&model) {
-                    resident.submit(request, events);
+                    resident.submit(*request, events);
                 }
             }
             Command::Stop => {}

@@ -184,7 +184,7 @@ impl Served {
             });
             alive &= self.engine.send(Command::Submit {
                 model: self.id,
-                request,
+                request: Box::new(request),
                 events: sender,
             });
         }
