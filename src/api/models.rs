@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use cauldron_lm::Arithmetic;
+use cauldron_lm::{Arithmetic, LmError};
 use serde::Serialize;
 use serde_json::Value;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -15,7 +15,7 @@ use super::extract::{FromSegment, JsonBytes, Segment, json_object};
 use super::problem::Problem;
 use crate::app::AppState;
 use crate::config::{ModelName, NameError};
-use crate::serving::{LoadError, LoadRequest, ServingError, SlotInfo};
+use crate::serving::{LoadError, LoadRequest, ServingError, SlotInfo, check_model};
 use crate::sources::SourceError;
 
 const MAX_BODY_BYTES: usize = 1 << 20;
@@ -71,7 +71,8 @@ struct ModelList {
 
 /// Load a model
 ///
-/// Answers 202 at once; models are loaded one after the other. Requests for the name wait until it is ready; requests that
+/// What shows in config.json and the files' headers (an architecture that is not supported, a missing tensor) is 422. Else
+/// answers 202 at once; models are loaded one after the other. Requests for the name wait until it is ready; requests that
 /// run finish on the weights they began with. If a loaded name is loaded again and that fails, it keeps what it had, and
 /// `error` says why. Where there is no memory for another model, the one that was not asked for longest makes room, and
 /// comes back when it is asked.
@@ -91,10 +92,13 @@ async fn load_model(
     } = parse(&body)?;
     let asked = Instant::now();
     let (sources, reference) = (app.sources.clone(), source.clone());
-    let located = tokio::task::spawn_blocking(move || sources.locate("source", &reference))
-        .await
-        .map_err(|e| Problem::internal("locating a model", &e))?
-        .map_err(unlocated)?;
+    let located = tokio::task::spawn_blocking(move || {
+        let located = sources.locate("source", &reference).map_err(unlocated)?;
+        check_model(&located.folder, located.adapter.as_deref()).map_err(unservable)?;
+        Ok::<_, Problem>(located)
+    })
+    .await
+    .map_err(|e| Problem::internal("locating a model", &e))??;
     let request = LoadRequest {
         folder: located.folder,
         adapter: located.adapter,
@@ -207,6 +211,13 @@ fn unlocated(error: SourceError) -> Problem {
     match error {
         SourceError::Refused(e) => Problem::unprocessable("unknown-model", &e.field, e.detail),
         SourceError::Outage(e) => e.into(),
+    }
+}
+
+fn unservable(error: LmError) -> Problem {
+    match error {
+        LmError::Checkpoint(e) => unlocated(SourceError::of_files("source", e)),
+        error => Problem::unprocessable(error.slug(), "source", error.to_string()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! From a folder to a model that answers: verify, digest, decode config, read weights, tokenizer and template.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Device;
@@ -42,6 +43,14 @@ impl WeightSource for ExpertWeights<'_> {
     fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
         Ok(self.0.read_f32(name)?)
     }
+}
+
+/// What config.json and the headers of a model's files show of whether it can be served: its architecture, its settings,
+/// and that all tensors are there in their shapes. Reads no weights.
+pub fn check_model(folder: &Path, adapter: Option<&Path>) -> Result<(), LmError> {
+    let expert = Expert::open(folder, adapter)?;
+    let config = ModelConfig::from_json(expert.checkpoint().config())?;
+    Decoder::check_weights(&config, &ExpertWeights(&expert))
 }
 
 /// Blocks for as long as reading takes, and as making room takes. All that can be checked is checked before another model

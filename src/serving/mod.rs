@@ -22,6 +22,7 @@ use crate::config::ModelName;
 
 pub use device::open as open_device;
 pub use engine::{EngineThread, Work};
+pub use load::check_model;
 pub use served::{Generation, Served};
 pub use slot::{LoadRequest, SlotInfo, dtype_name};
 

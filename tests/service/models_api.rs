@@ -80,12 +80,7 @@ async fn a_model_that_does_not_load_says_why() {
     let app = TestApp::start().await;
     let dir = app.models_dir().join("odd");
     write_model(&dir, 3, &Shape::default());
-    let config = std::fs::read_to_string(dir.join("config.json")).unwrap();
-    std::fs::write(
-        dir.join("config.json"),
-        config.replace("LlamaForCausalLM", "OddForCausalLM"),
-    )
-    .unwrap();
+    std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
     app.post("/models", json!({"name": "m", "source": "odd"}))
         .await
         .expect(202);
@@ -93,14 +88,33 @@ async fn a_model_that_does_not_load_says_why() {
         .eventually("/models/m", |slot| slot["status"] != "loading")
         .await;
     assert_eq!(slot["status"], "failed");
-    assert!(
-        slot["error"].as_str().unwrap().contains("OddForCausalLM"),
-        "{slot}"
-    );
+    assert!(slot["error"].as_str().unwrap().contains("tokenizer"), "{slot}");
     app.post("/v1/completions", scoring("m"))
         .await
         .expect_error(502, Some("model"));
     app.get("/livez").await.expect(200);
+}
+
+#[tokio::test]
+async fn what_no_model_of_this_service_can_be_is_refused_at_once() {
+    let app = TestApp::start().await;
+    for (name, from, to) in [
+        ("odd", "LlamaForCausalLM", "OddForCausalLM"),
+        ("wide", "\"hidden_size\":32", "\"hidden_size\":64"),
+        ("sharp", "\"hidden_act\":\"silu\"", "\"hidden_act\":\"relu\""),
+    ] {
+        let dir = app.models_dir().join(name);
+        write_model(&dir, 3, &Shape::default());
+        let config = std::fs::read_to_string(dir.join("config.json")).unwrap();
+        assert!(config.contains(from), "{config}");
+        std::fs::write(dir.join("config.json"), config.replace(from, to)).unwrap();
+        let refused = app.post("/models", json!({"name": "m", "source": name})).await;
+        let problem = refused.expect_problem(422, Some("source")).json();
+        let detail = problem["detail"].as_str().unwrap();
+        let names = ["OddForCausalLM", "tensor model.embed_tokens.weight", "hidden_act"];
+        assert!(names.iter().any(|name| detail.contains(name)), "{detail}");
+    }
+    app.get("/models/m").await.expect_problem(404, None);
 }
 
 #[tokio::test]
@@ -215,13 +229,20 @@ async fn a_load_that_fails_leaves_the_name_as_it_was() {
     std::fs::create_dir(app.models_dir().join("empty")).unwrap();
     app.post("/models", json!({"name": "m", "source": "empty"}))
         .await
+        .expect_problem(422, Some("source"));
+    assert_eq!(app.get("/models/m").await.json(), before);
+    let dir = app.models_dir().join("mute");
+    write_model(&dir, 3, &Shape::default());
+    std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
+    app.post("/models", json!({"name": "m", "source": "mute"}))
+        .await
         .expect(202);
     let slot = app
         .eventually("/models/m", |slot| slot["status"] != "loading")
         .await;
     assert_eq!(slot["status"], "ready");
     assert_eq!(slot["system_fingerprint"], before["system_fingerprint"]);
-    assert!(slot["error"].as_str().unwrap().contains("empty"), "{slot}");
+    assert!(slot["error"].as_str().unwrap().contains("mute"), "{slot}");
     app.post("/v1/completions", scoring("m")).await.expect(200);
 }
 
