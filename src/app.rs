@@ -147,6 +147,7 @@ impl App {
         match self.serving.load_if_new(key, request) {
             Ok(()) => self.serving.get(name).await,
             Err(LoadError::ShuttingDown) => Err(ServingError::ShuttingDown),
+            Err(LoadError::TooMany(most)) => Err(ServingError::NoName(most)),
             Err(e) => Err(ServingError::Failed {
                 name: name.to_owned(),
                 detail: e.to_string(),

@@ -56,6 +56,8 @@ pub enum ServingError {
     StillLoading(String),
     #[error("too many sequences are waiting for model {0}")]
     Busy(String),
+    #[error("there are {0} names of models already: one must be unloaded before another is loaded")]
+    NoName(usize),
     #[error("the service is shutting down")]
     ShuttingDown,
 }

@@ -204,6 +204,15 @@ async fn a_folder_is_loaded_when_it_is_first_asked_for_if_that_is_on() {
             .await
             .expect_error(404, Some("model"));
     }
+    let full = TestApp::with(|config| {
+        config.engine.load_on_first_use = true;
+        config.engine.max_models = 1;
+    })
+    .await;
+    ask(&full, "math").await;
+    full.post("/v1/completions", question("code"))
+        .await
+        .expect_error(429, Some("model"));
     let off = TestApp::start().await;
     off.post("/v1/completions", question("math"))
         .await

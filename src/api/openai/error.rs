@@ -120,6 +120,7 @@ impl From<ServingError> for ApiError {
             ServingError::Failed { .. } => (StatusCode::BAD_GATEWAY, "model_failed", None),
             ServingError::StillLoading(_) => (StatusCode::SERVICE_UNAVAILABLE, "model_loading", Some(5)),
             ServingError::Busy(_) => (StatusCode::TOO_MANY_REQUESTS, "overloaded", Some(2)),
+            ServingError::NoName(_) => (StatusCode::TOO_MANY_REQUESTS, "model_limit", Some(30)),
             ServingError::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "shutting_down", Some(5)),
         };
         let mut out = Self::new(status, error.to_string()).with_code(code);
