@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::load::{Place, Turn, load};
 use super::memory::{Need, Reservation};
-use super::slot::{Former, Held, Loading, Slot, Slots};
+use super::slot::{Back, Former, Held, Loading, Slot, Slots};
 use super::{LoadError, LoadRequest, Served, Serving, ServingError};
 use crate::config::ModelName;
 
@@ -65,7 +65,7 @@ impl Serving {
             }
             Former::of(slot)
         });
-        slots.enqueue(name, request, former, None, held);
+        slots.enqueue(name, request, former, Back::No, held);
         Ok(())
     }
 
@@ -95,7 +95,7 @@ impl Serving {
             name: name.to_string(),
             detail: error.to_string(),
         })?;
-        slots.enqueue(name.clone(), request, None, None, vec![held]);
+        slots.enqueue(name.clone(), request, None, Back::Asked, vec![held]);
         Ok(())
     }
 
@@ -166,7 +166,7 @@ impl Slots {
         name: ModelName,
         request: LoadRequest,
         former: Option<Former>,
-        not_replaced: Option<String>,
+        back: Back,
         held: Vec<Held>,
     ) {
         self.last_ticket += 1;
@@ -175,7 +175,7 @@ impl Slots {
             ticket: self.last_ticket,
             begun: false,
             former,
-            not_replaced,
+            back,
             held,
         };
         self.by_name.insert(name, Slot::Loading(loading));
@@ -186,23 +186,29 @@ impl Slots {
         let Loading {
             request,
             former,
-            not_replaced,
+            back,
             held,
             ..
         } = loading;
+        let mut failure = None;
         let slot = match (loaded, former) {
             (Ok(served), _) => Slot::Ready {
                 served,
                 request,
-                not_replaced,
+                not_replaced: back.why(),
             },
+            // It was served before, and what failed may pass: the next request tries again.
+            (Err(detail), None) if !matches!(back, Back::No) => {
+                failure = Some(detail);
+                Slot::Unloaded { request }
+            }
             (Err(detail), None) => Slot::Failed {
                 source: request.source,
                 detail,
             },
             (Err(detail), Some(former)) => {
                 let source = &request.source;
-                let why = Some(format!("{source} could not be loaded in its place: {detail}"));
+                let why = format!("{source} could not be loaded in its place: {detail}");
                 let (there, request) = match former {
                     Former::Kept(served, request) => (Some(served), request),
                     Former::Leaving(served, request) => (served.upgrade(), request),
@@ -211,10 +217,10 @@ impl Slots {
                     Some(served) => Slot::Ready {
                         served,
                         request,
-                        not_replaced: why,
+                        not_replaced: Some(why),
                     },
                     // It had to make room, and comes back.
-                    None => return self.enqueue(name.clone(), request, None, why, held),
+                    None => return self.enqueue(name.clone(), request, None, Back::Replacing(why), held),
                 }
             }
         };
@@ -224,7 +230,10 @@ impl Slots {
                 name: name.to_string(),
                 detail: detail.clone(),
             }),
-            Slot::Loading(_) | Slot::Unloaded { .. } => Err(ServingError::StillLoading(name.to_string())),
+            Slot::Loading(_) | Slot::Unloaded { .. } => Err(ServingError::Failed {
+                name: name.to_string(),
+                detail: failure.unwrap_or_default(),
+            }),
         };
         self.by_name.insert(name.clone(), slot);
         // The model goes to those that waited for it before anything else can take it away again.
@@ -276,19 +285,28 @@ impl SlotTurn<'_> {
     /// The share of a model that is not served from now on; None if there is none to be had.
     fn take_from_another(&self) -> Option<Weak<Reservation>> {
         let mut slots = self.serving.slots();
-        if let Some(Slot::Loading(loading)) = slots.by_name.get_mut(&self.name)
-            && let Some(Former::Kept(served, request)) = loading.former.take()
-        {
-            let share = served.memory().clone();
-            info!(model = %self.name, "what it replaces is unloaded first: there is no memory for both");
-            loading.former = Some(Former::Leaving(Arc::downgrade(&served), request));
-            return Some(share);
+        match slots.by_name.get_mut(&self.name) {
+            Some(Slot::Loading(loading)) if loading.ticket == self.ticket => {
+                if let Some(share) = loading.give_up_former() {
+                    info!(model = %self.name, "what it replaces is unloaded first: there is no memory for both");
+                    return Some(share);
+                }
+            }
+            _ => return None,
         }
-        let ready = slots.by_name.iter_mut().filter_map(|(name, slot)| match slot {
+        // What another name meant before its own load counts as that name's model.
+        let there = slots.by_name.iter().filter_map(|(name, slot)| match slot {
             Slot::Ready { served, .. } => Some((served.standing(), name.clone())),
+            Slot::Loading(Loading {
+                former: Some(Former::Kept(served, _)),
+                ..
+            }) => Some((served.standing(), name.clone())),
             _ => None,
         });
-        let (_, name) = ready.min()?;
+        let (_, name) = there.min()?;
+        if let Some(Slot::Loading(loading)) = slots.by_name.get_mut(&name) {
+            return loading.give_up_former();
+        }
         let Some(Slot::Ready { served, request, .. }) = slots.by_name.remove(&name) else {
             return None;
         };
@@ -320,7 +338,7 @@ mod tests {
         let name: ModelName = "m".parse().expect("a name");
         let (held, mut coming) = tokio::sync::oneshot::channel();
         let former = Former::Leaving(Weak::new(), request("old"));
-        slots.enqueue(name.clone(), request("new"), Some(former), None, vec![held]);
+        slots.enqueue(name.clone(), request("new"), Some(former), Back::No, vec![held]);
         let Some(Slot::Loading(loading)) = slots.by_name.remove(&name) else {
             panic!("a slot that is loading");
         };
@@ -336,7 +354,7 @@ mod tests {
             panic!("a slot that is loading");
         };
         slots.settle(&name, loading, Err("gone".into()));
-        assert_eq!(slots.info(&name).map(|info| info.status), Some("failed"));
+        assert_eq!(slots.info(&name).map(|info| info.status), Some("unloaded"));
         assert!(matches!(coming.try_recv(), Ok(Err(ServingError::Failed { .. }))));
     }
 }

@@ -10,6 +10,7 @@ use cauldron_checkpoint::Digest;
 use cauldron_lm::Arithmetic;
 use tokio::sync::oneshot;
 
+use super::memory::Reservation;
 use super::{Served, ServingError};
 use crate::config::ModelName;
 
@@ -59,10 +60,45 @@ pub(super) struct Loading {
     pub begun: bool,
     /// What the name meant before: it comes back if the load fails.
     pub former: Option<Former>,
-    /// Why what was to replace this model could not be loaded, if it is the one that comes back.
-    pub not_replaced: Option<String>,
+    pub back: Back,
     /// Requests that are held for it, in their order.
     pub held: Vec<Held>,
+}
+
+/// Whether a model that is loaded was served before under its name, and had made room.
+#[derive(Debug)]
+pub(super) enum Back {
+    No,
+    /// It is asked again.
+    Asked,
+    /// What was to replace it could not be loaded, and why.
+    Replacing(String),
+}
+
+impl Back {
+    pub(super) fn why(&self) -> Option<String> {
+        match self {
+            Self::Replacing(why) => Some(why.clone()),
+            Self::No | Self::Asked => None,
+        }
+    }
+}
+
+impl Loading {
+    /// What is kept beside it goes with its last request; its share of the memory.
+    pub(super) fn give_up_former(&mut self) -> Option<Weak<Reservation>> {
+        match self.former.take() {
+            Some(Former::Kept(served, request)) => {
+                let share = served.memory().clone();
+                self.former = Some(Former::Leaving(Arc::downgrade(&served), request));
+                Some(share)
+            }
+            other => {
+                self.former = other;
+                None
+            }
+        }
+    }
 }
 
 /// The way to a request that is held.
@@ -81,6 +117,12 @@ impl Former {
     pub(super) fn of(slot: Slot) -> Option<Self> {
         match slot {
             Slot::Ready { served, request, .. } => Some(Self::Kept(served, request)),
+            Slot::Loading(Loading {
+                former: None,
+                back: Back::Asked | Back::Replacing(_),
+                request,
+                ..
+            }) => Some(Self::Leaving(Weak::new(), request)),
             Slot::Loading(loading) => loading.former,
             Slot::Unloaded { request } => Some(Self::Leaving(Weak::new(), request)),
             Slot::Failed { .. } => None,
@@ -131,7 +173,7 @@ impl Slots {
         let (status, source, request, served, error) = match slot {
             Slot::Loading(loading) => {
                 let request = &loading.request;
-                let why = loading.not_replaced.clone();
+                let why = loading.back.why();
                 ("loading", &request.source, Some(request), None, why)
             }
             Slot::Failed { source, detail } => ("failed", source, None, None, Some(detail.clone())),

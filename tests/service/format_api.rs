@@ -121,6 +121,35 @@ async fn schemas_that_cannot_be_used_are_refused_by_name_and_soon() {
             .await
             .expect_error(400, Some("response_format"));
     }
+    let chain = |links: usize| {
+        let link = |i: usize| (format!("a{i}"), json!({"$ref": format!("#/$defs/a{}", i + 1)}));
+        let mut defs: serde_json::Map<String, Value> = (0..links).map(link).collect();
+        defs.insert(format!("a{links}"), json!({"type": "string"}));
+        schema(json!({"$defs": defs, "$ref": "#/$defs/a0"}))
+    };
+    let many = |key: &str, count: usize| {
+        let fields: serde_json::Map<String, Value> = (0..count)
+            .map(|i| (format!("f{i}"), json!({"type": "null"})))
+            .collect();
+        schema(json!({"type": "object", key: fields}))
+    };
+    for format in [
+        chain(300),
+        chain(10_000),
+        many("patternProperties", 100),
+        many("properties", 3000),
+    ] {
+        app.post("/v1/completions", request(format))
+            .await
+            .expect_error(400, Some("response_format"));
+    }
+    for format in [chain(200), many("properties", 50)] {
+        app.post("/v1/completions", request(format)).await.expect(200);
+    }
+    // Found to be too much only while the answer is drawn.
+    app.post("/v1/completions", request(many("properties", 900)))
+        .await
+        .expect_error(400, Some("response_format"));
     // Large, but no harm: refused or answered.
     let pattern = json!({"type": "string", "pattern": "((a{1,1000}){1,1000}){1,1000}"});
     for large in [nested, pattern] {

@@ -73,14 +73,20 @@ struct Sequence {
 
 /// A token that was drawn, or why none could be.
 struct Drawn {
-    token: Result<u32, String>,
+    token: Result<u32, Undrawn>,
     logprobs: Option<TokenLogprobs>,
 }
 
+struct Undrawn {
+    error: String,
+    /// Of the request, if it is at fault.
+    field: Option<&'static str>,
+}
+
 impl Drawn {
-    fn failed(error: String) -> Self {
+    fn failed(error: String, field: Option<&'static str>) -> Self {
         Self {
-            token: Err(error),
+            token: Err(Undrawn { error, field }),
             logprobs: None,
         }
     }
@@ -358,7 +364,7 @@ impl Engine {
     fn take(&mut self, id: u64, drawn: Drawn) {
         let token = match drawn.token {
             Ok(token) => token,
-            Err(error) => return self.fail(id, &error),
+            Err(Undrawn { error, field }) => return self.fail_at(id, error, field),
         };
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return;
@@ -388,12 +394,12 @@ impl Engine {
     }
 
     fn fail(&mut self, id: u64, error: &str) {
+        self.fail_at(id, error.to_owned(), None);
+    }
+
+    fn fail_at(&mut self, id: u64, error: String, field: Option<&'static str>) {
         if self.end(id) {
-            self.events.push(Event::Failed {
-                id,
-                error: error.to_owned(),
-                field: None,
-            });
+            self.events.push(Event::Failed { id, error, field });
         }
     }
 
@@ -425,16 +431,16 @@ impl Sequence {
         if let Some(constraint) = &mut self.request.constraint
             && let Err(error) = constraint.apply(&mut logits)
         {
-            return Drawn::failed(format!("response_format: {error}"));
+            return Drawn::failed(error, Some("response_format"));
         }
         let Some(token) = self.sampler.sample(&mut logits, banned) else {
-            return Drawn::failed("the model gave no finite logit".to_owned());
+            return Drawn::failed("the model gave no finite logit".to_owned(), None);
         };
         if let Some(constraint) = &mut self.request.constraint
             && !self.request.stop_ids.contains(&token)
             && let Err(error) = constraint.accept(token)
         {
-            return Drawn::failed(format!("response_format: {error}"));
+            return Drawn::failed(error, Some("response_format"));
         }
         // Log-probabilities are those of the model, before penalties and temperature.
         let logprobs = unchanged.map(|(top, logits)| score_logits(&logits, token, top));

@@ -92,8 +92,9 @@ pub fn view(app: &App, job: Job) -> JobView {
     }
 }
 
+/// Always with milliseconds: as strings they are in the order of time.
 fn rfc3339(milliseconds: i64) -> String {
     jiff::Timestamp::from_millisecond(milliseconds)
-        .map(|time| time.to_string())
+        .map(|time| format!("{time:.3}"))
         .unwrap_or_default()
 }
