@@ -115,7 +115,9 @@ impl ModelConfig {
                 true => fields.positive("query_pre_attn_scalar", 256.0)?.powf(-0.5),
                 false => (head_dim as f64).powf(-0.5),
             },
-            attention_softcap: softcap(&fields, "attn_logit_softcapping", architecture, 50.0)?,
+            // transformers does not use Gemma 3's.
+            attention_softcap: softcap(&fields, "attn_logit_softcapping", architecture, 50.0)?
+                .filter(|_| architecture == Architecture::Gemma2),
             logit_softcap: softcap(&fields, "final_logit_softcapping", architecture, 30.0)?,
             layer_ropes: layers::ropes(&fields, architecture, &windows)?,
             windows,

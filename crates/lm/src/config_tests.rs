@@ -88,6 +88,9 @@ fn sliding_windows_follow_the_family() {
     assert!(flags.contains("no_rope_layers"), "{flags}");
     let chunked = json!({"layer_types": ["chunked_attention", "full_attention", "full_attention"]});
     assert!(refusal("LlamaForCausalLM", chunked).contains("layer_types"));
+    let mixed = json!({"sliding_window": 7,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"]});
+    assert!(refusal("MistralForCausalLM", mixed).contains("layer_types"));
 }
 
 #[test]
@@ -146,6 +149,50 @@ fn rope_is_read_from_old_and_new_configs() {
         json!({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}),
     );
     assert!(short.contains("low_freq_factor"), "{short}");
+}
+
+/// As transformers 5.23, `convert_rope_params_to_dict`.
+#[test]
+fn of_old_and_new_rope_tables_the_old_one_counts() {
+    let both = json!({
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}});
+    let llama = read("LlamaForCausalLM", both);
+    assert_eq!(
+        (llama.ropes[0].theta, &llama.ropes[0].scaling),
+        (5e5, &RopeScaling::Linear { factor: 2.0 })
+    );
+    let empty = json!({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {}});
+    assert_eq!(read("LlamaForCausalLM", empty).ropes[0].theta, 1e6);
+    let gemma = json!({
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 2e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 3e4}},
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0}});
+    let gemma = read("Gemma3ForCausalLM", gemma);
+    let ropes: Vec<_> = gemma.ropes.iter().map(|r| (r.theta, r.scaling.clone())).collect();
+    let full = (2e6, RopeScaling::Linear { factor: 8.0 });
+    assert_eq!(ropes, [full, (3e4, RopeScaling::Default)]);
+}
+
+#[test]
+fn the_length_of_longrope_is_the_configs_before_the_tables() {
+    let phi = |change: Value| {
+        let mut fields = json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.0, 1.0, 1.0],
+            "original_max_position_embeddings": 64}, "max_position_embeddings": 8192});
+        for (key, value) in change.as_object().expect("fields") {
+            fields[key] = value.clone();
+        }
+        fields
+    };
+    assert_eq!(
+        read("Phi3ForCausalLM", phi(json!({}))).max_position_embeddings,
+        4096
+    );
+    let own = phi(json!({"original_max_position_embeddings": 128}));
+    assert_eq!(read("Phi3ForCausalLM", own).max_position_embeddings, 128);
+    let one = phi(json!({"original_max_position_embeddings": 1}));
+    assert!(refusal("Phi3ForCausalLM", one).contains("above 1"));
 }
 
 #[test]

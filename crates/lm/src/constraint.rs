@@ -27,9 +27,17 @@ pub struct Grammars {
 }
 
 /// What one answer has to be, and how far it has come.
-#[derive(Clone)]
 pub struct Constraint {
     matcher: Matcher,
+}
+
+impl Clone for Constraint {
+    /// With a lexer of its own, whose states have the whole limit.
+    fn clone(&self) -> Self {
+        Self {
+            matcher: self.matcher.deep_clone(),
+        }
+    }
 }
 
 impl Grammars {

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use crate::decoder::Segment;
 use crate::kv::{BLOCK_TOKENS, KvPool};
+use crate::request::MAX_LOGPROBS;
 use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Plan, Scheduler, Scores, Share, Start};
 use crate::scoring::{Target, score_rows};
@@ -98,7 +99,7 @@ impl Engine {
             max_batch_tokens: config.max_batch_tokens,
             max_running: config.max_running,
         };
-        let blocks = (config.kv_bytes / KvPool::block_bytes(decoder.config())).clamp(1, MOST_BLOCKS);
+        let blocks = (config.kv_bytes / Self::block_bytes(decoder.config())).clamp(1, MOST_BLOCKS);
         Self {
             pool: KvPool::new(decoder.config(), blocks),
             scores: vec![BlockScores::default(); blocks],
@@ -109,14 +110,20 @@ impl Engine {
         }
     }
 
+    /// Bytes of a block: keys and values, and the scores that may be kept with them.
+    pub fn block_bytes(config: &ModelConfig) -> usize {
+        let score = size_of::<TokenLogprobs>() + (MAX_LOGPROBS + 1) * size_of::<(u32, f32)>();
+        KvPool::block_bytes(config) + size_of::<BlockScores>() + BLOCK_TOKENS * score
+    }
+
     /// Bytes of keys and values that an engine for such a model can make use of.
     pub fn most_kv_bytes(config: &ModelConfig) -> usize {
-        MOST_BLOCKS * KvPool::block_bytes(config)
+        MOST_BLOCKS * Self::block_bytes(config)
     }
 
     /// Bytes that the longest text of such a model takes.
     pub fn longest_kv_bytes(config: &ModelConfig) -> usize {
-        config.max_position_embeddings.div_ceil(BLOCK_TOKENS) * KvPool::block_bytes(config)
+        config.max_position_embeddings.div_ceil(BLOCK_TOKENS) * Self::block_bytes(config)
     }
 
     /// Tokens whose keys and values there is memory for.

@@ -90,7 +90,10 @@ pub(crate) fn vectorized<V: Vectorized>(work: V) -> V::Output {
 /// Whether the machine multiplies pairs of bf16 in one instruction: whether [`PairsAtOnce`] may be used.
 pub(crate) fn has_pairs_at_once() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
+    return is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bf16")
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma");
     #[cfg(not(target_arch = "x86_64"))]
     false
 }

@@ -33,7 +33,7 @@ pub use engine::{Engine, EngineConfig};
 pub use error::LmError;
 pub use kv::{BLOCK_TOKENS, KvPool};
 pub use packed::Arithmetic;
-pub use request::{Event, FinishReason, Request};
+pub use request::{Event, FinishReason, MAX_LOGPROBS, Request};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{Sampler, Sampling};
 pub use scoring::{MAX_ROWS, NO_LOGPROB, TokenLogprobs, score, score_logits};

@@ -3,8 +3,8 @@
 use crate::decoder::check_tokens;
 use crate::{Constraint, LmError, ModelConfig, Sampling, TokenLogprobs};
 
-/// Largest count of likeliest tokens that may be asked for.
-const MAX_LOGPROBS: usize = 1024;
+/// Likeliest tokens that may be asked for at most: they are kept with the blocks, whose memory counts them.
+pub const MAX_LOGPROBS: usize = 20;
 
 /// One sequence to run. `n` choices of one prompt are `n` requests with seeds of their own; the engine runs a prompt
 /// that several of them have once.

@@ -82,7 +82,10 @@ pub(crate) fn score_rows(
 /// As [`score`], for one row whose logits are at hand.
 pub fn score_logits(logits: &[f32], target: u32, top: usize) -> TokenLogprobs {
     let mut state = RowState::new(target, top);
-    state.see(0, logits);
+    // In the same tiles: sums of f32 depend on where they are cut.
+    for (start, tile) in (0..).step_by(TILE).zip(logits.chunks(TILE)) {
+        state.see(start, tile);
+    }
     state.finish()
 }
 
@@ -263,6 +266,18 @@ mod tests {
         assert!(whole.top.windows(2).all(|pair| pair[0].1 >= pair[1].1));
         let ids = |scored: &TokenLogprobs| scored.top.iter().map(|(id, _)| *id).collect::<Vec<_>>();
         assert_eq!(ids(&tiled), ids(&whole));
+    }
+
+    #[test]
+    fn a_row_at_hand_is_summed_as_one_that_comes_in_tiles() {
+        let logits: Vec<f32> = (0..TILE * 2 + 999)
+            .map(|i| ((i * 7919) % 10_007) as f32 / 700.0)
+            .collect();
+        let mut tiled = RowState::new(5000, 3);
+        for (index, tile) in logits.chunks(TILE).enumerate() {
+            tiled.see((index * TILE) as u32, tile);
+        }
+        assert_eq!(tiled.finish(), score_logits(&logits, 5000, 3));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::telemetry;
 /// Most choices of one prompt.
 pub const MAX_N: i64 = 128;
 /// Most likeliest tokens that can be asked for.
-pub const MAX_LOGPROBS: i64 = 20;
+pub const MAX_LOGPROBS: i64 = cauldron_lm::MAX_LOGPROBS as i64;
 /// Stop strings of one request, and bytes of one.
 pub const MAX_STOPS: usize = 64;
 pub const MAX_STOP_BYTES: usize = 1024;

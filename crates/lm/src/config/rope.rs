@@ -6,6 +6,8 @@ use super::{Architecture, Fields, printable};
 use crate::LmError;
 use crate::rope::{RopeConfig, RopeScaling};
 
+const NEW: &str = "rope_parameters";
+const OLD: &str = "rope_scaling";
 const ORIGINAL_LENGTH: &str = "original_max_position_embeddings";
 
 /// The rotary embeddings that a model's layers choose from: one, or for Gemma 3 that of the layers with full attention
@@ -23,36 +25,34 @@ pub(super) fn read(
         max_position,
     };
     let theta = architecture.defaults().rope_theta;
-    let (new, old) = (fields.get("rope_parameters"), fields.get("rope_scaling"));
+    let (new, old) = (fields.get(NEW), fields.get(OLD));
     if architecture != Architecture::Gemma3 {
-        // Newer configs have the first in the second's stead.
-        let (key, table) = match new {
-            Some(_) => ("rope_parameters", new),
-            None => ("rope_scaling", old),
+        // transformers: `rope_scaling or rope_parameters`.
+        let is_empty = |table: &Value| table.as_object().is_some_and(Map::is_empty);
+        let (key, table) = match old.filter(|table| !is_empty(table)) {
+            Some(table) => (OLD, Some(table)),
+            None => (NEW, new),
         };
         return Ok(vec![reader.one(key, table, "rope_theta", theta)?]);
     }
-    const LOCAL: &str = "rope_local_base_freq";
-    Ok(match new {
-        Some(table) => vec![
-            reader.one(
-                "rope_parameters.full_attention",
-                table.get("full_attention"),
-                "rope_theta",
-                theta,
-            )?,
-            reader.one(
-                "rope_parameters.sliding_attention",
-                table.get("sliding_attention"),
-                LOCAL,
-                10_000.0,
-            )?,
-        ],
-        None => vec![
-            reader.one("rope_scaling", old, "rope_theta", theta)?,
-            reader.one("", None, LOCAL, 10_000.0)?,
-        ],
-    })
+    let of = |kind: &str| new.and_then(|table| table.get(kind));
+    // Here transformers writes the old one over the new one.
+    let (key, full) = match (of("full_attention"), old) {
+        (full, None) => ("rope_parameters.full_attention", full.cloned()),
+        (Some(Value::Object(full)), Some(Value::Object(old))) => {
+            let both = full
+                .iter()
+                .chain(old)
+                .map(|(key, value)| (key.clone(), value.clone()));
+            (OLD, Some(Value::Object(both.collect())))
+        }
+        (_, Some(old)) => (OLD, Some(old.clone())),
+    };
+    let (local_key, local) = ("rope_parameters.sliding_attention", of("sliding_attention"));
+    Ok(vec![
+        reader.one(key, full.as_ref(), "rope_theta", theta)?,
+        reader.one(local_key, local, "rope_local_base_freq", 10_000.0)?,
+    ])
 }
 
 struct Reader<'a> {
@@ -153,20 +153,22 @@ impl Reader<'_> {
 
     /// The length of pre-training, if it is told: in the config itself or in the table.
     fn original_length(&self, table: &Table<'_>) -> Result<Option<f64>, LmError> {
-        match self.fields.get(ORIGINAL_LENGTH) {
-            Some(_) => Ok(Some(self.fields.size(ORIGINAL_LENGTH, 1 << 24, None)? as f64)),
-            None => table.number(ORIGINAL_LENGTH),
+        // Phi-3's class has a default for the config's, which goes before the table's.
+        let default = (self.architecture == Architecture::Phi3).then_some(4096);
+        match (self.fields.get(ORIGINAL_LENGTH), default) {
+            (None, None) => table.number(ORIGINAL_LENGTH),
+            _ => Ok(Some(self.fields.size(ORIGINAL_LENGTH, 1 << 24, default)? as f64)),
         }
     }
 
     /// As transformers, `_compute_longrope_parameters`.
     fn longrope(&self, table: &Table<'_>, dim: usize) -> Result<RopeScaling, LmError> {
-        let length = self.original_length(table)?;
-        let length = match (length, self.architecture) {
-            (Some(length), _) => length,
-            (None, Architecture::Phi3) => 4096.0,
-            (None, _) => return Err(table.error(ORIGINAL_LENGTH, "is missing")),
+        let Some(length) = self.original_length(table)? else {
+            return Err(table.error(ORIGINAL_LENGTH, "is missing"));
         };
+        if length < 2.0 || length.fract() != 0.0 {
+            return Err(table.error(ORIGINAL_LENGTH, "must be an integer above 1"));
+        }
         const SHORT: &str = "short_factor";
         let numbers = table.values.get(SHORT).and_then(Value::as_array).map(|list| {
             let number = |v: &Value| v.as_f64().filter(|v| v.is_finite() && *v > 0.0);

@@ -5,7 +5,8 @@
 //! - Every answer that runs gets its next token in every step; what room is left goes to prompts, cut into chunks.
 //! - Room goes to the group (the requests of one client) that has had least of it, counted from what all had when it came:
 //!   a large batch does not hold up a short question, and those that come later do not overtake for ever. A prompt that one
-//!   step can finish is finished first. Within a group it is first come, first served.
+//!   step can finish is finished first. Within a group it is first come, first served. Who cannot begin for want of blocks
+//!   is not overtaken by those that need fewer.
 //! - A prompt that begins as another one does takes over its blocks; one that is about to, waits for it.
 //! - When blocks run out, the sequence that began last gives its own back and runs again later, from the beginning or
 //!   what is left of it. The oldest is never sent back, so that the work always ends.
@@ -14,7 +15,7 @@ mod blocks;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 
 use crate::kv::BLOCK_TOKENS;
@@ -56,7 +57,18 @@ struct Group {
     served: u64,
     /// Whether it was given any.
     begun: bool,
+    running: usize,
     sequences: usize,
+}
+
+/// What is known of a step while prompts are chosen for it.
+#[derive(Debug)]
+struct Turns {
+    /// Sequences that run in it already, or cannot.
+    passed: BTreeSet<SequenceId>,
+    may_begin: bool,
+    /// Groups of which nobody can begin.
+    idle: BTreeSet<u64>,
 }
 
 #[derive(Debug)]
@@ -194,9 +206,13 @@ impl Scheduler {
         let Some(sequence) = self.sequences.remove(&id) else {
             return false;
         };
+        let ran = self.running.contains(&id);
         self.running.retain(|other| *other != id);
         if let Some(group) = self.groups.get_mut(&sequence.group) {
-            group.waiting.retain(|other| *other != id);
+            match ran {
+                true => group.running -= 1,
+                false => group.waiting.retain(|other| *other != id),
+            }
             group.sequences -= 1;
             if group.sequences == 0 {
                 self.groups.remove(&sequence.group);
@@ -283,15 +299,14 @@ impl Scheduler {
         let blocks = std::mem::take(&mut sequence.blocks);
         if let Some(group) = self.groups.get_mut(&sequence.group) {
             group.waiting.push_front(id);
+            group.running -= 1;
         }
         blocks.iter().rev().for_each(|block| self.blocks.release(*block));
     }
 
     fn plan_prompts(&mut self, plan: &mut Plan) {
         let groups = self.groups_with_prompts();
-        let answers = plan.shares.len();
-        self.fill_with_prompts(plan);
-        let given: usize = plan.shares.iter().skip(answers).map(|s| s.range.len()).sum();
+        let given = self.fill_with_prompts(plan);
         self.clock += given as u64 * UNIT / groups.max(1);
     }
 
@@ -311,20 +326,27 @@ impl Scheduler {
         (groups.len() + waiting.count()) as u64
     }
 
-    fn fill_with_prompts(&mut self, plan: &mut Plan) {
+    /// Tokens of prompts that run.
+    fn fill_with_prompts(&mut self, plan: &mut Plan) -> usize {
         let mut room = self
             .limits
             .max_batch_tokens
             .saturating_sub(plan.shares.len())
             .max(1);
-        // Those that this step cannot run.
-        let mut passed = Vec::new();
+        let mut given = 0;
+        let mut turns = Turns {
+            passed: plan.shares.iter().map(|share| share.sequence).collect(),
+            may_begin: true,
+            idle: BTreeSet::new(),
+        };
         while room > 0 {
-            let Some(id) = self.next_prompt(plan, &passed) else {
-                return;
+            let Some(id) = self.next_prompt(plan, &mut turns) else {
+                break;
             };
-            if self.sequences[&id].computed == 0 && !self.running.contains(&id) && !self.start(id, plan) {
-                passed.push(id);
+            turns.passed.insert(id);
+            if !self.running.contains(&id) && !self.start(id, plan) {
+                // What comes free is for the one whose turn it was: others that need less would take it for ever.
+                turns.may_begin = false;
                 continue;
             }
             let tokens = self.left(id).min(room);
@@ -344,7 +366,6 @@ impl Scheduler {
                 let running = &self.running;
                 plan.shares.retain(|share| running.contains(&share.sequence));
             }
-            passed.push(id);
             if from == to {
                 continue;
             }
@@ -357,47 +378,59 @@ impl Scheduler {
                 range: from..to,
             });
             room -= to - from;
+            given += to - from;
         }
+        given
     }
 
     /// The prompt whose turn it is: one that has begun and needs no more than a step; else of the group that was served
     /// least, one that has begun, or else the first that waits and has no reason to.
-    fn next_prompt(&self, plan: &Plan, passed: &[SequenceId]) -> Option<SequenceId> {
-        let almost_through = self.running.iter().copied().find(|id| {
-            let left = self.left(*id);
-            (1..=self.limits.max_batch_tokens).contains(&left)
-                && !passed.contains(id)
-                && plan.shares.iter().all(|share| share.sequence != *id)
-        });
+    fn next_prompt(&self, plan: &Plan, turns: &mut Turns) -> Option<SequenceId> {
+        let free = |id: &SequenceId| !turns.passed.contains(id) && self.left(*id) > 0;
+        let begun: Vec<SequenceId> = self.running.iter().copied().filter(free).collect();
+        let almost_through = begun
+            .iter()
+            .find(|id| self.left(**id) <= self.limits.max_batch_tokens);
         if almost_through.is_some() {
-            return almost_through;
+            return almost_through.copied();
         }
-        let may_begin = self.running.len() < self.limits.max_running;
-        let mut groups: Vec<(&u64, &Group)> = self.groups.iter().collect();
+        // The first of each group.
+        let mut next: BTreeMap<u64, SequenceId> = BTreeMap::new();
+        for id in begun {
+            next.entry(self.sequences[&id].group).or_insert(id);
+        }
+        if turns.may_begin && self.running.len() < self.limits.max_running {
+            let most = self.most_of_a_group();
+            for (id, group) in &self.groups {
+                if group.running >= most || next.contains_key(id) || turns.idle.contains(id) {
+                    continue;
+                }
+                match self.first_waiting(group, plan, turns) {
+                    Some(first) => drop(next.insert(*id, first)),
+                    None => drop(turns.idle.insert(*id)),
+                }
+            }
+        }
         // Among equals one that was given nothing yet, then the oldest.
-        groups.sort_by_key(|(id, group)| (group.served, group.begun, **id));
-        groups.into_iter().find_map(|(id, group)| {
-            let begun = self.running.iter().copied().find(|running| {
-                self.sequences[running].group == *id
-                    && !passed.contains(running)
-                    && plan.shares.iter().all(|share| share.sequence != *running)
-                    && self.left(*running) > 0
-            });
-            let waiting = || {
-                let mut free = group.waiting.iter().copied().filter(|id| !passed.contains(id));
-                free.find(|id| !self.follows(*id, plan))
-            };
-            let waiting = || match may_begin && self.running_of(*id) < self.most_of_a_group() {
-                true => waiting(),
-                false => None,
-            };
-            begun.or_else(waiting)
-        })
+        let turn = |(id, _): &(u64, SequenceId)| {
+            let group = &self.groups[id];
+            (group.served, group.begun, *id)
+        };
+        next.into_iter().min_by_key(turn).map(|(_, id)| id)
     }
 
-    fn running_of(&self, group: u64) -> usize {
-        let of_group = |id: &&SequenceId| self.sequences[*id].group == group;
-        self.running.iter().filter(of_group).count()
+    /// The first that waits in a group and has no reason to; who has one waits for the whole step.
+    fn first_waiting(&self, group: &Group, plan: &Plan, turns: &mut Turns) -> Option<SequenceId> {
+        for id in &group.waiting {
+            if turns.passed.contains(id) {
+                continue;
+            }
+            if !self.follows(*id, plan) {
+                return Some(*id);
+            }
+            turns.passed.insert(*id);
+        }
+        None
     }
 
     /// One group leaves some places to others, or a large batch of long answers would shut a short question out.
@@ -485,6 +518,7 @@ impl Scheduler {
         (sequence.blocks, sequence.computed) = (table, computed);
         if let Some(group) = self.groups.get_mut(&sequence.group) {
             group.waiting.retain(|other| *other != id);
+            group.running += 1;
         }
         self.running.push(id);
         if part > 0 && computed % BLOCK_TOKENS == part {
@@ -548,6 +582,14 @@ impl Scheduler {
     fn check(&self) {
         let tables: Vec<&[Block]> = self.sequences.values().map(|s| &s.blocks[..]).collect();
         self.blocks.check(&tables);
+        for (id, group) in &self.groups {
+            let running = self
+                .running
+                .iter()
+                .filter(|other| self.sequences[*other].group == *id);
+            assert_eq!(running.count(), group.running);
+            assert_eq!(group.sequences, group.running + group.waiting.len());
+        }
         for (id, sequence) in &self.sequences {
             let runs = self.running.contains(id);
             let waits = self.groups[&sequence.group].waiting.contains(id);

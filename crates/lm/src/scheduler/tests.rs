@@ -398,3 +398,23 @@ fn under_overload_each_comes_to_its_turn() {
     }
     assert!(ended.contains_key(&0), "the long prompt has not ended");
 }
+
+/// A prompt that needs most of the blocks, while short ones that would fit keep coming.
+#[test]
+fn one_that_waits_for_blocks_is_not_overtaken_for_ever() {
+    let mut world = World::new(12, 64, 8);
+    for id in 1..5 {
+        world.add(id, id, &text(30, id as u32), 6, None);
+    }
+    world.step();
+    world.add(0, 0, &text(160, 900), 4, None);
+    for step in 0..200 {
+        let id = 10 + step;
+        world.add(id, id, &text(30, id as u32), 6, None);
+        world.step();
+        if world.done.contains_key(&0) {
+            return;
+        }
+    }
+    panic!("it has not ended after {} others", world.done.len());
+}

@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::common::{Tiny, VOCAB, all_logits, config, prompt};
-use cauldron_lm::{
-    Decoder, Engine, EngineConfig, Event, FinishReason, KvPool, Request, Sampling, TokenLogprobs,
-};
+use cauldron_lm::{Decoder, Engine, EngineConfig, Event, FinishReason, Request, Sampling, TokenLogprobs};
 use serde_json::json;
 
 /// All that one request gave.
@@ -255,7 +253,7 @@ fn cancelled_requests_end_once_and_free_their_memory() {
 fn memory_for_keys_and_values_is_bounded_and_requests_wait_for_it() {
     let decoder = tiny();
     let config = EngineConfig {
-        kv_bytes: 3 * KvPool::block_bytes(decoder.config()),
+        kv_bytes: 3 * Engine::block_bytes(decoder.config()),
         ..EngineConfig::default()
     };
     let mut engine = Engine::new(decoder.clone(), config);
