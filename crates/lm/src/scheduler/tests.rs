@@ -408,9 +408,8 @@ fn one_that_waits_for_blocks_is_not_overtaken_for_ever() {
     }
     world.step();
     world.add(0, 0, &text(160, 900), 4, None);
-    for step in 0..200 {
-        let id = 10 + step;
-        world.add(id, id, &text(30, id as u32), 6, None);
+    for id in 10..200 {
+        world.add(id, id, &text(20, id as u32), 3 + (id % 5) as usize * 2, None);
         world.step();
         if world.done.contains_key(&0) {
             return;
