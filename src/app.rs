@@ -15,7 +15,7 @@ use tracing::{error, info};
 use crate::cache::{Cache, KnownContents, sync_folder};
 use crate::config::{ApiKeys, Config, ModelName};
 use crate::jobs::{Intake, Job, JobStore, Runner, SqliteJobs, Worker};
-use crate::serving::{self, LoadError, LoadRequest, Served, Serving, ServingError, ServingLimits};
+use crate::serving::{self, LoadRequest, Served, Serving, ServingError, ServingLimits, check_model};
 use crate::sources::ModelSources;
 
 /// The state of every handler.
@@ -132,9 +132,17 @@ impl App {
         let unknown = || ServingError::Unknown(name.chars().take(100).collect());
         let key: ModelName = name.parse().map_err(|_| unknown())?;
         let (sources, reference) = (self.sources.clone(), name.to_owned());
-        let located = tokio::task::spawn_blocking(move || sources.locate("model", &reference)).await;
-        let Ok(Ok(located)) = located else {
-            return Err(unknown());
+        let located = tokio::task::spawn_blocking(move || {
+            let located = sources.locate("model", &reference).ok()?;
+            Some(check_model(&located.folder, located.adapter.as_deref()).map(|()| located))
+        });
+        let located = match located.await {
+            Ok(Some(Ok(located))) => located,
+            Ok(Some(Err(e))) => {
+                let (name, detail) = (name.to_owned(), e.to_string());
+                return Err(ServingError::Failed { name, detail });
+            }
+            Ok(None) | Err(_) => return Err(unknown()),
         };
         let request = LoadRequest {
             folder: located.folder,
@@ -144,15 +152,7 @@ impl App {
             arithmetic: Arithmetic::F32,
             asked: Instant::now(),
         };
-        match self.serving.load_if_new(key, request) {
-            Ok(()) => self.serving.get(name).await,
-            Err(LoadError::ShuttingDown) => Err(ServingError::ShuttingDown),
-            Err(LoadError::TooMany(most)) => Err(ServingError::NoName(most)),
-            Err(e) => Err(ServingError::Failed {
-                name: name.to_owned(),
-                detail: e.to_string(),
-            }),
-        }
+        self.serving.get_or_load(&key, request).await
     }
 }
 

@@ -137,7 +137,7 @@ pub struct EngineArgs {
     #[arg(long, env = "CAULDRON_MAX_MODELS", default_value_t = DEFAULT_MODELS, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_models: u32,
     /// Seconds that requests for a model that is loading are held.
-    #[arg(long, env = "CAULDRON_HOLD_SECONDS", default_value_t = DEFAULT_HOLD_SECONDS)]
+    #[arg(long, env = "CAULDRON_HOLD_SECONDS", default_value_t = DEFAULT_HOLD_SECONDS, value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub hold_seconds: u64,
 }
 

@@ -4,15 +4,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Device;
-use cauldron_checkpoint::{Digest, Dtype, Expert};
+use cauldron_checkpoint::{Digest, Dtype, Expert, TensorInfo};
 use cauldron_lm::{Arithmetic, ChatTemplate, Decoder, LmError, ModelConfig, TextTokenizer, WeightSource};
 use tracing::warn;
 
 use super::engine::EngineThread;
 use super::memory::{Memory, Need, Reservation};
 use super::served::{Parts, Served};
-use super::{LoadRequest, ServingLimits, dtype_name};
-use crate::cache::{Cache, Pin};
+use super::{LoadRequest, ServingError, ServingLimits, dtype_name};
+use crate::cache::Cache;
 use crate::config::ModelName;
 
 /// Where models are loaded from and to.
@@ -29,7 +29,37 @@ pub(super) trait Turn: Sync {
     /// Whether somebody still waits for it: a later load of the name, or its unloading, makes it pointless.
     fn is_wanted(&self) -> bool;
     /// Takes memory, from other models if it must.
-    fn make_room(&self, need: Need) -> Result<Reservation, String>;
+    fn make_room(&self, need: Need) -> Result<Reservation, LoadFailure>;
+}
+
+/// Why a model was not loaded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum LoadFailure {
+    /// It cannot be; for people.
+    #[error("{0}")]
+    Broken(String),
+    #[error("the memory it needs is in use by other models' requests")]
+    NoRoom,
+    #[error("nobody waits for it any more")]
+    Unwanted,
+}
+
+impl LoadFailure {
+    pub(super) fn of(&self, name: &ModelName) -> ServingError {
+        match self {
+            Self::NoRoom => ServingError::NoRoom(name.to_string()),
+            Self::Broken(_) | Self::Unwanted => ServingError::Failed {
+                name: name.to_string(),
+                detail: self.to_string(),
+            },
+        }
+    }
+}
+
+impl From<String> for LoadFailure {
+    fn from(detail: String) -> Self {
+        Self::Broken(detail)
+    }
 }
 
 /// The decoder's view of an expert: `base+adapter` reads as the folded checkpoint would.
@@ -54,23 +84,23 @@ pub fn check_model(folder: &Path, adapter: Option<&Path>) -> Result<(), LmError>
 }
 
 /// Blocks for as long as reading takes, and as making room takes. All that can be checked is checked before another model
-/// has to make room. The error is for people.
+/// has to make room.
 pub(super) fn load(
     name: &ModelName,
     request: LoadRequest,
     place: &Place<'_>,
     turn: &dyn Turn,
-) -> Result<Served, String> {
+) -> Result<Served, LoadFailure> {
     let go_on = || match turn.is_wanted() {
         true => Ok(()),
-        false => Err("another request for the name came".to_owned()),
+        false => Err(LoadFailure::Unwanted),
     };
     let text = |e: &dyn std::fmt::Display| e.to_string();
     go_on()?;
     if request.arithmetic != Arithmetic::F32 && !matches!(place.device, Device::Cpu) {
-        return Err("dtype: only float32 is computed on this device".to_owned());
+        return Err("dtype: only float32 is computed on this device".to_owned().into());
     }
-    let pin = verified(place.cache, request.cached)?;
+    verify(place.cache, request.cached)?;
     go_on()?;
     let expert = Expert::open(&request.folder, request.adapter.as_deref()).map_err(|e| text(&e))?;
     let config = ModelConfig::from_json(expert.checkpoint().config()).map_err(|e| text(&e))?;
@@ -86,8 +116,11 @@ pub(super) fn load(
     let weights = ExpertWeights(&expert);
     Decoder::check_weights(&config, &weights).map_err(|e| text(&e))?;
     let bytes = estimate(&config, &request, &expert, place.device);
+    // While it is read, the largest tensor is there as f32 beside what becomes of it.
+    let largest = expert.checkpoint().tensors().values().map(numbers).max();
+    let reading = bytes + 4 * largest.unwrap_or(0);
     go_on()?;
-    let mut memory = turn.make_room(place.memory.need(&config, bytes))?;
+    let mut memory = turn.make_room(place.memory.need(&config, reading))?;
     go_on()?;
     let decoder =
         Decoder::load_for(config, &weights, place.device, request.arithmetic).map_err(|e| text(&e))?;
@@ -104,9 +137,13 @@ pub(super) fn load(
         memory,
         tokenizer,
         template,
-        pin,
     };
-    Served::new(name.clone(), parts, place.engine.clone(), place.limits)
+    Ok(Served::new(
+        name.clone(),
+        parts,
+        place.engine.clone(),
+        place.limits,
+    )?)
 }
 
 /// Bytes of the weights in memory: numbers that are bf16 take two on the CPU, all others four.
@@ -119,13 +156,17 @@ fn estimate(config: &ModelConfig, request: &LoadRequest, expert: &Expert, device
     config.parameters() as u64 * if halves { 2 } else { 4 }
 }
 
-/// Bytes of the cache are checked before they are served, and stay while they are.
-fn verified(cache: &Cache, digest: Option<Digest>) -> Result<Option<Pin>, String> {
+fn numbers(info: &TensorInfo) -> u64 {
+    info.shape.iter().map(|size| *size as u64).product()
+}
+
+/// Bytes of the cache are checked before they are served.
+fn verify(cache: &Cache, digest: Option<Digest>) -> Result<(), String> {
     let Some(digest) = digest else {
-        return Ok(None);
+        return Ok(());
     };
     match cache.verify(&digest) {
-        Ok(Some((_, pin))) => Ok(Some(pin)),
+        Ok(Some(_)) => Ok(()),
         Ok(None) => Err(format!(
             "checkpoint {digest} is damaged or gone; post its recipe again"
         )),

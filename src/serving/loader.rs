@@ -1,15 +1,16 @@
 //! Loading, one model at a time: a thread that works off the slots that are to be loaded, and ends when none is left.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-use super::load::{Place, Turn, load};
+use super::load::{LoadFailure, Place, Turn, load};
 use super::memory::{Need, Reservation};
-use super::slot::{Back, Former, Held, Loading, Slot, Slots};
-use super::{LoadError, LoadRequest, Served, Serving, ServingError};
+use super::slot::{Former, Held, Loading, Origin, Pinned, Slot, Slots};
+use super::{LoadError, LoadRequest, Look, Served, Serving, ServingError};
 use crate::config::ModelName;
 
 /// How long a load that waits for memory sleeps before it looks whether it is still wanted.
@@ -65,38 +66,47 @@ impl Serving {
             }
             Former::of(slot)
         });
-        slots.enqueue(name, request, former, Back::No, held);
+        let model = Pinned::new(request, &self.cache);
+        slots.enqueue(name, model, former, Origin::Posted, held);
         Ok(())
     }
 
-    /// As [`Serving::load`], unless the name means something by now.
-    pub fn load_if_new(self: &Arc<Self>, name: ModelName, request: LoadRequest) -> Result<(), LoadError> {
-        match self.info(&name) {
-            Some(_) => Ok(()),
-            None => self.load(name, request, None),
+    /// The model of a name; loads it if the name means nothing.
+    pub(super) fn first_use(
+        self: &Arc<Self>,
+        name: ModelName,
+        request: LoadRequest,
+    ) -> Result<Look, ServingError> {
+        let mut slots = self.slots();
+        if slots.closed {
+            return Err(ServingError::ShuttingDown);
         }
+        let name = slots.resolve(&name).clone();
+        if slots.by_name.contains_key(&name) {
+            return self.look_at(&mut slots, &name);
+        }
+        if slots.by_name.len() + slots.aliases.len() >= self.limits.max_models {
+            return Err(ServingError::NoName(self.limits.max_models));
+        }
+        let model = Pinned::new(request, &self.cache);
+        self.load_for_request(&mut slots, &name, model, Origin::FirstUse)
     }
 
-    /// Begins to load a model again that had made room for another.
-    pub(super) fn load_again(
+    /// Begins to load a model that a request asks for.
+    pub(super) fn load_for_request(
         self: &Arc<Self>,
         slots: &mut Slots,
         name: &ModelName,
-        held: Held,
-    ) -> Result<(), ServingError> {
-        let Some(Slot::Unloaded { request }) = slots.by_name.get(name) else {
-            return Err(ServingError::Unknown(name.to_string()));
-        };
-        let request = LoadRequest {
-            asked: Instant::now(),
-            ..request.clone()
-        };
+        model: Pinned,
+        origin: Origin,
+    ) -> Result<Look, ServingError> {
         self.start_loader(slots).map_err(|error| ServingError::Failed {
             name: name.to_string(),
             detail: error.to_string(),
         })?;
-        slots.enqueue(name.clone(), request, None, Back::Asked, vec![held]);
-        Ok(())
+        let (held, coming) = oneshot::channel();
+        slots.enqueue(name.clone(), model, None, origin, vec![held]);
+        Ok(Look::Coming(coming))
     }
 
     fn start_loader(self: &Arc<Self>, slots: &mut Slots) -> Result<(), std::io::Error> {
@@ -130,7 +140,7 @@ impl Serving {
                 name: name.clone(),
                 ticket: loading.ticket,
             };
-            (turn, loading.request.clone())
+            (turn, loading.model.request.clone())
         });
         slots.loader = turn.is_some();
         turn
@@ -145,11 +155,11 @@ impl Serving {
             memory: &self.memory,
         };
         let attempt = AssertUnwindSafe(|| load(&turn.name, request, &place, turn));
-        let loaded = catch_unwind(attempt).unwrap_or_else(|_| Err("loading panicked".to_owned()));
+        let loaded = catch_unwind(attempt).unwrap_or_else(|_| Err("loading panicked".to_owned().into()));
         let name = &turn.name;
         match &loaded {
             Ok(served) => info!(model = %name, fingerprint = served.fingerprint, "model is ready"),
-            Err(detail) => warn!(model = %name, error = detail, "model cannot be loaded"),
+            Err(failure) => warn!(model = %name, error = %failure, "model is not loaded"),
         }
         let mut slots = self.slots();
         if matches!(slots.by_name.get(name), Some(Slot::Loading(l)) if l.ticket == turn.ticket)
@@ -164,117 +174,138 @@ impl Slots {
     fn enqueue(
         &mut self,
         name: ModelName,
-        request: LoadRequest,
+        model: Pinned,
         former: Option<Former>,
-        back: Back,
+        origin: Origin,
         held: Vec<Held>,
     ) {
         self.last_ticket += 1;
         let loading = Loading {
-            request,
+            model,
             ticket: self.last_ticket,
             begun: false,
             former,
-            back,
+            origin,
             held,
         };
         self.by_name.insert(name, Slot::Loading(loading));
     }
 
     /// A failed load leaves a name that worked as it was.
-    fn settle(&mut self, name: &ModelName, loading: Loading, loaded: Result<Arc<Served>, String>) {
+    fn settle(&mut self, name: &ModelName, loading: Loading, loaded: Result<Arc<Served>, LoadFailure>) {
         let Loading {
-            request,
+            model,
             former,
-            back,
-            held,
+            origin,
+            mut held,
             ..
         } = loading;
-        let mut failure = None;
-        let slot = match (loaded, former) {
-            (Ok(served), _) => Slot::Ready {
-                served,
-                request,
-                not_replaced: back.why(),
-            },
-            // It was served before, and what failed may pass: the next request tries again.
-            (Err(detail), None) if !matches!(back, Back::No) => {
-                failure = Some(detail);
-                Slot::Unloaded { request }
+        held.retain(|held| !held.is_closed());
+        let failure = match loaded {
+            Ok(served) => {
+                if let Some(Former::Kept(former, _)) = former {
+                    former.set_leaving(true);
+                }
+                let slot = Slot::Ready {
+                    served: served.clone(),
+                    model,
+                    not_replaced: origin.why(),
+                };
+                self.by_name.insert(name.clone(), slot);
+                return answer(held, Ok(served));
             }
-            (Err(detail), None) => Slot::Failed {
-                source: request.source,
+            // Somebody has come since nobody was there.
+            Err(LoadFailure::Unwanted) if !held.is_empty() => {
+                return self.enqueue(name.clone(), model, former, origin, held);
+            }
+            Err(failure) => failure,
+        };
+        let detail = failure.to_string();
+        let why = format!(
+            "{} could not be loaded in its place: {detail}",
+            model.request.source
+        );
+        let slot = match (former, origin) {
+            (Some(Former::Kept(served, model)), _) => ready_again(served, model, why),
+            (Some(Former::Leaving(served, model)), _) => match served.upgrade() {
+                Some(served) => ready_again(served, model, why),
+                // It had to make room, and comes back.
+                None => {
+                    let origin = Origin::InsteadOf(why);
+                    return self.enqueue(name.clone(), model, None, origin, held);
+                }
+            },
+            (Some(Former::Unloaded(model)), _) if held.is_empty() => Slot::Unloaded {
+                model,
+                why: Some(why),
+            },
+            (Some(Former::Unloaded(model)), _) => {
+                let origin = Origin::InsteadOf(why);
+                return self.enqueue(name.clone(), model, None, origin, held);
+            }
+            (None, Origin::FirstUse) => return answer(held, Err(failure.of(name))),
+            (None, Origin::Posted) if matches!(failure, LoadFailure::Broken(_)) => Slot::Failed {
+                source: model.request.source,
                 detail,
             },
-            (Err(detail), Some(former)) => {
-                let source = &request.source;
-                let why = format!("{source} could not be loaded in its place: {detail}");
-                let (there, request) = match former {
-                    Former::Kept(served, request) => (Some(served), request),
-                    Former::Leaving(served, request) => (served.upgrade(), request),
-                };
-                match there {
-                    Some(served) => Slot::Ready {
-                        served,
-                        request,
-                        not_replaced: Some(why),
-                    },
-                    // It had to make room, and comes back.
-                    None => return self.enqueue(name.clone(), request, None, Back::Replacing(why), held),
-                }
-            }
+            // What failed may pass: the next request tries again.
+            (None, _) => Slot::Unloaded {
+                model,
+                why: Some(detail),
+            },
         };
-        let answer = match &slot {
+        let given = match &slot {
             Slot::Ready { served, .. } => Ok(served.clone()),
-            Slot::Failed { detail, .. } => Err(ServingError::Failed {
-                name: name.to_string(),
-                detail: detail.clone(),
-            }),
-            Slot::Loading(_) | Slot::Unloaded { .. } => Err(ServingError::Failed {
-                name: name.to_string(),
-                detail: failure.unwrap_or_default(),
-            }),
+            _ => Err(failure.of(name)),
         };
         self.by_name.insert(name.clone(), slot);
-        // The model goes to those that waited for it before anything else can take it away again.
-        for held in held {
-            let _ = held.send(answer.clone());
-        }
+        answer(held, given);
+    }
+}
+
+/// To those that waited, before anything else can take the model away again.
+fn answer(held: Vec<Held>, answer: Result<Arc<Served>, ServingError>) {
+    for held in held {
+        let _ = held.send(answer.clone());
+    }
+}
+
+fn ready_again(served: Arc<Served>, model: Pinned, why: String) -> Slot {
+    served.set_leaving(false);
+    Slot::Ready {
+        served,
+        model,
+        not_replaced: Some(why),
     }
 }
 
 impl Turn for SlotTurn<'_> {
     fn is_wanted(&self) -> bool {
-        matches!(self.serving.slots().by_name.get(&self.name), Some(Slot::Loading(l)) if l.ticket == self.ticket)
+        let slots = self.serving.slots();
+        match slots.by_name.get(&self.name) {
+            Some(Slot::Loading(loading)) => loading.ticket == self.ticket && loading.is_wanted(),
+            _ => false,
+        }
     }
 
     /// First what the model replaces gives its memory, then the models that were not asked for longest. They keep it until
     /// their requests have ended, which is waited for.
-    fn make_room(&self, need: Need) -> Result<Reservation, String> {
+    fn make_room(&self, need: Need) -> Result<Reservation, LoadFailure> {
         let memory = &self.serving.memory;
         memory.check(need)?;
         let deadline = Instant::now() + self.serving.limits.hold;
-        let mut leaving: Vec<Weak<Reservation>> = Vec::new();
         loop {
             if let Some(reservation) = memory.reserve(need) {
                 return Ok(reservation);
             }
             if !self.is_wanted() {
-                return Err("another request for the name came".to_owned());
+                return Err(LoadFailure::Unwanted);
             }
-            let coming: u64 = leaving
-                .iter()
-                .filter_map(Weak::upgrade)
-                .map(|share| share.bytes())
-                .sum();
-            if !memory.fits_after(coming, need)
-                && let Some(share) = self.take_from_another()
-            {
-                leaving.push(share);
+            if !memory.will_fit(need) && self.take_from_another() {
                 continue;
             }
             if Instant::now() > deadline {
-                return Err("the memory it needs is in use by other models' requests".to_owned());
+                return Err(LoadFailure::NoRoom);
             }
             memory.wait(LOOK);
         }
@@ -282,17 +313,17 @@ impl Turn for SlotTurn<'_> {
 }
 
 impl SlotTurn<'_> {
-    /// The share of a model that is not served from now on; None if there is none to be had.
-    fn take_from_another(&self) -> Option<Weak<Reservation>> {
+    /// A model is not served from now on, so that its memory comes back; false if there is none.
+    fn take_from_another(&self) -> bool {
         let mut slots = self.serving.slots();
         match slots.by_name.get_mut(&self.name) {
             Some(Slot::Loading(loading)) if loading.ticket == self.ticket => {
-                if let Some(share) = loading.give_up_former() {
+                if loading.give_up_former() {
                     info!(model = %self.name, "what it replaces is unloaded first: there is no memory for both");
-                    return Some(share);
+                    return true;
                 }
             }
-            _ => return None,
+            _ => return false,
         }
         // What another name meant before its own load counts as that name's model.
         let there = slots.by_name.iter().filter_map(|(name, slot)| match slot {
@@ -303,58 +334,115 @@ impl SlotTurn<'_> {
             }) => Some((served.standing(), name.clone())),
             _ => None,
         });
-        let (_, name) = there.min()?;
+        let Some((_, name)) = there.min() else {
+            return false;
+        };
         if let Some(Slot::Loading(loading)) = slots.by_name.get_mut(&name) {
             return loading.give_up_former();
         }
-        let Some(Slot::Ready { served, request, .. }) = slots.by_name.remove(&name) else {
-            return None;
+        let Some(Slot::Ready { served, model, .. }) = slots.by_name.remove(&name) else {
+            return false;
         };
         info!(model = %name, "is unloaded to make room for {}", self.name);
-        let share = served.memory().clone();
-        slots.by_name.insert(name, Slot::Unloaded { request });
-        Some(share)
+        served.set_leaving(true);
+        slots.by_name.insert(name, Slot::Unloaded { model, why: None });
+        true
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Weak;
+
     use super::*;
 
-    fn request(source: &str) -> LoadRequest {
-        LoadRequest {
+    fn model(source: &str) -> Pinned {
+        let request = LoadRequest {
             folder: source.into(),
             adapter: None,
             source: source.to_owned(),
             cached: None,
             arithmetic: cauldron_lm::Arithmetic::F32,
             asked: Instant::now(),
+        };
+        Pinned::not_cached(request)
+    }
+
+    /// A slot that is loading, and what came of its load.
+    fn settled(former: Option<Former>, origin: Origin, waits: bool, failure: LoadFailure) -> Settled {
+        let mut slots = Slots::default();
+        let name: ModelName = "m".parse().expect("a name");
+        let (held, coming) = oneshot::channel();
+        let held = if waits { vec![held] } else { Vec::new() };
+        slots.enqueue(name.clone(), model("new"), former, origin, held);
+        let Some(Slot::Loading(loading)) = slots.by_name.remove(&name) else {
+            panic!("a slot that is loading");
+        };
+        slots.settle(&name, loading, Err(failure));
+        Settled {
+            info: slots.info(&name),
+            coming,
         }
+    }
+
+    struct Settled {
+        info: Option<super::super::SlotInfo>,
+        coming: oneshot::Receiver<Result<Arc<Served>, ServingError>>,
+    }
+
+    impl Settled {
+        fn is(&mut self, status: &str, source: &str, error: &str) {
+            let info = self.info.as_ref().expect("a slot");
+            assert_eq!((info.status, info.source.as_str()), (status, source));
+            assert!(
+                info.error.as_deref().unwrap_or_default().contains(error),
+                "{info:?}"
+            );
+        }
+
+        fn answer(&mut self) -> Option<ServingError> {
+            self.coming.try_recv().ok().and_then(Result::err)
+        }
+    }
+
+    fn broken() -> LoadFailure {
+        LoadFailure::Broken("broken".to_owned())
     }
 
     #[test]
     fn what_had_to_make_room_for_a_failed_load_comes_back_with_the_reason_and_those_that_wait() {
-        let mut slots = Slots::default();
-        let name: ModelName = "m".parse().expect("a name");
-        let (held, mut coming) = tokio::sync::oneshot::channel();
-        let former = Former::Leaving(Weak::new(), request("old"));
-        slots.enqueue(name.clone(), request("new"), Some(former), Back::No, vec![held]);
-        let Some(Slot::Loading(loading)) = slots.by_name.remove(&name) else {
-            panic!("a slot that is loading");
-        };
-        slots.settle(&name, loading, Err("broken".into()));
-        let info = slots.info(&name).expect("a slot");
-        assert_eq!((info.status, info.source.as_str()), ("loading", "old"));
-        assert!(
-            info.error
-                .is_some_and(|error| error.contains("new") && error.contains("broken"))
-        );
-        assert!(coming.try_recv().is_err(), "it still waits");
-        let Some(Slot::Loading(loading)) = slots.by_name.remove(&name) else {
-            panic!("a slot that is loading");
-        };
-        slots.settle(&name, loading, Err("gone".into()));
-        assert_eq!(slots.info(&name).map(|info| info.status), Some("unloaded"));
-        assert!(matches!(coming.try_recv(), Ok(Err(ServingError::Failed { .. }))));
+        let leaving = || Some(Former::Leaving(Weak::new(), model("old")));
+        let mut slot = settled(leaving(), Origin::Posted, true, broken());
+        slot.is("loading", "old", "new could not be loaded in its place: broken");
+        assert!(slot.answer().is_none(), "it still waits");
+        // Nobody asked for one that was unloaded anyway.
+        let unloaded = || Some(Former::Unloaded(model("old")));
+        settled(unloaded(), Origin::Posted, false, broken()).is("unloaded", "old", "broken");
+        settled(unloaded(), Origin::Posted, true, broken()).is("loading", "old", "broken");
+    }
+
+    #[test]
+    fn what_may_pass_is_tried_again_when_it_is_asked_for() {
+        for origin in [Origin::Again, Origin::InsteadOf("why".into())] {
+            let mut slot = settled(None, origin, true, broken());
+            slot.is("unloaded", "new", "broken");
+            assert!(matches!(slot.answer(), Some(ServingError::Failed { .. })));
+        }
+        let mut slot = settled(None, Origin::Posted, true, LoadFailure::NoRoom);
+        slot.is("unloaded", "new", "in use");
+        assert!(matches!(slot.answer(), Some(ServingError::NoRoom(_))));
+        settled(None, Origin::Posted, false, broken()).is("failed", "new", "broken");
+    }
+
+    #[test]
+    fn what_only_requests_ask_for_is_wanted_as_long_as_one_waits() {
+        let mut slot = settled(None, Origin::FirstUse, true, broken());
+        assert!(slot.info.is_none(), "the name means nothing again");
+        assert!(matches!(slot.answer(), Some(ServingError::Failed { .. })));
+        settled(None, Origin::Again, false, LoadFailure::Unwanted).is("unloaded", "new", "");
+        // One came after the load was given up.
+        let mut slot = settled(None, Origin::Again, true, LoadFailure::Unwanted);
+        slot.is("loading", "new", "");
+        assert!(slot.answer().is_none());
     }
 }

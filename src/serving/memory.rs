@@ -2,6 +2,8 @@
 //! loaded, so no model and no request can take more than there is.
 
 use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -20,8 +22,15 @@ pub(super) struct Memory {
     /// What a model's keys and values may take if the operator said so.
     kv_given: Option<u64>,
     kv_default: u64,
-    used: Mutex<u64>,
+    taken: Mutex<Taken>,
     freed: Condvar,
+}
+
+/// Bytes that are reserved, and how many of them come back once some requests have ended.
+#[derive(Debug, Default)]
+struct Taken {
+    used: u64,
+    leaving: u64,
 }
 
 /// What a model needs.
@@ -38,6 +47,8 @@ pub(super) struct Reservation {
     memory: Arc<Memory>,
     weights: u64,
     pub kv_bytes: u64,
+    /// Changed under the memory's lock.
+    leaving: AtomicBool,
 }
 
 impl Memory {
@@ -48,7 +59,7 @@ impl Memory {
             limit: limit.or(free.filter(|_| on_cpu).map(|free| free / 5 * 4)),
             kv_given: kv_bytes,
             kv_default: free.map_or(LEAST_KV, |free| (free / KV_SHARE).clamp(LEAST_KV, MOST_KV)),
-            used: Mutex::new(0),
+            taken: Mutex::default(),
             freed: Condvar::new(),
         }
     }
@@ -88,38 +99,42 @@ impl Memory {
 
     /// As much as is needed and left; None if that is too little.
     pub(super) fn reserve(self: &Arc<Self>, need: Need) -> Option<Reservation> {
-        let mut used = self.used();
-        let left = self.limit.map_or(u64::MAX, |limit| limit.saturating_sub(*used));
+        let mut taken = self.taken();
+        let left = self
+            .limit
+            .map_or(u64::MAX, |limit| limit.saturating_sub(taken.used));
         let kv_bytes = need.most_kv.min(left.checked_sub(need.weights)?);
         if kv_bytes < need.least_kv {
             return None;
         }
-        *used += need.weights + kv_bytes;
+        taken.used += need.weights + kv_bytes;
         Some(Reservation {
             memory: self.clone(),
             weights: need.weights,
             kv_bytes,
+            leaving: AtomicBool::new(false),
         })
     }
 
-    /// Whether it would fit once `leaving` bytes have come back.
-    pub(super) fn fits_after(&self, leaving: u64, need: Need) -> bool {
-        let used = self.used().saturating_sub(leaving);
+    /// Whether it would fit once all that leaves has gone.
+    pub(super) fn will_fit(&self, need: Need) -> bool {
+        let taken = self.taken();
+        let used = taken.used.saturating_sub(taken.leaving);
         self.limit
             .is_none_or(|limit| need.least() <= limit.saturating_sub(used))
     }
 
     pub(super) fn used_bytes(&self) -> u64 {
-        *self.used()
+        self.taken().used
     }
 
     /// Waits until something comes back, or for a while.
     pub(super) fn wait(&self, most: Duration) {
-        drop(self.freed.wait_timeout(self.used(), most));
+        drop(self.freed.wait_timeout(self.taken(), most));
     }
 
-    fn used(&self) -> std::sync::MutexGuard<'_, u64> {
-        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    fn taken(&self) -> std::sync::MutexGuard<'_, Taken> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -136,19 +151,32 @@ impl Reservation {
 
     /// Puts what the weights take in truth in the estimate's place.
     pub(super) fn correct(&mut self, weights: u64) {
-        let mut used = self.memory.used();
-        *used = (*used + weights).saturating_sub(self.weights);
-        drop(used);
+        let mut taken = self.memory.taken();
+        taken.used = (taken.used + weights).saturating_sub(self.weights);
+        drop(taken);
         self.weights = weights;
+        self.memory.freed.notify_all();
+    }
+
+    /// Whether it comes back once the requests of its model have ended.
+    pub(super) fn set_leaving(&self, leaving: bool) {
+        let mut taken = self.memory.taken();
+        if self.leaving.swap(leaving, Ordering::Relaxed) != leaving {
+            taken.leaving = match leaving {
+                true => taken.leaving + self.bytes(),
+                false => taken.leaving.saturating_sub(self.bytes()),
+            };
+        }
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
+        self.set_leaving(false);
         let bytes = self.bytes();
-        let mut used = self.memory.used();
-        *used = used.saturating_sub(bytes);
-        drop(used);
+        let mut taken = self.memory.taken();
+        taken.used = taken.used.saturating_sub(bytes);
+        drop(taken);
         self.memory.freed.notify_all();
     }
 }
@@ -158,16 +186,49 @@ fn free_bytes() -> Option<u64> {
     let machine = fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| available(&text));
-    let number = |name: &str| -> Option<u64> {
-        let text = fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
-        text.trim().parse().ok()
-    };
-    let container =
-        number("memory.max").map(|most| most.saturating_sub(number("memory.current").unwrap_or(0)));
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let container = free_in_group(Path::new("/sys/fs/cgroup"), &groups);
     match (machine, container) {
         (Some(machine), Some(container)) => Some(machine.min(container)),
         (machine, container) => machine.or(container),
     }
+}
+
+/// Bytes that the control groups of this process leave it, of version 1 or 2; None if they set no limit. `groups` is
+/// /proc/self/cgroup. Pages of files that have not been used lately are as good as free.
+fn free_in_group(root: &Path, groups: &str) -> Option<u64> {
+    let mut free = None;
+    for line in groups.lines() {
+        let mut parts = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else {
+            continue;
+        };
+        let (root, limit, usage, pages) = match controllers {
+            "" => (root.to_owned(), "memory.max", "memory.current", "inactive_file"),
+            "memory" => (
+                root.join("memory"),
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            ),
+            _ => continue,
+        };
+        // A limit of any group above counts too. In a container the path may be one that is not seen from inside.
+        let own = root.join(path.trim_start_matches('/'));
+        for group in own.ancestors().take_while(|group| group.starts_with(&root)) {
+            let read = |name: &str| fs::read_to_string(group.join(name)).ok();
+            let number = |name: &str| -> Option<u64> { read(name)?.trim().parse().ok() };
+            let Some(limit) = number(limit) else { continue };
+            let stat = read("memory.stat").unwrap_or_default();
+            let idle = stat
+                .lines()
+                .find_map(|line| line.strip_prefix(pages)?.trim().parse().ok());
+            let used = number(usage).unwrap_or(0).saturating_sub(idle.unwrap_or(0));
+            let left = limit.saturating_sub(used);
+            free = Some(free.map_or(left, |free: u64| free.min(left)));
+        }
+    }
+    free
 }
 
 fn available(meminfo: &str) -> Option<u64> {
@@ -191,6 +252,42 @@ mod tests {
     }
 
     #[test]
+    fn the_tightest_control_group_counts_and_idle_pages_are_free() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let root = folder.path();
+        let group = |path: &str, files: &[(&str, &str)]| {
+            let dir = root.join(path);
+            fs::create_dir_all(&dir).expect("a folder");
+            for (name, text) in files {
+                fs::write(dir.join(name), text).expect("a file");
+            }
+        };
+        group("pod", &[("memory.max", "1000\n"), ("memory.current", "900\n")]);
+        group(
+            "pod/own",
+            &[
+                ("memory.max", "500\n"),
+                ("memory.current", "450\n"),
+                ("memory.stat", "anon 100\ninactive_file 300\n"),
+            ],
+        );
+        assert_eq!(free_in_group(root, "0::/pod/own\n"), Some(100), "the pod's");
+        group("pod", &[("memory.max", "max\n")]);
+        assert_eq!(free_in_group(root, "0::/pod/own\n"), Some(350));
+        assert_eq!(free_in_group(root, "0::/elsewhere\n"), None);
+        group(
+            "memory/docker/x",
+            &[
+                ("memory.limit_in_bytes", "800\n"),
+                ("memory.usage_in_bytes", "500\n"),
+            ],
+        );
+        let old = "5:cpu:/docker/x\n4:memory:/docker/x\n";
+        assert_eq!(free_in_group(root, old), Some(300));
+        assert_eq!(free_in_group(root, ""), None);
+    }
+
+    #[test]
     fn no_more_is_reserved_than_there_is_and_it_comes_back() {
         let memory = Arc::new(Memory::new(Some(100), None, true));
         let need = |weights, least_kv, most_kv| Need {
@@ -205,13 +302,19 @@ mod tests {
             .expect("room for less than it wants");
         assert_eq!((second.bytes(), second.kv_bytes), (40, 15));
         assert!(memory.reserve(need(1, 0, 0)).is_none() && memory.reserve(need(0, 1, 1)).is_none());
-        assert!(memory.fits_after(40, need(30, 10, 20)) && !memory.fits_after(40, need(31, 10, 20)));
+        second.set_leaving(true);
+        second.set_leaving(true);
+        assert!(memory.will_fit(need(30, 10, 20)) && !memory.will_fit(need(31, 10, 20)));
+        second.set_leaving(false);
+        assert!(!memory.will_fit(need(1, 0, 0)));
+        first.set_leaving(true);
         drop(first);
+        assert!(memory.will_fit(need(50, 10, 20)) && !memory.will_fit(need(51, 10, 20)));
         let mut third = memory.reserve(need(50, 0, 0)).expect("room again");
         third.correct(30);
-        assert_eq!(*memory.used(), 70);
+        assert_eq!(memory.used_bytes(), 70);
         drop((second, third));
-        assert_eq!(*memory.used(), 0);
+        assert_eq!(memory.used_bytes(), 0);
         assert!(memory.check(need(90, 10, 50)).is_ok());
         let error = memory.check(need(90, 11, 50)).expect_err("too large");
         assert!(error.contains("--model-memory-bytes"), "{error}");

@@ -12,7 +12,7 @@ mod served;
 mod slot;
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::Device;
 use tokio::sync::oneshot;
@@ -27,7 +27,7 @@ pub use served::{Generation, Served};
 pub use slot::{LoadRequest, SlotInfo, dtype_name};
 
 use memory::Memory;
-use slot::{Slot, Slots};
+use slot::{Origin, Slot, Slots};
 
 /// Limits of serving.
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +54,8 @@ pub enum ServingError {
     Failed { name: String, detail: String },
     #[error("model {0} is still loading")]
     StillLoading(String),
+    #[error("there is no room for model {0} now: the memory it needs is in use by other models' requests")]
+    NoRoom(String),
     #[error("too many sequences are waiting for model {0}")]
     Busy(String),
     #[error("there are {0} names of models already: one must be unloaded before another is loaded")]
@@ -109,11 +111,16 @@ impl Serving {
         if slots.aliases.remove(name).is_some() {
             return Ok(());
         }
-        let removed = slots.by_name.remove(name);
+        let Some(removed) = slots.by_name.remove(name) else {
+            return Err(ServingError::Unknown(name.to_string()));
+        };
         slots.aliases.retain(|_, to| to != name);
-        removed
-            .map(|_| ())
-            .ok_or_else(|| ServingError::Unknown(name.to_string()))
+        match removed {
+            Slot::Ready { served, .. } => served.set_leaving(true),
+            Slot::Loading(mut loading) => drop(loading.give_up_former()),
+            Slot::Unloaded { .. } | Slot::Failed { .. } => {}
+        }
+        Ok(())
     }
 
     /// All slots in order of name.
@@ -144,23 +151,42 @@ impl Serving {
         let key: ModelName = name
             .parse()
             .map_err(|_| ServingError::Unknown(name.chars().take(100).collect()))?;
-        let coming = match self.look(&key)? {
+        let look = self.look(&key)?;
+        self.wait(&key, look).await
+    }
+
+    /// As [`Serving::get`]; if the name means nothing, `request` says what it is to mean while it is asked for.
+    pub async fn get_or_load(
+        self: &Arc<Self>,
+        name: &ModelName,
+        request: LoadRequest,
+    ) -> Result<Arc<Served>, ServingError> {
+        let look = self.first_use(name.clone(), request)?;
+        self.wait(name, look).await
+    }
+
+    async fn wait(&self, name: &ModelName, look: Look) -> Result<Arc<Served>, ServingError> {
+        let coming = match look {
             Look::There(served) => return Ok(served),
             Look::Coming(receiver) => receiver,
         };
         match tokio::time::timeout(self.limits.hold, coming).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) if self.slots().closed => Err(ServingError::ShuttingDown),
-            Ok(Err(_)) => Err(ServingError::Unknown(key.to_string())),
-            Err(_) => Err(ServingError::StillLoading(key.to_string())),
+            Ok(Err(_)) => Err(ServingError::Unknown(name.to_string())),
+            Err(_) => Err(ServingError::StillLoading(name.to_string())),
         }
     }
 
     fn look(self: &Arc<Self>, name: &ModelName) -> Result<Look, ServingError> {
         let mut slots = self.slots();
         let name = slots.resolve(name).clone();
+        self.look_at(&mut slots, &name)
+    }
+
+    fn look_at(self: &Arc<Self>, slots: &mut Slots, name: &ModelName) -> Result<Look, ServingError> {
         let closed = slots.closed;
-        match slots.by_name.get_mut(&name) {
+        match slots.by_name.get_mut(name) {
             None if closed => Err(ServingError::ShuttingDown),
             None => Err(ServingError::Unknown(name.to_string())),
             Some(Slot::Ready { served, .. }) => {
@@ -178,10 +204,10 @@ impl Serving {
                 loading.held.push(held);
                 Ok(Look::Coming(coming))
             }
-            Some(Slot::Unloaded { .. }) => {
-                let (held, coming) = oneshot::channel();
-                self.load_again(&mut slots, &name, held)?;
-                Ok(Look::Coming(coming))
+            Some(Slot::Unloaded { model, .. }) => {
+                let mut model = model.clone();
+                model.request.asked = Instant::now();
+                self.load_for_request(slots, name, model, Origin::Again)
             }
         }
     }

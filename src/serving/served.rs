@@ -1,17 +1,18 @@
 //! One loaded model as requests hold it: tokenizer, template, fingerprint, and the way to the engine thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use cauldron_lm::{ChatTemplate, Decoder, Event, Grammars, LmError, ModelConfig, Request, TextTokenizer};
+use cauldron_lm::{
+    ChatTemplate, Decoder, Engine, Event, Grammars, LmError, ModelConfig, Request, TextTokenizer,
+};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::engine::{Command, EngineThread, is_last};
 use super::memory::Reservation;
 use super::{ServingError, ServingLimits};
-use crate::cache::Pin;
 use crate::config::ModelName;
 use crate::telemetry;
 
@@ -37,9 +38,10 @@ pub struct Served {
     pub tokenizer: Arc<TextTokenizer>,
     pub template: Option<ChatTemplate>,
     /// Made when an answer of some format is first asked for.
-    grammars: OnceLock<Grammars>,
+    grammars: Mutex<Option<Arc<Grammars>>>,
     /// Bytes of weights, keys and values.
     pub memory_bytes: u64,
+    max_model_len: usize,
     /// From the moment it was asked for until it could answer.
     pub ready_after: Duration,
     asked: Instant,
@@ -55,7 +57,6 @@ pub struct Served {
     /// A permit for each request that may wait for room.
     held: Semaphore,
     hold: Duration,
-    _pin: Option<Pin>,
 }
 
 /// What a loaded folder gave.
@@ -67,7 +68,6 @@ pub(super) struct Parts {
     pub memory: Reservation,
     pub tokenizer: TextTokenizer,
     pub template: Option<ChatTemplate>,
-    pub pin: Option<Pin>,
 }
 
 impl Served {
@@ -80,6 +80,8 @@ impl Served {
         let id = NEXT_MODEL.fetch_add(1, Ordering::Relaxed);
         let config = parts.decoder.config().clone();
         let memory = Arc::new(parts.memory);
+        let kv_tokens = Engine::tokens_in(&config, memory.kv_bytes as usize);
+        let max_model_len = kv_tokens.min(config.max_position_embeddings);
         let (memory_bytes, weak) = (memory.bytes(), Arc::downgrade(&memory));
         let added = engine.send(Command::Add {
             model: id,
@@ -97,8 +99,9 @@ impl Served {
             config,
             tokenizer: Arc::new(parts.tokenizer),
             template: parts.template,
-            grammars: OnceLock::new(),
+            grammars: Mutex::default(),
             memory_bytes,
+            max_model_len,
             ready_after: parts.asked.elapsed(),
             asked: parts.asked,
             first_token_after: OnceLock::new(),
@@ -110,17 +113,17 @@ impl Served {
             most_sequences: limits.max_running + limits.max_waiting,
             held: Semaphore::new(MOST_HELD),
             hold: limits.hold,
-            _pin: parts.pin,
         })
     }
 
     /// Grammars over the model's tokens. Takes a while the first time: off the async threads.
-    pub fn grammars(&self) -> Result<&Grammars, LmError> {
-        if let Some(grammars) = self.grammars.get() {
-            return Ok(grammars);
+    pub fn grammars(&self) -> Result<Arc<Grammars>, LmError> {
+        let mut grammars = self.grammars.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(grammars) = &*grammars {
+            return Ok(grammars.clone());
         }
-        let made = Grammars::new(&self.tokenizer, self.config.vocab_size)?;
-        Ok(self.grammars.get_or_init(|| made))
+        let made = Arc::new(Grammars::new(&self.tokenizer, self.config.vocab_size)?);
+        Ok(grammars.insert(made).clone())
     }
 
     /// From the moment it was asked for until its first token or score, once there was one.
@@ -140,14 +143,16 @@ impl Served {
         (busy, self.last_used.load(Ordering::Relaxed))
     }
 
-    /// Its share of the memory, while it lives.
-    pub(super) fn memory(&self) -> &Weak<Reservation> {
-        &self.memory
+    /// Whether its memory comes back once its requests have ended, because no name means it any more.
+    pub(super) fn set_leaving(&self, leaving: bool) {
+        if let Some(memory) = self.memory.upgrade() {
+            memory.set_leaving(leaving);
+        }
     }
 
-    /// Longest prompt plus answer, in tokens.
+    /// Longest prompt plus answer, in tokens: what the model takes, and its room for keys and values.
     pub fn max_model_len(&self) -> usize {
-        self.config.max_position_embeddings
+        self.max_model_len
     }
 
     /// Sequences that one call of [`Served::submit`] can have at most.

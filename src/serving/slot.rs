@@ -10,8 +10,8 @@ use cauldron_checkpoint::Digest;
 use cauldron_lm::Arithmetic;
 use tokio::sync::oneshot;
 
-use super::memory::Reservation;
 use super::{Served, ServingError};
+use crate::cache::{Cache, Pin};
 use crate::config::ModelName;
 
 /// What to load: a folder, and what is known of it.
@@ -21,12 +21,31 @@ pub struct LoadRequest {
     pub adapter: Option<PathBuf>,
     /// The reference it came from, for people.
     pub source: String,
-    /// Set for entries of the cache: they are verified and kept from deletion while loaded.
+    /// Set for entries of the cache: they are verified, and kept from deletion while a slot means them.
     pub cached: Option<Digest>,
     /// Of the products with weights; everything else is f32.
     pub arithmetic: Arithmetic,
     /// When the client asked for it: by loading it, or by the merge that made it.
     pub asked: Instant,
+}
+
+/// What a slot needs to load its model, now or again: an entry of the cache stays as long.
+#[derive(Debug, Clone)]
+pub(super) struct Pinned {
+    pub request: LoadRequest,
+    _pin: Option<Arc<Pin>>,
+}
+
+impl Pinned {
+    pub(super) fn new(request: LoadRequest, cache: &Cache) -> Self {
+        let pin = request.cached.map(|digest| Arc::new(cache.pin(&digest)));
+        Self { request, _pin: pin }
+    }
+
+    #[cfg(test)]
+    pub(super) fn not_cached(request: LoadRequest) -> Self {
+        Self { request, _pin: None }
+    }
 }
 
 /// State of a slot.
@@ -36,13 +55,15 @@ pub(super) enum Slot {
     Ready {
         served: Arc<Served>,
         /// To load it again.
-        request: LoadRequest,
+        model: Pinned,
         /// Why what was to replace it could not be loaded.
         not_replaced: Option<String>,
     },
     /// It made room for another model, and is loaded again when it is asked for.
     Unloaded {
-        request: LoadRequest,
+        model: Pinned,
+        /// Why it was not loaded when it was last asked for.
+        why: Option<String>,
     },
     Failed {
         source: String,
@@ -53,49 +74,60 @@ pub(super) enum Slot {
 /// A model that is on its way.
 #[derive(Debug)]
 pub(super) struct Loading {
-    pub request: LoadRequest,
+    pub model: Pinned,
     /// Grows with each load; of several loads of a name the last one counts.
     pub ticket: u64,
     /// Whether the loader has taken it.
     pub begun: bool,
     /// What the name meant before: it comes back if the load fails.
     pub former: Option<Former>,
-    pub back: Back,
+    pub origin: Origin,
     /// Requests that are held for it, in their order.
     pub held: Vec<Held>,
 }
 
-/// Whether a model that is loaded was served before under its name, and had made room.
+/// Why a model is loaded.
 #[derive(Debug)]
-pub(super) enum Back {
-    No,
-    /// It is asked again.
-    Asked,
+pub(super) enum Origin {
+    /// A client loads it, or a merge that is to be served.
+    Posted,
+    /// A request asks for it that nobody has loaded.
+    FirstUse,
+    /// It had made room, and a request asks for it.
+    Again,
     /// What was to replace it could not be loaded, and why.
-    Replacing(String),
+    InsteadOf(String),
 }
 
-impl Back {
+impl Origin {
     pub(super) fn why(&self) -> Option<String> {
         match self {
-            Self::Replacing(why) => Some(why.clone()),
-            Self::No | Self::Asked => None,
+            Self::InsteadOf(why) => Some(why.clone()),
+            Self::Posted | Self::FirstUse | Self::Again => None,
         }
     }
 }
 
 impl Loading {
-    /// What is kept beside it goes with its last request; its share of the memory.
-    pub(super) fn give_up_former(&mut self) -> Option<Weak<Reservation>> {
+    /// Whether there is any use in going on: what only requests ask for is not loaded once they have gone.
+    pub(super) fn is_wanted(&self) -> bool {
+        match self.origin {
+            Origin::Posted | Origin::InsteadOf(_) => true,
+            Origin::FirstUse | Origin::Again => self.held.iter().any(|held| !held.is_closed()),
+        }
+    }
+
+    /// What is kept beside it goes with its last request. False if there is nothing.
+    pub(super) fn give_up_former(&mut self) -> bool {
         match self.former.take() {
-            Some(Former::Kept(served, request)) => {
-                let share = served.memory().clone();
-                self.former = Some(Former::Leaving(Arc::downgrade(&served), request));
-                Some(share)
+            Some(Former::Kept(served, model)) => {
+                served.set_leaving(true);
+                self.former = Some(Former::Leaving(Arc::downgrade(&served), model));
+                true
             }
             other => {
                 self.former = other;
-                None
+                false
             }
         }
     }
@@ -108,23 +140,24 @@ pub(super) type Held = oneshot::Sender<Result<Arc<Served>, ServingError>>;
 #[derive(Debug)]
 pub(super) enum Former {
     /// Kept beside what replaces it.
-    Kept(Arc<Served>, LoadRequest),
+    Kept(Arc<Served>, Pinned),
     /// There was no memory for both: it goes with its last request.
-    Leaving(Weak<Served>, LoadRequest),
+    Leaving(Weak<Served>, Pinned),
+    /// It had made room for another name's model.
+    Unloaded(Pinned),
 }
 
 impl Former {
     pub(super) fn of(slot: Slot) -> Option<Self> {
         match slot {
-            Slot::Ready { served, request, .. } => Some(Self::Kept(served, request)),
-            Slot::Loading(Loading {
-                former: None,
-                back: Back::Asked | Back::Replacing(_),
-                request,
-                ..
-            }) => Some(Self::Leaving(Weak::new(), request)),
-            Slot::Loading(loading) => loading.former,
-            Slot::Unloaded { request } => Some(Self::Leaving(Weak::new(), request)),
+            Slot::Ready { served, model, .. } => Some(Self::Kept(served, model)),
+            Slot::Unloaded { model, .. } => Some(Self::Unloaded(model)),
+            Slot::Loading(loading) => match (loading.former, loading.origin) {
+                (Some(former), _) => Some(former),
+                (None, Origin::Again) => Some(Self::Unloaded(loading.model)),
+                (None, Origin::InsteadOf(_)) => Some(Self::Leaving(Weak::new(), loading.model)),
+                (None, Origin::Posted | Origin::FirstUse) => None,
+            },
             Slot::Failed { .. } => None,
         }
     }
@@ -137,6 +170,8 @@ pub struct SlotInfo {
     /// Other names that mean it.
     pub aliases: Vec<ModelName>,
     pub status: &'static str,
+    /// Whether requests for it are answered, now or after they were held.
+    pub answers: bool,
     pub source: String,
     pub system_fingerprint: Option<String>,
     pub dtype: &'static str,
@@ -145,6 +180,8 @@ pub struct SlotInfo {
     pub created: Option<i64>,
     /// Bytes of weights, keys and values.
     pub memory_bytes: Option<u64>,
+    /// Longest text, in tokens.
+    pub max_model_len: Option<usize>,
     /// Seconds from the moment it was asked for until it was ready, and until its first token.
     pub ready_seconds: Option<f64>,
     pub first_token_seconds: Option<f64>,
@@ -170,21 +207,27 @@ impl Slots {
 
     pub(super) fn info(&self, name: &ModelName) -> Option<SlotInfo> {
         let slot = self.by_name.get(name)?;
-        let (status, source, request, served, error) = match slot {
-            Slot::Loading(loading) => {
-                let request = &loading.request;
-                let why = loading.back.why();
-                ("loading", &request.source, Some(request), None, why)
-            }
-            Slot::Failed { source, detail } => ("failed", source, None, None, Some(detail.clone())),
-            Slot::Unloaded { request } => ("unloaded", &request.source, Some(request), None, None),
+        let (status, model, served, error) = match slot {
+            Slot::Loading(loading) => ("loading", Some(&loading.model), None, loading.origin.why()),
+            Slot::Failed { detail, .. } => ("failed", None, None, Some(detail.clone())),
+            Slot::Unloaded { model, why } => ("unloaded", Some(model), None, why.clone()),
             Slot::Ready {
                 served,
-                request,
+                model,
                 not_replaced,
-            } => {
-                let why = not_replaced.clone();
-                ("ready", &served.source, Some(request), Some(served), why)
+            } => ("ready", Some(model), Some(served), not_replaced.clone()),
+        };
+        let request = model.map(|model| &model.request);
+        let source = match slot {
+            Slot::Failed { source, .. } => source.clone(),
+            _ => request.map(|request| request.source.clone()).unwrap_or_default(),
+        };
+        let answers = match slot {
+            Slot::Ready { .. } | Slot::Unloaded { .. } => true,
+            Slot::Failed { .. } => false,
+            Slot::Loading(loading) => {
+                let first = matches!(loading.origin, Origin::Posted | Origin::FirstUse);
+                loading.former.is_some() || !first
             }
         };
         let aliases = self.aliases.iter().filter(|(_, to)| *to == name);
@@ -192,12 +235,14 @@ impl Slots {
             name: name.clone(),
             aliases: aliases.map(|(alias, _)| alias.clone()).collect(),
             status,
-            source: source.clone(),
+            answers,
+            source,
             system_fingerprint: served.map(|s| s.fingerprint.clone()),
             dtype: dtype_name(request.map(|r| r.arithmetic).unwrap_or_default()),
             error,
             created: served.map(|s| s.created),
             memory_bytes: served.map(|s| s.memory_bytes),
+            max_model_len: served.map(|s| s.max_model_len()),
             ready_seconds: served.map(|s| s.ready_after.as_secs_f64()),
             first_token_seconds: served
                 .and_then(|s| s.first_token_after())

@@ -99,7 +99,7 @@ impl Engine {
             max_batch_tokens: config.max_batch_tokens,
             max_running: config.max_running,
         };
-        let blocks = (config.kv_bytes / Self::block_bytes(decoder.config())).clamp(1, MOST_BLOCKS);
+        let blocks = Self::blocks_in(decoder.config(), config.kv_bytes);
         Self {
             pool: KvPool::new(decoder.config(), blocks),
             scores: vec![BlockScores::default(); blocks],
@@ -108,6 +108,15 @@ impl Engine {
             events: Vec::new(),
             decoder,
         }
+    }
+
+    fn blocks_in(config: &ModelConfig, kv_bytes: usize) -> usize {
+        (kv_bytes / Self::block_bytes(config)).clamp(1, MOST_BLOCKS)
+    }
+
+    /// Tokens that an engine with so many bytes of keys and values holds.
+    pub fn tokens_in(config: &ModelConfig, kv_bytes: usize) -> usize {
+        Self::blocks_in(config, kv_bytes) * BLOCK_TOKENS
     }
 
     /// Bytes of a block: keys and values, and the scores that may be kept with them.

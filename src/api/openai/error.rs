@@ -119,6 +119,7 @@ impl From<ServingError> for ApiError {
             ServingError::Unknown(_) => (StatusCode::NOT_FOUND, "model_not_found", None),
             ServingError::Failed { .. } => (StatusCode::BAD_GATEWAY, "model_failed", None),
             ServingError::StillLoading(_) => (StatusCode::SERVICE_UNAVAILABLE, "model_loading", Some(5)),
+            ServingError::NoRoom(_) => (StatusCode::SERVICE_UNAVAILABLE, "model_memory", Some(5)),
             ServingError::Busy(_) => (StatusCode::TOO_MANY_REQUESTS, "overloaded", Some(2)),
             ServingError::NoName(_) => (StatusCode::TOO_MANY_REQUESTS, "model_limit", Some(30)),
             ServingError::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "shutting_down", Some(5)),

@@ -24,6 +24,8 @@ pub struct ServedView {
     owned_by: &'static str,
     /// Digest of the weights; the same as in every response.
     system_fingerprint: Option<String>,
+    /// Longest prompt plus answer, in tokens; null while it is not in memory.
+    max_model_len: Option<usize>,
 }
 
 /// List models that answer
@@ -37,7 +39,7 @@ pub async fn list_served(
         None => app.serving.list(),
         Some(model) => vec![slot(&app, model)?],
     };
-    let answering = slots.into_iter().filter(answers);
+    let answering = slots.into_iter().filter(|slot| slot.answers);
     Ok(Json(ServedList {
         object: "list",
         data: answering.flat_map(views).collect(),
@@ -53,7 +55,7 @@ pub async fn get_served(
 ) -> Result<Json<ServedView>, ApiError> {
     let id = path.id.unwrap_or_default();
     let found = slot(&app, &id)?;
-    match answers(&found) && path.model.is_none_or(|model| model == id) {
+    match found.answers && path.model.is_none_or(|model| model == id) {
         true => Ok(Json(view(id, &found))),
         false => Err(ServingError::Unknown(id).into()),
     }
@@ -63,11 +65,6 @@ fn slot(app: &App, name: &str) -> Result<SlotInfo, ApiError> {
     let key = name.parse::<ModelName>().ok();
     key.and_then(|key| app.serving.info(&key))
         .ok_or_else(|| ServingError::Unknown(name.chars().take(100).collect()).into())
-}
-
-/// One that made room for another answers too: it is loaded when it is asked.
-fn answers(slot: &SlotInfo) -> bool {
-    matches!(slot.status, "ready" | "unloaded")
 }
 
 /// A model under its name and its aliases.
@@ -83,5 +80,6 @@ fn view(id: String, slot: &SlotInfo) -> ServedView {
         created: slot.created.unwrap_or_default(),
         owned_by: "cauldron",
         system_fingerprint: slot.system_fingerprint.clone(),
+        max_model_len: slot.max_model_len,
     }
 }
