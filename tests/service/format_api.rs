@@ -1,5 +1,6 @@
 //! `response_format`: answers that are JSON of a schema, whatever the model would rather say.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -157,4 +158,40 @@ async fn schemas_that_cannot_be_used_are_refused_by_name_and_soon() {
     }
     assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
     app.post("/v1/completions", request(point())).await.expect(200);
+}
+
+/// More streams than there is room for keys and values: they are sent back and begin again, grammar and all.
+#[tokio::test]
+async fn streams_of_a_schema_are_the_same_when_they_are_preempted() {
+    let alone = TestApp::start().await;
+    alone.load("m", "math").await;
+    let tight = TestApp::with(|config| config.engine.kv_cache_bytes = Some(1 << 20)).await;
+    let tight = Arc::new(tight);
+    tight.load("m", "math").await;
+    let body = |at: usize| {
+        let mut body = request(schema(json!({"type": "array", "items": {"type": "integer"},
+            "minItems": 20, "maxItems": 40, "x-guidance": {"whitespace_flexible": false}})));
+        body["prompt"] = json!(format!("{at} {}", "Give me ".repeat(12)));
+        body["max_tokens"] = json!(140);
+        body["seed"] = json!(at);
+        body
+    };
+    let streams: tokio::task::JoinSet<_> = (0..24)
+        .map(|at| {
+            let (mut body, tight) = (body(at), tight.clone());
+            body["stream"] = json!(true);
+            async move { (at, tight.post("/v1/completions", body).await) }
+        })
+        .collect();
+    for (at, stream) in streams.join_all().await {
+        let text: String = stream
+            .expect(200)
+            .text()
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line.strip_prefix("data: ")?).ok())
+            .filter_map(|event| Some(event["choices"][0]["text"].as_str()?.to_owned()))
+            .collect();
+        let whole = alone.post("/v1/completions", body(at)).await.expect(200).json();
+        assert_eq!(whole["choices"][0]["text"], text);
+    }
 }

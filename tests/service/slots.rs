@@ -129,6 +129,102 @@ async fn a_load_that_is_refused_takes_nothing_from_the_others() {
     assert_eq!(ask(&app, "m").await, math);
 }
 
+/// As a request that runs does, the test keeps the model; the memory is its until it lets go.
+#[tokio::test]
+async fn memory_that_requests_use_is_waited_for_and_then_503() {
+    let app = TestApp::with(|config| {
+        config.engine.kv_cache_bytes = Some(MIB);
+        config.engine.model_memory_bytes = Some(MIB + MIB / 2);
+        config.engine.hold_seconds = 1;
+    })
+    .await;
+    app.load("base", "base").await;
+    let base = ask(&app, "base").await;
+    let kept = app.app.model("base").await.expect("a model");
+    app.post("/models", json!({"name": "m", "source": "math"}))
+        .await
+        .expect(202);
+    let refused = app.post("/v1/completions", question("m")).await;
+    assert!(refused.headers.contains_key("retry-after"));
+    refused.expect_error(503, Some("model"));
+    let slot = app
+        .eventually("/models/m", |slot| slot["status"] == "unloaded")
+        .await;
+    let error = slot["error"].as_str().expect("an error");
+    assert!(error.contains("in use"), "{error}");
+    let listed = app.get("/v1/models").await.json();
+    assert_eq!(listed["data"].as_array().map(Vec::len), Some(2), "{listed}");
+    drop(kept);
+    ask(&app, "m").await;
+    assert_eq!(status(&app, "base").await, "unloaded");
+    assert_eq!(ask(&app, "base").await, base);
+}
+
+#[tokio::test]
+async fn a_load_that_waits_for_memory_ends_when_nobody_wants_it() {
+    let app = with_room_for(1).await;
+    app.load("base", "base").await;
+    app.load("m", "math").await;
+    let kept = app.app.model("m").await.expect("a model");
+    // Its name is taken away.
+    app.post("/models", json!({"name": "n", "source": "code"}))
+        .await
+        .expect(202);
+    app.eventually("/models/m", |slot| slot["status"] == "unloaded")
+        .await;
+    app.delete("/models/n").await.expect(204);
+    app.get("/models/n").await.expect_problem(404, None);
+    // The only request for it is gone.
+    let asked = app.post("/v1/completions", question("base"));
+    let gone = tokio::time::timeout(std::time::Duration::from_millis(300), asked).await;
+    assert!(gone.is_err(), "it waits for memory");
+    app.eventually("/models/base", |slot| slot["status"] == "unloaded")
+        .await;
+    drop(kept);
+    ask(&app, "m").await;
+    ask(&app, "base").await;
+}
+
+#[tokio::test]
+async fn answers_are_as_long_as_there_is_room_for_keys_and_values() {
+    let app = with_room_for(1).await;
+    let long = Shape {
+        context: 1 << 20,
+        ..Shape::default()
+    };
+    write_model(&app.models_dir().join("long"), 3, &long);
+    app.load("m", "long").await;
+    let model = app.get("/v1/models/m").await.json();
+    let most = model["max_model_len"].as_u64().expect("tokens");
+    assert!((100..1 << 16).contains(&most), "{most}");
+    let chat = json!({"model": "m", "messages": [{"role": "user", "content": "Hi"}], "ignore_eos": true});
+    let answer = app.post("/v1/chat/completions", chat).await.expect(200).json();
+    assert_eq!(answer["choices"][0]["finish_reason"], "length", "{answer}");
+    assert_eq!(answer["usage"]["total_tokens"], most + 1, "{answer}");
+    let score = json!({"model": "m", "context": "a".repeat(2 * most as usize), "continuations": ["b"]});
+    app.post("/v1/score", score)
+        .await
+        .expect_error(400, Some("continuations[0]"));
+}
+
+#[tokio::test]
+async fn a_checkpoint_stays_while_an_unloaded_model_means_it() {
+    let app = with_room_for(1).await;
+    let mut recipe = average();
+    recipe["serve_as"] = json!("mix");
+    let done = app.merge(recipe).await;
+    app.eventually("/models/mix", |slot| slot["status"] == "ready")
+        .await;
+    let mix = ask(&app, "mix").await;
+    app.load("m", "math").await;
+    assert_eq!(status(&app, "mix").await, "unloaded");
+    let path = format!("/checkpoints/{}", done["digest"].as_str().expect("a digest"));
+    app.delete(&path).await.expect_problem(409, None);
+    assert_eq!(ask(&app, "mix").await, mix);
+    app.delete("/models/mix").await.expect(204);
+    app.delete(&path).await.expect(204);
+}
+
 #[tokio::test]
 async fn an_alias_means_its_model() {
     let app = TestApp::start().await;
@@ -199,6 +295,14 @@ async fn a_folder_is_loaded_when_it_is_first_asked_for_if_that_is_on() {
         app.get("/models").await.json()["models"].as_array().map(Vec::len),
         Some(1)
     );
+    // One that cannot be served leaves nothing behind.
+    let broken = app.models_dir().join("broken");
+    write_model(&broken, 3, &Shape::default());
+    let config = std::fs::read_to_string(broken.join("config.json")).expect("a config");
+    std::fs::write(broken.join("config.json"), config.replace("Llama", "Alpaca")).expect("written");
+    let refused = app.post("/v1/completions", question("broken")).await.expect(502);
+    assert!(refused.text().contains("AlpacaForCausalLM"), "{}", refused.text());
+    app.get("/models/broken").await.expect_problem(404, None);
     for name in ["nowhere", "..", "merge:x", "base+lora", ""] {
         app.post("/v1/completions", question(name))
             .await
@@ -238,13 +342,17 @@ async fn the_time_from_the_post_to_the_first_token_is_told() {
     let slot = app.get("/models/mix").await.json();
     let first = slot["first_token_seconds"].as_f64().expect("seconds");
     assert!(first > ready, "{slot}");
-    let metrics = app.get("/metrics").await.text();
+    let start = std::time::Instant::now();
     for name in [
         "cauldron_model_memory_bytes",
         "cauldron_kv_cache_usage_perc",
         "cauldron_model_first_token_seconds",
     ] {
-        assert!(metrics.contains(name), "{name}");
+        // The recorder is the process's: what another test is recording meanwhile can hold a sample back.
+        while !app.get("/metrics").await.text().contains(name) {
+            assert!(start.elapsed().as_secs() < 10, "{name}");
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
     }
 }
 
