@@ -134,7 +134,7 @@ impl App {
         let (sources, reference) = (self.sources.clone(), name.to_owned());
         let located = tokio::task::spawn_blocking(move || {
             let located = sources.locate("model", &reference).ok()?;
-            Some(check_model(&located.folder, located.adapter.as_deref()).map(|()| located))
+            Some(check_model(&located.folder, located.adapter.as_deref()).map(|_| located))
         });
         let located = match located.await {
             Ok(Some(Ok(located))) => located,

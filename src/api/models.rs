@@ -41,6 +41,9 @@ struct LoadBody {
     /// Of the factors of matrix products: `float32` (the default), or `bfloat16`, as evaluation harnesses often load
     /// models. It is faster on a CPU, scores change in the third digit, and the fingerprint ends with `-bfloat16`.
     dtype: Option<String>,
+    /// Hold the weights in GGUF's blocks: `q8_0` (8 bits) or `q4_k` (4 bits; matrices whose rows are not multiples of 256
+    /// in 8). Less memory; scores are those of another model, and the fingerprint ends with `-q8_0` or `-q4_k`.
+    quantize: Option<String>,
 }
 
 /// A slot: a model under a name.
@@ -55,6 +58,8 @@ struct ModelView {
     /// Digest of the weights, once they are loaded.
     system_fingerprint: Option<String>,
     dtype: &'static str,
+    /// Format of the weights if they are quantised: the scores are not those of the checkpoint.
+    quantize: Option<&'static str>,
     error: Option<String>,
     /// What its weights, keys and values may take in memory.
     memory_bytes: Option<u64>,
@@ -94,7 +99,10 @@ async fn load_model(
     let (sources, reference) = (app.sources.clone(), source.clone());
     let located = tokio::task::spawn_blocking(move || {
         let located = sources.locate("source", &reference).map_err(unlocated)?;
-        check_model(&located.folder, located.adapter.as_deref()).map_err(unservable)?;
+        let config = check_model(&located.folder, located.adapter.as_deref()).map_err(unservable)?;
+        arithmetic
+            .check(&config)
+            .map_err(|e| Problem::unprocessable("unsupported-quantization", "quantize", e.to_string()))?;
         Ok::<_, Problem>(located)
     })
     .await
@@ -167,11 +175,12 @@ fn parse(body: &[u8]) -> Result<Wanted, Problem> {
         .ok_or_else(|| bad("source", "is missing"))?;
     let aliases = fields.remove("aliases").filter(|value| !value.is_null());
     let dtype = fields.remove("dtype").filter(|value| !value.is_null());
+    let quantize = fields.remove("quantize").filter(|value| !value.is_null());
     if let Some(unknown) = fields.keys().next() {
         let shown: String = unknown.chars().take(100).collect();
         return Err(bad(
             &shown,
-            "unknown field; known are name, source, aliases, dtype",
+            "unknown field; known are name, source, aliases, dtype, quantize",
         ));
     }
     let name = name.as_str().ok_or_else(|| bad("name", "must be a string"))?;
@@ -187,10 +196,17 @@ fn parse(body: &[u8]) -> Result<Wanted, Problem> {
         }
         Some(_) => return Err(bad("aliases", "must be a list of names")),
     };
-    let arithmetic = match dtype.as_ref().map_or(Some("float32"), Value::as_str) {
+    let dtype = match dtype.as_ref().map_or(Some("float32"), Value::as_str) {
         Some("float32") => Arithmetic::F32,
         Some("bfloat16") => Arithmetic::Bf16,
         _ => return Err(bad("dtype", "must be \"float32\" or \"bfloat16\"")),
+    };
+    let arithmetic = match (quantize.as_ref().map(Value::as_str), dtype) {
+        (None, dtype) => dtype,
+        (Some(_), Arithmetic::Bf16) => return Err(bad("quantize", "is not computed in bfloat16")),
+        (Some(Some("q8_0")), _) => Arithmetic::Q8_0,
+        (Some(Some("q4_k")), _) => Arithmetic::Q4K,
+        (Some(_), _) => return Err(bad("quantize", "must be \"q8_0\" or \"q4_k\"")),
     };
     match source {
         Value::String(source) => Ok(Wanted {
@@ -244,7 +260,11 @@ fn view(info: SlotInfo) -> ModelView {
         status: info.status,
         source: info.source,
         system_fingerprint: info.system_fingerprint,
-        dtype: info.dtype,
+        dtype: match info.arithmetic.is_quantized() {
+            true => Arithmetic::F32.name(),
+            false => info.arithmetic.name(),
+        },
+        quantize: info.arithmetic.is_quantized().then(|| info.arithmetic.name()),
         error: info.error,
         memory_bytes: info.memory_bytes,
         ready_seconds: info.ready_seconds,

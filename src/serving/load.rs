@@ -11,7 +11,7 @@ use tracing::warn;
 use super::engine::EngineThread;
 use super::memory::{Memory, Need, Reservation};
 use super::served::{Parts, Served};
-use super::{LoadRequest, ServingError, ServingLimits, dtype_name};
+use super::{LoadRequest, ServingError, ServingLimits};
 use crate::cache::Cache;
 use crate::config::ModelName;
 
@@ -77,10 +77,11 @@ impl WeightSource for ExpertWeights<'_> {
 
 /// What config.json and the headers of a model's files show of whether it can be served: its architecture, its settings,
 /// and that all tensors are there in their shapes. Reads no weights.
-pub fn check_model(folder: &Path, adapter: Option<&Path>) -> Result<(), LmError> {
+pub fn check_model(folder: &Path, adapter: Option<&Path>) -> Result<ModelConfig, LmError> {
     let expert = Expert::open(folder, adapter)?;
     let config = ModelConfig::from_json(expert.checkpoint().config())?;
-    Decoder::check_weights(&config, &ExpertWeights(&expert))
+    Decoder::check_weights(&config, &ExpertWeights(&expert))?;
+    Ok(config)
 }
 
 /// Blocks for as long as reading takes, and as making room takes. All that can be checked is checked before another model
@@ -98,7 +99,7 @@ pub(super) fn load(
     let text = |e: &dyn std::fmt::Display| e.to_string();
     go_on()?;
     if request.arithmetic != Arithmetic::F32 && !matches!(place.device, Device::Cpu) {
-        return Err("dtype: only float32 is computed on this device".to_owned().into());
+        return Err("only float32 is computed on this device".to_owned().into());
     }
     verify(place.cache, request.cached)?;
     go_on()?;
@@ -115,6 +116,7 @@ pub(super) fn load(
     let template = chat_template(name, &tokenizer);
     let weights = ExpertWeights(&expert);
     Decoder::check_weights(&config, &weights).map_err(|e| text(&e))?;
+    request.arithmetic.check(&config).map_err(|e| text(&e))?;
     let bytes = estimate(&config, &request, &expert, place.device);
     // While it is read, the largest tensor is there as f32 beside what becomes of it.
     let largest = expert.checkpoint().tensors().values().map(numbers).max();
@@ -129,7 +131,7 @@ pub(super) fn load(
         fingerprint: match request.arithmetic {
             Arithmetic::F32 => fingerprint.to_string(),
             // The same weights give other numbers.
-            other => format!("{fingerprint}-{}", dtype_name(other)),
+            other => format!("{fingerprint}-{}", other.name()),
         },
         asked: request.asked,
         source: request.source,
@@ -146,14 +148,13 @@ pub(super) fn load(
     )?)
 }
 
-/// Bytes of the weights in memory: numbers that are bf16 take two on the CPU, all others four.
+/// Bytes of the weights in memory.
 fn estimate(config: &ModelConfig, request: &LoadRequest, expert: &Expert, device: &Device) -> u64 {
     let mut tensors = expert.checkpoint().tensors().values();
     let halves = request.adapter.is_none()
         && matches!(device, Device::Cpu)
         && tensors.all(|info| info.dtype == Dtype::BF16);
-    let halves = halves || request.arithmetic == Arithmetic::Bf16;
-    config.parameters() as u64 * if halves { 2 } else { 4 }
+    request.arithmetic.weight_bytes(config, halves) as u64
 }
 
 fn numbers(info: &TensorInfo) -> u64 {

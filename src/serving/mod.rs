@@ -24,7 +24,7 @@ pub use device::open as open_device;
 pub use engine::{EngineThread, Work};
 pub use load::check_model;
 pub use served::{Generation, Served};
-pub use slot::{LoadRequest, SlotInfo, dtype_name};
+pub use slot::{LoadRequest, SlotInfo};
 
 use memory::Memory;
 use slot::{Origin, Slot, Slots};

@@ -174,7 +174,7 @@ pub struct SlotInfo {
     pub answers: bool,
     pub source: String,
     pub system_fingerprint: Option<String>,
-    pub dtype: &'static str,
+    pub arithmetic: Arithmetic,
     pub error: Option<String>,
     /// Seconds since the Unix epoch; when it became ready.
     pub created: Option<i64>,
@@ -238,7 +238,7 @@ impl Slots {
             answers,
             source,
             system_fingerprint: served.map(|s| s.fingerprint.clone()),
-            dtype: dtype_name(request.map(|r| r.arithmetic).unwrap_or_default()),
+            arithmetic: request.map(|r| r.arithmetic).unwrap_or_default(),
             error,
             created: served.map(|s| s.created),
             memory_bytes: served.map(|s| s.memory_bytes),
@@ -248,13 +248,5 @@ impl Slots {
                 .and_then(|s| s.first_token_after())
                 .map(|d| d.as_secs_f64()),
         })
-    }
-}
-
-/// As checkpoints name it.
-pub fn dtype_name(arithmetic: Arithmetic) -> &'static str {
-    match arithmetic {
-        Arithmetic::F32 => "float32",
-        Arithmetic::Bf16 => "bfloat16",
     }
 }

@@ -398,3 +398,67 @@ async fn bfloat16_arithmetic_is_asked_for_and_told() {
             .expect_problem(422, Some("dtype"));
     }
 }
+
+#[tokio::test]
+async fn quantised_weights_are_asked_for_and_told() {
+    let app = TestApp::start().await;
+    let wide = Shape {
+        hidden: 256,
+        ..Shape::default()
+    };
+    write_model(&app.models_dir().join("wide"), 3, &wide);
+    let score = |model: &str| json!({"model": model, "prompt": "Hello there", "max_tokens": 0, "echo": true, "logprobs": 1});
+    let mut scores: Vec<Vec<f64>> = Vec::new();
+    let mut bytes = Vec::new();
+    for quantize in [json!(null), json!("q8_0"), json!("q4_k")] {
+        app.post(
+            "/models",
+            json!({"name": "m", "source": "wide", "quantize": quantize}),
+        )
+        .await
+        .expect(202);
+        let answer = app.post("/v1/completions", score("m")).await.expect(200).json();
+        let slot = app.get("/models/m").await.json();
+        assert_eq!(
+            (&slot["quantize"], &slot["dtype"]),
+            (&quantize, &json!("float32"))
+        );
+        assert_eq!(slot["system_fingerprint"], answer["system_fingerprint"]);
+        let print = answer["system_fingerprint"].as_str().expect("a fingerprint");
+        match quantize.as_str() {
+            Some(name) => assert!(print.ends_with(&format!("-{name}")), "{print}"),
+            None => assert!(!print.contains('-'), "{print}"),
+        }
+        bytes.push(slot["memory_bytes"].as_u64().expect("bytes"));
+        let list = answer["choices"][0]["logprobs"]["token_logprobs"]
+            .as_array()
+            .expect("scores");
+        scores.push(list.iter().filter_map(Value::as_f64).collect());
+    }
+    assert!(bytes[0] > bytes[1] && bytes[1] > bytes[2], "{bytes:?}");
+    let far = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    let (eight, four) = (far(&scores[0], &scores[1]), far(&scores[0], &scores[2]));
+    assert!(
+        eight > 0.0 && eight < 0.5 && four > eight && four < 5.0,
+        "{eight} {four}"
+    );
+    for (field, body) in [
+        ("quantize", json!({"quantize": "q5_0"})),
+        ("quantize", json!({"quantize": 8})),
+        ("quantize", json!({"quantize": "q8_0", "dtype": "bfloat16"})),
+    ] {
+        let mut body = body;
+        body["name"] = json!("n");
+        body["source"] = json!("wide");
+        app.post("/models", body).await.expect_problem(422, Some(field));
+    }
+    let odd = Shape {
+        hidden: 48,
+        ..Shape::default()
+    };
+    write_model(&app.models_dir().join("odd"), 3, &odd);
+    let body = json!({"name": "n", "source": "odd", "quantize": "q8_0"});
+    app.post("/models", body)
+        .await
+        .expect_problem(422, Some("quantize"));
+}

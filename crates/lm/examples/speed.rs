@@ -33,6 +33,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let config = ModelConfig::from_json(checkpoint.config())?;
     let arithmetic = match std::env::var("ARITHMETIC").as_deref() {
         Ok("bf16") => Arithmetic::Bf16,
+        Ok("q8_0") => Arithmetic::Q8_0,
+        Ok("q4_k") => Arithmetic::Q4K,
         _ => Arithmetic::F32,
     };
     let decoder = Arc::new(Decoder::load_for(config, &checkpoint, &Device::Cpu, arithmetic)?);

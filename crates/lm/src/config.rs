@@ -12,7 +12,6 @@ use serde_json::{Map, Value};
 
 use crate::LmError;
 use crate::rope::{RopeConfig, RopeScaling};
-use crate::weights::expected_tensors;
 
 /// What multiplies the second half of the feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,14 +123,6 @@ impl ModelConfig {
             ropes,
             eos_ids: token_ids(config, "eos_token_id").unwrap_or_default(),
         })
-    }
-
-    /// Numbers in all weights.
-    pub fn parameters(&self) -> usize {
-        expected_tensors(self)
-            .iter()
-            .map(|(_, shape)| shape.iter().product::<usize>())
-            .sum()
     }
 
     /// Queries that share one key and value head.

@@ -4,10 +4,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::arithmetic::Arithmetic;
 use crate::attention::{AttentionShape, Span, attend};
 use crate::kv::{BLOCK_TOKENS, KvLayer, KvPool};
 use crate::ops::{self, Linear, Matrix, by_rows, dot, gate, softcap};
-use crate::packed::Arithmetic;
 use crate::rope::{Rope, RopeTable};
 use crate::weights::{Loader, WeightSource, check_shape, expected_tensors};
 use crate::{LmError, ModelConfig};
@@ -75,6 +75,7 @@ impl Decoder {
         arithmetic: Arithmetic,
     ) -> Result<Self, LmError> {
         Self::check_weights(&config, weights)?;
+        arithmetic.check(&config)?;
         let loader = Loader {
             source: weights,
             device,

@@ -4,6 +4,7 @@
 //! The way of a request: text -> [`TextTokenizer`] -> [`Request`] -> [`Engine`], which packs all sequences of
 //! one step into one [`Decoder`] forward -> [`Event`]s -> [`TextStream`] -> text.
 
+mod arithmetic;
 mod attention;
 mod config;
 mod constraint;
@@ -14,6 +15,7 @@ mod kernel;
 mod kv;
 mod ops;
 mod packed;
+mod quantized;
 mod request;
 mod rope;
 mod sampler;
@@ -26,13 +28,13 @@ mod tokenizer;
 mod tokenizer_guard;
 mod weights;
 
+pub use arithmetic::Arithmetic;
 pub use config::{Activation, Architecture, ModelConfig};
 pub use constraint::{Constraint, Grammars};
 pub use decoder::{Decoder, Segment};
 pub use engine::{Engine, EngineConfig};
 pub use error::LmError;
 pub use kv::{BLOCK_TOKENS, KvPool};
-pub use packed::Arithmetic;
 pub use request::{Event, FinishReason, MAX_LOGPROBS, Request};
 pub use rope::{RopeConfig, RopeScaling};
 pub use sampler::{Sampler, Sampling};

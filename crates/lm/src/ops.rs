@@ -7,14 +7,17 @@ use std::ops::Range;
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 use rayon::prelude::*;
 
+use crate::arithmetic::Arithmetic;
 use crate::config::Activation;
 use crate::kernel::{Instructions, Vectorized, vectorized};
-use crate::packed::{Arithmetic, PackedMatrix};
+use crate::packed::PackedMatrix;
+use crate::quantized::QuantizedMatrix;
 
 /// W \[rows, inner\]: a table of rows, or the weight of a product `x W^T`.
 #[derive(Debug)]
 pub(crate) enum Matrix {
     Packed(PackedMatrix),
+    Quantized(QuantizedMatrix),
     Dense(Tensor),
 }
 
@@ -27,6 +30,9 @@ impl Matrix {
         arithmetic: Arithmetic,
     ) -> candle_core::Result<Self> {
         match device {
+            Device::Cpu if arithmetic.is_quantized() => Ok(Self::Quantized(QuantizedMatrix::from_rows(
+                &values, inner, arithmetic,
+            ))),
             Device::Cpu => Ok(Self::Packed(PackedMatrix::from_rows(&values, inner, arithmetic))),
             _ => {
                 let rows = values.len() / inner;
@@ -39,42 +45,42 @@ impl Matrix {
     pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::Packed(packed) => packed.bytes(),
+            Self::Quantized(quantized) => quantized.bytes(),
             Self::Dense(weight) => weight.elem_count() * weight.dtype().size_in_bytes(),
         }
     }
 
     /// The rows `ids`, \[ids, inner\]. Ids are below the number of rows.
     pub(crate) fn rows(&self, ids: &[u32]) -> candle_core::Result<Tensor> {
+        let mut values = Vec::new();
+        let ids_of = || ids.iter().map(|id| *id as usize);
         match self {
-            Self::Packed(packed) => {
-                let mut values = Vec::new();
-                ids.iter()
-                    .for_each(|id| packed.extend_with_row(*id as usize, &mut values));
-                let inner = values.len() / ids.len().max(1);
-                Tensor::from_vec(values, (ids.len(), inner), &Device::Cpu)
-            }
-            Self::Dense(weight) => weight.index_select(&Tensor::new(ids, weight.device())?, 0),
+            Self::Packed(packed) => ids_of().for_each(|id| packed.extend_with_row(id, &mut values)),
+            Self::Quantized(quantized) => ids_of().for_each(|id| quantized.extend_with_row(id, &mut values)),
+            Self::Dense(weight) => return weight.index_select(&Tensor::new(ids, weight.device())?, 0),
         }
+        let inner = values.len() / ids.len().max(1);
+        Tensor::from_vec(values, (ids.len(), inner), &Device::Cpu)
     }
 
     /// `x W^T`, \[rows of x, rows of W\].
     pub(crate) fn times(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         match self {
             Self::Packed(packed) => self.times_rows(x, 0..packed.columns()),
+            Self::Quantized(quantized) => self.times_rows(x, 0..quantized.columns()),
             Self::Dense(weight) => x.matmul(&weight.t()?),
         }
     }
 
     /// `x W^T` for some rows of W only; the range begins at a multiple of 16.
     pub(crate) fn times_rows(&self, x: &Tensor, range: Range<usize>) -> candle_core::Result<Tensor> {
-        match self {
-            Self::Packed(packed) => {
-                let (rows, width) = (x.dim(0)?, range.len());
-                let product = with_slice(x, |x| packed.product(x, range))?;
-                Tensor::from_vec(product, (rows, width), &Device::Cpu)
-            }
-            Self::Dense(weight) => x.matmul(&weight.narrow(0, range.start, range.len())?.t()?),
-        }
+        let shape = (x.dim(0)?, range.len());
+        let product = match self {
+            Self::Packed(packed) => with_slice(x, |x| packed.product(x, range))?,
+            Self::Quantized(quantized) => with_slice(x, |x| quantized.product(x, range))?,
+            Self::Dense(weight) => return x.matmul(&weight.narrow(0, range.start, range.len())?.t()?),
+        };
+        Tensor::from_vec(product, shape, &Device::Cpu)
     }
 }
 

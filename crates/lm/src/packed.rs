@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::arithmetic::Arithmetic;
 use crate::kernel::{
     Bf16, F32, Instructions, Pairs, PairsAtOnce, TILE_COLUMNS, Unit, Vectorized, bf16_of, f32_of,
     has_pairs_at_once, most_rows, vectorized, vectorized_at_once, with_rows,
@@ -22,17 +23,6 @@ const PANELS: usize = 8;
 /// Panels that many rows take at once: with 12 rows their sums fill 24 of the 32 registers of AVX-512, and each number of
 /// `x` that is loaded is used twice.
 const PAIR: usize = 2;
-
-/// The arithmetic of products with weights; everything else is f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Arithmetic {
-    /// f32 by f32. Weights that are all bf16 numbers are held as such.
-    #[default]
-    F32,
-    /// Both sides rounded to bf16, products added in f32: twice as fast where the machine has an instruction for it. The
-    /// last bits are those of the machine.
-    Bf16,
-}
 
 /// A matrix W \[columns, inner\], packed. "Columns" are those of the product.
 #[derive(Debug)]
@@ -52,14 +42,14 @@ enum Panels {
 }
 
 impl PackedMatrix {
-    /// From W row by row, \[columns, inner\].
+    /// From W row by row, \[columns, inner\], for [`Arithmetic::Bf16`] or [`Arithmetic::F32`].
     pub(crate) fn from_rows(values: &[f32], inner: usize, arithmetic: Arithmetic) -> Self {
         let is_bf16 = |value: &f32| value.to_bits().trailing_zeros() >= 16;
         let all_bf16 = || values.par_chunks(1 << 16).all(|part| part.iter().all(is_bf16));
         let panels = match arithmetic {
             Arithmetic::Bf16 => Panels::Pairs(pack(values, inner, 2, Pairs::pack)),
-            Arithmetic::F32 if all_bf16() => Panels::Bf16(pack(values, inner, 1, |v| bf16_of(v[0]))),
-            Arithmetic::F32 => Panels::F32(pack(values, inner, 1, |v| v[0])),
+            _ if all_bf16() => Panels::Bf16(pack(values, inner, 1, |v| bf16_of(v[0]))),
+            _ => Panels::F32(pack(values, inner, 1, |v| v[0])),
         };
         Self {
             panels,
@@ -174,7 +164,7 @@ fn pack<W: Copy + Default + Send>(
 }
 
 /// Column stretches \[rows, share\] one after the other become rows.
-fn joined(parts: &[f32], rows: usize, width: usize, share: usize) -> Vec<f32> {
+pub(crate) fn joined(parts: &[f32], rows: usize, width: usize, share: usize) -> Vec<f32> {
     let mut out = vec![0f32; parts.len()];
     for (task, part) in parts.chunks(rows * share).enumerate() {
         let part_width = part.len() / rows;

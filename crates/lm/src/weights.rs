@@ -4,8 +4,8 @@
 use candle_core::{Device, Tensor};
 use cauldron_checkpoint::{Checkpoint, Expert};
 
+use crate::arithmetic::Arithmetic;
 use crate::ops::Matrix;
-use crate::packed::Arithmetic;
 use crate::{LmError, ModelConfig};
 
 /// Named float tensors.
