@@ -354,6 +354,7 @@ impl SlotTurn<'_> {
 mod tests {
     use std::sync::Weak;
 
+    use super::super::SlotInfo;
     use super::*;
 
     fn model(source: &str) -> Pinned {
@@ -386,7 +387,7 @@ mod tests {
     }
 
     struct Settled {
-        info: Option<super::super::SlotInfo>,
+        info: Option<SlotInfo>,
         coming: oneshot::Receiver<Result<Arc<Served>, ServingError>>,
     }
 

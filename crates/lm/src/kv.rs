@@ -1,6 +1,6 @@
 //! Storage of keys and values, in blocks of 16 tokens that any sequence's table may name. A block of one head is laid
 //! out as the panels that [`crate::kernel::tile`] reads, so that attention runs on the blocks where they lie. It knows
-//! nothing of sequences: which block holds what is [`crate::blocks`]' business.
+//! nothing of sequences: which block holds what is the scheduler's business.
 
 use crate::ModelConfig;
 use crate::kernel::TILE_COLUMNS;

@@ -29,16 +29,17 @@ impl Matrix {
         device: &Device,
         arithmetic: Arithmetic,
     ) -> candle_core::Result<Self> {
-        match device {
-            Device::Cpu if arithmetic.is_quantized() => Ok(Self::Quantized(QuantizedMatrix::from_rows(
-                &values, inner, arithmetic,
-            ))),
-            Device::Cpu => Ok(Self::Packed(PackedMatrix::from_rows(&values, inner, arithmetic))),
+        Ok(match (device, arithmetic) {
+            (Device::Cpu, Arithmetic::F32) => Self::Packed(PackedMatrix::from_rows(&values, inner)),
+            (Device::Cpu, Arithmetic::Bf16) => Self::Packed(PackedMatrix::rounded(&values, inner)),
+            (Device::Cpu, Arithmetic::Q8_0 | Arithmetic::Q4K) => {
+                Self::Quantized(QuantizedMatrix::from_rows(&values, inner, arithmetic))
+            }
             _ => {
                 let rows = values.len() / inner;
-                Ok(Self::Dense(Tensor::from_vec(values, (rows, inner), device)?))
+                Self::Dense(Tensor::from_vec(values, (rows, inner), device)?)
             }
-        }
+        })
     }
 
     /// Bytes that it takes in memory.

@@ -6,7 +6,6 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::arithmetic::Arithmetic;
 use crate::kernel::{
     Bf16, F32, Instructions, Pairs, PairsAtOnce, TILE_COLUMNS, Unit, Vectorized, bf16_of, f32_of,
     has_pairs_at_once, most_rows, vectorized, vectorized_at_once, with_rows,
@@ -37,20 +36,27 @@ enum Panels {
     F32(Vec<[f32; TILE_COLUMNS]>),
     /// Half the memory to read for the same products, to the bit.
     Bf16(Vec<[u16; TILE_COLUMNS]>),
-    /// Two neighbours of the inner dimension beside each other, for [`Arithmetic::Bf16`].
+    /// Two neighbours of the inner dimension beside each other, for rounded factors.
     Pairs(Vec<[[u16; 2]; TILE_COLUMNS]>),
 }
 
 impl PackedMatrix {
-    /// From W row by row, \[columns, inner\], for [`Arithmetic::Bf16`] or [`Arithmetic::F32`].
-    pub(crate) fn from_rows(values: &[f32], inner: usize, arithmetic: Arithmetic) -> Self {
+    /// From W row by row, \[columns, inner\], for products in f32.
+    pub(crate) fn from_rows(values: &[f32], inner: usize) -> Self {
         let is_bf16 = |value: &f32| value.to_bits().trailing_zeros() >= 16;
-        let all_bf16 = || values.par_chunks(1 << 16).all(|part| part.iter().all(is_bf16));
-        let panels = match arithmetic {
-            Arithmetic::Bf16 => Panels::Pairs(pack(values, inner, 2, Pairs::pack)),
-            _ if all_bf16() => Panels::Bf16(pack(values, inner, 1, |v| bf16_of(v[0]))),
-            _ => Panels::F32(pack(values, inner, 1, |v| v[0])),
+        let panels = match values.par_chunks(1 << 16).all(|part| part.iter().all(is_bf16)) {
+            true => Panels::Bf16(pack(values, inner, 1, |v| bf16_of(v[0]))),
+            false => Panels::F32(pack(values, inner, 1, |v| v[0])),
         };
+        Self::new(panels, values, inner)
+    }
+
+    /// As [`PackedMatrix::from_rows`], for products of factors rounded to bf16.
+    pub(crate) fn rounded(values: &[f32], inner: usize) -> Self {
+        Self::new(Panels::Pairs(pack(values, inner, 2, Pairs::pack)), values, inner)
+    }
+
+    fn new(panels: Panels, values: &[f32], inner: usize) -> Self {
         Self {
             panels,
             columns: values.len() / inner,
@@ -458,7 +464,7 @@ mod tests {
             let (x, weight) = (values(rows * inner, 1), values(columns * inner, 2));
             let exact = expected(&x, &weight, inner);
             let what = format!("{rows} x {inner} x {columns}");
-            let packed = PackedMatrix::from_rows(&weight, inner, Arithmetic::F32);
+            let packed = PackedMatrix::from_rows(&weight, inner);
             assert_close(&packed.product(&x, 0..columns), &exact, &what);
             let mut row = Vec::new();
             packed.extend_with_row(columns - 1, &mut row);
@@ -469,7 +475,7 @@ mod tests {
     #[test]
     fn a_range_of_columns_is_a_part_of_the_product() {
         let (x, weight) = (values(3 * 20, 3), values(90 * 20, 4));
-        let packed = PackedMatrix::from_rows(&weight, 20, Arithmetic::F32);
+        let packed = PackedMatrix::from_rows(&weight, 20);
         assert_eq!(packed.columns(), 90);
         let exact = expected(&x, &weight[32 * 20..80 * 20], 20);
         assert_close(&packed.product(&x, 32..80), &exact, "columns 32..80");
@@ -482,12 +488,9 @@ mod tests {
             .iter()
             .map(|v| f32::from_bits(v.to_bits() & 0xffff_0000))
             .collect();
-        let narrow = PackedMatrix::from_rows(&weight, inner, Arithmetic::F32);
-        let wide = PackedMatrix {
-            panels: Panels::F32(pack(&weight, inner, 1, |v| v[0])),
-            columns,
-            inner,
-        };
+        let narrow = PackedMatrix::from_rows(&weight, inner);
+        let wide = Panels::F32(pack(&weight, inner, 1, |v| v[0]));
+        let wide = PackedMatrix::new(wide, &weight, inner);
         assert_eq!(narrow.bytes() * 2, wide.bytes());
         for rows in [1, 5, 6, 7, 100] {
             let x = values(rows * inner, rows);
@@ -505,14 +508,13 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_in_any_company() {
-        for (arithmetic, inner) in [(Arithmetic::F32, 1100), (Arithmetic::Bf16, 1101)] {
-            company(arithmetic, inner);
-        }
+        company(1100, PackedMatrix::from_rows);
+        company(1101, PackedMatrix::rounded);
     }
 
-    fn company(arithmetic: Arithmetic, inner: usize) {
+    fn company(inner: usize, packed: fn(&[f32], usize) -> PackedMatrix) {
         let columns = 70;
-        let packed = PackedMatrix::from_rows(&values(columns * inner, 1), inner, arithmetic);
+        let packed = packed(&values(columns * inner, 1), inner);
         let x = values(130 * inner, 2);
         let all = packed.product(&x, 0..columns);
         for row in [0, 5, 64, 129] {
@@ -534,7 +536,7 @@ mod tests {
             let (x, weight) = (values(rows * inner, 1), values(columns * inner, 2));
             let round = |values: &[f32]| -> Vec<f32> { values.iter().map(|v| f32_of(bf16_of(*v))).collect() };
             let exact = expected(&round(&x), &round(&weight), inner);
-            let packed = PackedMatrix::from_rows(&weight, inner, Arithmetic::Bf16);
+            let packed = PackedMatrix::rounded(&weight, inner);
             let what = format!("{rows} x {inner} x {columns}");
             assert_close(&packed.product(&x, 0..columns), &exact, &what);
             let mut row = Vec::new();

@@ -77,9 +77,17 @@ impl ApiError {
         }
     }
 
-    /// What a failed computation says; the cause may be the request's or ours.
+    /// What a failed computation says.
     pub fn failed(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, detail).with_code("generation_failed")
+    }
+
+    /// What an engine's `Failed` event says: `field` is the request's that is at fault, if one is.
+    pub fn of_event(error: String, field: Option<&str>) -> Self {
+        match field {
+            Some(field) => Self::at_fault(field, error),
+            None => Self::failed(error),
+        }
     }
 
     pub fn body(&self) -> ErrorBody {

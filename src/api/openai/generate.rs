@@ -363,10 +363,7 @@ impl Answer {
             Some(Event::PromptLogprobs { tokens, .. }) => Ok(Some(Step::Prompt(tokens))),
             Some(Event::Token { token, logprobs, .. }) => self.token(token, logprobs).map(Some),
             Some(Event::Finished { reason, .. }) => self.end(reason).map(Some),
-            Some(Event::Failed { error, field, .. }) => Err(match field {
-                Some(field) => ApiError::at_fault(field, error),
-                None => ApiError::failed(error),
-            }),
+            Some(Event::Failed { error, field, .. }) => Err(ApiError::of_event(error, field)),
             None => Err(ApiError::failed("the model was stopped")),
         }
     }

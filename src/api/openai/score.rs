@@ -330,12 +330,7 @@ async fn finish(mut generation: Generation, pair: &Pair) -> Result<Vec<TokenLogp
     while let Some(event) = generation.next().await {
         match event {
             Event::PromptLogprobs { tokens, .. } => scored = Some(tokens),
-            Event::Failed { error, field, .. } => {
-                return Err(match field {
-                    Some(field) => ApiError::at_fault(field, error),
-                    None => ApiError::failed(error),
-                });
-            }
+            Event::Failed { error, field, .. } => return Err(ApiError::of_event(error, field)),
             Event::Token { .. } | Event::Finished { .. } => {}
         }
     }

@@ -6,7 +6,7 @@ use super::{Architecture, Fields};
 use crate::LmError;
 
 /// The attention window of each layer: as `layer_types` says, or the family's pattern. Mistral and Phi-3 slide
-/// everywhere (transformers does not read their `layer_types`); Qwen only from `max_window_layers` on and SmolLM3 only without rotation, both only if
+/// everywhere; Qwen only from `max_window_layers` on and SmolLM3 only without rotation, both only if
 /// `use_sliding_window`; Gemma in all but every second (2) or sixth (3) layer.
 pub(super) fn windows(
     fields: &Fields,
@@ -29,13 +29,14 @@ pub(super) fn windows(
         Architecture::Qwen2 | Architecture::Qwen3 => if_used(Some(4096))?,
         Architecture::SmolLm3 => if_used(None)?,
     };
-    let reads_types = !matches!(
-        architecture,
-        Architecture::Llama | Architecture::Mistral | Architecture::Phi3
-    );
     if let Some(types) = fields.get("layer_types") {
         let typed = typed(types, window, layers)?;
-        if !reads_types && typed.iter().any(|own| *own != window) {
+        // transformers does not read it for these; others do.
+        let uniform = matches!(
+            architecture,
+            Architecture::Llama | Architecture::Mistral | Architecture::Phi3
+        );
+        if uniform && typed.iter().any(|own| *own != window) {
             let detail = "differs between layers, which engines read in different ways for this architecture";
             return Err(LmError::config("layer_types", detail));
         }
