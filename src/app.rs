@@ -74,6 +74,7 @@ impl App {
             kv_bytes: config.engine.kv_cache_bytes,
             max_models: config.engine.max_models as usize,
             hold: config.engine.hold(),
+            fixed_shapes: config.engine.deterministic,
         };
         let serving = Serving::start(cache.clone(), device, limits).context("starting the engine thread")?;
         let runner = Runner {

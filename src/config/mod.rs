@@ -46,6 +46,7 @@ impl Config {
             storage,
             engine: EngineArgs {
                 device: DeviceChoice::Auto,
+                deterministic: false,
                 max_batch_tokens: DEFAULT_BATCH_TOKENS,
                 max_running: DEFAULT_RUNNING,
                 max_waiting: DEFAULT_WAITING,
@@ -110,6 +111,10 @@ pub struct EngineArgs {
     /// Where merges run and models are served. `auto` takes a GPU if this build and machine have one.
     #[arg(long, env = "CAULDRON_DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
+    /// On a GPU, compute every product with weights in pieces of 128 rows, so that a score does not depend on what else is
+    /// in the batch; slower for few rows. On the CPU that holds anyway.
+    #[arg(long, env = "CAULDRON_DETERMINISTIC")]
+    pub deterministic: bool,
     /// Tokens of one forward pass over all its sequences. A pass is not interrupted: it is what a stream waits for
     /// beside a long prompt, and a request that is cancelled. The default is for a CPU; a GPU has time for 2048.
     #[arg(long, env = "CAULDRON_MAX_BATCH_TOKENS", default_value_t = DEFAULT_BATCH_TOKENS, value_parser = clap::value_parser!(u32).range(16..=1 << 20))]

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use cauldron_checkpoint::{Digest, Dtype, Expert, TensorInfo};
-use cauldron_lm::{Arithmetic, ChatTemplate, Decoder, LmError, ModelConfig, TextTokenizer, WeightSource};
+use cauldron_lm::{
+    Arithmetic, ChatTemplate, Decoder, LmError, ModelConfig, Placement, TextTokenizer, WeightSource,
+};
 use tracing::warn;
 
 use super::engine::EngineThread;
@@ -124,8 +126,12 @@ pub(super) fn load(
     go_on()?;
     let mut memory = turn.make_room(place.memory.need(&config, reading))?;
     go_on()?;
-    let decoder =
-        Decoder::load_for(config, &weights, place.device, request.arithmetic).map_err(|e| text(&e))?;
+    let placement = Placement {
+        device: place.device,
+        arithmetic: request.arithmetic,
+        fixed_shapes: place.limits.fixed_shapes,
+    };
+    let decoder = Decoder::load_for(config, &weights, placement).map_err(|e| text(&e))?;
     memory.correct(decoder.weight_bytes() as u64);
     let parts = Parts {
         fingerprint: match request.arithmetic {

@@ -43,6 +43,8 @@ pub struct ServingLimits {
     pub max_models: usize,
     /// How long requests for a loading model wait.
     pub hold: Duration,
+    /// See [`cauldron_lm::Placement`].
+    pub fixed_shapes: bool,
 }
 
 /// Why a model cannot be used.

@@ -8,7 +8,9 @@ use std::time::Instant;
 
 use candle_core::Device;
 use cauldron_checkpoint::Checkpoint;
-use cauldron_lm::{Arithmetic, Decoder, Engine, EngineConfig, Event, ModelConfig, Request, Sampling};
+use cauldron_lm::{
+    Arithmetic, Decoder, Engine, EngineConfig, Event, ModelConfig, Placement, Request, Sampling,
+};
 
 const CASES: &[&str] = &[
     "prefill:1x512",
@@ -37,7 +39,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Ok("q4_k") => Arithmetic::Q4K,
         _ => Arithmetic::F32,
     };
-    let decoder = Arc::new(Decoder::load_for(config, &checkpoint, &Device::Cpu, arithmetic)?);
+    let placement = Placement {
+        device: &Device::Cpu,
+        arithmetic,
+        fixed_shapes: false,
+    };
+    let decoder = Arc::new(Decoder::load_for(config, &checkpoint, placement)?);
     for case in &cases {
         let (kind, shape) = case.split_once(':').ok_or("a case is kind:shape")?;
         let (shape, past) = shape.split_once('@').unwrap_or((shape, "16"));

@@ -1,8 +1,22 @@
 //! How products with weights are computed, and what the weights take in memory for it.
 
+use candle_core::Device;
+
 use crate::config::ModelConfig;
 use crate::weights::expected_tensors;
 use crate::{LmError, quantized};
+
+/// Where weights lie, and how products with them are computed there.
+#[derive(Debug, Clone, Copy)]
+pub struct Placement<'a> {
+    pub device: &'a Device,
+    /// In other than CPU memory there is f32 only.
+    pub arithmetic: Arithmetic,
+    /// In other than CPU memory, libraries take other kernels for other numbers of rows, which changes last bits. With
+    /// fixed shapes every product has the same number, so that a row does not depend on its company; few rows cost as
+    /// much as many. In CPU memory that holds anyway.
+    pub fixed_shapes: bool,
+}
 
 /// The arithmetic of products with weights; everything else is f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::arithmetic::Arithmetic;
+use crate::arithmetic::{Arithmetic, Placement};
 use crate::attention::{AttentionShape, Span, attend};
 use crate::kv::{BLOCK_TOKENS, KvLayer, KvPool};
 use crate::ops::{self, Linear, Matrix, by_rows, dot, gate, softcap};
@@ -64,22 +64,25 @@ impl Decoder {
 
     /// Checks every tensor's shape first, then reads them all.
     pub fn load(config: ModelConfig, weights: &dyn WeightSource, device: &Device) -> Result<Self, LmError> {
-        Self::load_for(config, weights, device, Arithmetic::F32)
+        let placement = Placement {
+            device,
+            arithmetic: Arithmetic::F32,
+            fixed_shapes: false,
+        };
+        Self::load_for(config, weights, placement)
     }
 
-    /// As [`Decoder::load`], with products of some arithmetic; in other than CPU memory there is f32 only.
+    /// As [`Decoder::load`], with products of some kind.
     pub fn load_for(
         config: ModelConfig,
         weights: &dyn WeightSource,
-        device: &Device,
-        arithmetic: Arithmetic,
+        placement: Placement<'_>,
     ) -> Result<Self, LmError> {
         Self::check_weights(&config, weights)?;
-        arithmetic.check(&config)?;
+        placement.arithmetic.check(&config)?;
         let loader = Loader {
             source: weights,
-            device,
-            arithmetic,
+            placement,
         };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = Arc::new(loader.stacked(&[("model.embed_tokens.weight".to_owned(), vocab)], hidden)?);

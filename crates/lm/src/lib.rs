@@ -28,7 +28,7 @@ mod tokenizer;
 mod tokenizer_guard;
 mod weights;
 
-pub use arithmetic::Arithmetic;
+pub use arithmetic::{Arithmetic, Placement};
 pub use config::{Activation, Architecture, ModelConfig};
 pub use constraint::{Constraint, Grammars};
 pub use decoder::{Decoder, Segment};

@@ -7,7 +7,7 @@ use std::ops::Range;
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 use rayon::prelude::*;
 
-use crate::arithmetic::Arithmetic;
+use crate::arithmetic::{Arithmetic, Placement};
 use crate::config::Activation;
 use crate::kernel::{Instructions, Vectorized, vectorized};
 use crate::packed::PackedMatrix;
@@ -18,26 +18,53 @@ use crate::quantized::QuantizedMatrix;
 pub(crate) enum Matrix {
     Packed(PackedMatrix),
     Quantized(QuantizedMatrix),
-    Dense(Tensor),
+    Dense(DenseMatrix),
+}
+
+/// A matrix that the device's own library multiplies by.
+#[derive(Debug)]
+pub(crate) struct DenseMatrix {
+    weight: Tensor,
+    fixed_shapes: bool,
+}
+
+impl DenseMatrix {
+    /// Rows of every product with fixed shapes.
+    const ROWS: usize = 128;
+
+    /// `x W^T` for some rows of W.
+    fn product(&self, x: &Tensor, range: Range<usize>) -> candle_core::Result<Tensor> {
+        let weight = self.weight.narrow(0, range.start, range.len())?.t()?;
+        if !self.fixed_shapes {
+            return x.matmul(&weight);
+        }
+        let rows = x.dim(0)?;
+        let whole = rows.next_multiple_of(Self::ROWS);
+        let x = x.pad_with_zeros(0, 0, whole - rows)?;
+        let products = (0..whole)
+            .step_by(Self::ROWS)
+            .map(|at| x.narrow(0, at, Self::ROWS)?.matmul(&weight))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        Tensor::cat(&products, 0)?.narrow(0, 0, rows)?.contiguous()
+    }
 }
 
 impl Matrix {
     /// From W row by row.
-    pub(crate) fn new(
-        values: Vec<f32>,
-        inner: usize,
-        device: &Device,
-        arithmetic: Arithmetic,
-    ) -> candle_core::Result<Self> {
-        Ok(match (device, arithmetic) {
+    pub(crate) fn new(values: Vec<f32>, inner: usize, placement: Placement<'_>) -> candle_core::Result<Self> {
+        let arithmetic = placement.arithmetic;
+        Ok(match (placement.device, arithmetic) {
             (Device::Cpu, Arithmetic::F32) => Self::Packed(PackedMatrix::from_rows(&values, inner)),
             (Device::Cpu, Arithmetic::Bf16) => Self::Packed(PackedMatrix::rounded(&values, inner)),
             (Device::Cpu, Arithmetic::Q8_0 | Arithmetic::Q4K) => {
                 Self::Quantized(QuantizedMatrix::from_rows(&values, inner, arithmetic))
             }
-            _ => {
+            (device, _) => {
                 let rows = values.len() / inner;
-                Self::Dense(Tensor::from_vec(values, (rows, inner), device)?)
+                Self::Dense(DenseMatrix {
+                    weight: Tensor::from_vec(values, (rows, inner), device)?,
+                    fixed_shapes: placement.fixed_shapes,
+                })
             }
         })
     }
@@ -47,7 +74,7 @@ impl Matrix {
         match self {
             Self::Packed(packed) => packed.bytes(),
             Self::Quantized(quantized) => quantized.bytes(),
-            Self::Dense(weight) => weight.elem_count() * weight.dtype().size_in_bytes(),
+            Self::Dense(DenseMatrix { weight, .. }) => weight.elem_count() * weight.dtype().size_in_bytes(),
         }
     }
 
@@ -58,7 +85,9 @@ impl Matrix {
         match self {
             Self::Packed(packed) => ids_of().for_each(|id| packed.extend_with_row(id, &mut values)),
             Self::Quantized(quantized) => ids_of().for_each(|id| quantized.extend_with_row(id, &mut values)),
-            Self::Dense(weight) => return weight.index_select(&Tensor::new(ids, weight.device())?, 0),
+            Self::Dense(DenseMatrix { weight, .. }) => {
+                return weight.index_select(&Tensor::new(ids, weight.device())?, 0);
+            }
         }
         let inner = values.len() / ids.len().max(1);
         Tensor::from_vec(values, (ids.len(), inner), &Device::Cpu)
@@ -69,7 +98,7 @@ impl Matrix {
         match self {
             Self::Packed(packed) => self.times_rows(x, 0..packed.columns()),
             Self::Quantized(quantized) => self.times_rows(x, 0..quantized.columns()),
-            Self::Dense(weight) => x.matmul(&weight.t()?),
+            Self::Dense(dense) => dense.product(x, 0..dense.weight.dim(0)?),
         }
     }
 
@@ -79,7 +108,7 @@ impl Matrix {
         let product = match self {
             Self::Packed(packed) => with_slice(x, |x| packed.product(x, range))?,
             Self::Quantized(quantized) => with_slice(x, |x| quantized.product(x, range))?,
-            Self::Dense(weight) => return x.matmul(&weight.narrow(0, range.start, range.len())?.t()?),
+            Self::Dense(dense) => return dense.product(x, range),
         };
         Tensor::from_vec(product, shape, &Device::Cpu)
     }
@@ -366,22 +395,54 @@ mod tests {
         assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(-1000.0) < 2e-38 && exp(f32::NAN) < 2e-38);
     }
 
+    fn dense(values: &[f32], inner: usize, fixed_shapes: bool) -> candle_core::Result<Matrix> {
+        let weight = Tensor::from_slice(values, (values.len() / inner, inner), &Device::Cpu)?;
+        Ok(Matrix::Dense(DenseMatrix { weight, fixed_shapes }))
+    }
+
+    fn numbers(count: usize) -> Vec<f32> {
+        (0..count)
+            .map(|i| ((i * 7919) % 1013) as f32 / 500.0 - 1.0)
+            .collect()
+    }
+
     #[test]
     fn a_matrix_is_a_table_and_a_weight() -> candle_core::Result<()> {
-        let values: Vec<f32> = (0..40 * 3).map(|i| i as f32 / 10.0).collect();
-        let packed = Matrix::new(values.clone(), 3, &Device::Cpu, Arithmetic::F32)?;
-        let dense = Matrix::Dense(Tensor::from_vec(values, (40, 3), &Device::Cpu)?);
+        let values = numbers(40 * 3);
+        let placement = Placement {
+            device: &Device::Cpu,
+            arithmetic: Arithmetic::F32,
+            fixed_shapes: false,
+        };
+        let packed = Matrix::new(values.clone(), 3, placement)?;
         let x = Tensor::new(&[[1f32, -2.0, 0.5], [0.0, 1.0, 3.0]], &Device::Cpu)?;
-        assert_eq!(
-            packed.rows(&[39, 0])?.to_vec2::<f32>()?,
-            dense.rows(&[39, 0])?.to_vec2::<f32>()?
-        );
-        for (a, b) in [
-            (packed.times(&x)?, dense.times(&x)?),
-            (packed.times_rows(&x, 16..39)?, dense.times_rows(&x, 16..39)?),
-        ] {
-            let difference = (a - b)?.abs()?.max_all()?.to_scalar::<f32>()?;
-            assert!(difference < 1e-4, "{difference}");
+        for fixed_shapes in [false, true] {
+            let dense = dense(&values, 3, fixed_shapes)?;
+            assert_eq!(
+                packed.rows(&[39, 0])?.to_vec2::<f32>()?,
+                dense.rows(&[39, 0])?.to_vec2::<f32>()?
+            );
+            for (a, b) in [
+                (packed.times(&x)?, dense.times(&x)?),
+                (packed.times_rows(&x, 16..39)?, dense.times_rows(&x, 16..39)?),
+            ] {
+                let difference = (a - b)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(difference < 1e-4, "{difference}");
+            }
+        }
+        Ok(())
+    }
+
+    /// With candle's product on the CPU in the place of a GPU's: without fixed shapes it fails.
+    #[test]
+    fn with_fixed_shapes_a_row_has_the_same_bits_in_any_company() -> candle_core::Result<()> {
+        let inner = 700;
+        let dense = dense(&numbers(90 * inner), inner, true)?;
+        let x = Tensor::from_vec(numbers(300 * inner), (300, inner), &Device::Cpu)?;
+        let whole = dense.times(&x)?.to_vec2::<f32>()?;
+        for (from, count) in [(0, 1), (5, 2), (100, 60), (127, 2), (170, 130)] {
+            let some = dense.times(&x.narrow(0, from, count)?)?.to_vec2::<f32>()?;
+            assert_eq!(some, whole[from..from + count], "{count} rows from {from}");
         }
         Ok(())
     }

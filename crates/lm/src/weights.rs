@@ -1,10 +1,10 @@
 //! Where a decoder's weights come from: an opened checkpoint, or one with an adapter folded in. Checks every
 //! shape against the config before a byte of the tensor is read.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use cauldron_checkpoint::{Checkpoint, Expert};
 
-use crate::arithmetic::Arithmetic;
+use crate::arithmetic::Placement;
 use crate::ops::Matrix;
 use crate::{LmError, ModelConfig};
 
@@ -95,8 +95,7 @@ pub(crate) fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)
 /// Reads checked tensors of a source onto a device.
 pub(crate) struct Loader<'a> {
     pub source: &'a dyn WeightSource,
-    pub device: &'a Device,
-    pub arithmetic: Arithmetic,
+    pub placement: Placement<'a>,
 }
 
 impl Loader<'_> {
@@ -106,7 +105,7 @@ impl Loader<'_> {
         if config.gemma_block {
             values.iter_mut().for_each(|value| *value += 1.0);
         }
-        Ok(Tensor::from_vec(values, len, self.device)?)
+        Ok(Tensor::from_vec(values, len, self.placement.device)?)
     }
 
     /// Matrices of `columns` columns stacked into one \[sum of rows, columns\].
@@ -119,7 +118,7 @@ impl Loader<'_> {
                 false => values.append(&mut part),
             }
         }
-        Ok(Matrix::new(values, columns, self.device, self.arithmetic)?)
+        Ok(Matrix::new(values, columns, self.placement)?)
     }
 
     /// Vectors joined end to end.
@@ -129,7 +128,7 @@ impl Loader<'_> {
             values.append(&mut self.read(name, &[*len])?);
         }
         let len = values.len();
-        Ok(Tensor::from_vec(values, len, self.device)?)
+        Ok(Tensor::from_vec(values, len, self.placement.device)?)
     }
 
     fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, LmError> {
