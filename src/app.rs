@@ -67,7 +67,7 @@ impl App {
             Handle::current(),
         ));
         let limits = ServingLimits {
-            max_batch_tokens: config.engine.max_batch_tokens as usize,
+            max_batch_tokens: config.engine.batch_tokens(!matches!(device, Device::Cpu)) as usize,
             max_running: config.engine.max_running as usize,
             max_waiting: config.engine.max_waiting as usize,
             memory_bytes: config.engine.model_memory_bytes,

@@ -12,7 +12,8 @@ use clap::{Args, ValueEnum};
 pub use keys::{ApiKeys, Scope};
 pub use names::{ModelName, NameError};
 
-const DEFAULT_BATCH_TOKENS: u32 = 256;
+const CPU_BATCH_TOKENS: u32 = 256;
+const GPU_BATCH_TOKENS: u32 = 2048;
 const DEFAULT_RUNNING: u32 = 64;
 const DEFAULT_WAITING: u32 = 4096;
 const DEFAULT_MODELS: u32 = 32;
@@ -47,7 +48,7 @@ impl Config {
             engine: EngineArgs {
                 device: DeviceChoice::Auto,
                 deterministic: false,
-                max_batch_tokens: DEFAULT_BATCH_TOKENS,
+                max_batch_tokens: None,
                 max_running: DEFAULT_RUNNING,
                 max_waiting: DEFAULT_WAITING,
                 kv_cache_bytes: None,
@@ -116,9 +117,9 @@ pub struct EngineArgs {
     #[arg(long, env = "CAULDRON_DETERMINISTIC")]
     pub deterministic: bool,
     /// Tokens of one forward pass over all its sequences. A pass is not interrupted: it is what a stream waits for
-    /// beside a long prompt, and a request that is cancelled. The default is for a CPU; a GPU has time for 2048.
-    #[arg(long, env = "CAULDRON_MAX_BATCH_TOKENS", default_value_t = DEFAULT_BATCH_TOKENS, value_parser = clap::value_parser!(u32).range(16..=1 << 20))]
-    pub max_batch_tokens: u32,
+    /// beside a long prompt, and a request that is cancelled. Default: 256 on a CPU, 2048 on a GPU.
+    #[arg(long, env = "CAULDRON_MAX_BATCH_TOKENS", value_parser = clap::value_parser!(u32).range(16..=1 << 20))]
+    pub max_batch_tokens: Option<u32>,
     /// Sequences that generate at the same time, a model.
     #[arg(long, env = "CAULDRON_MAX_RUNNING", default_value_t = DEFAULT_RUNNING, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_running: u32,
@@ -147,6 +148,13 @@ pub struct EngineArgs {
 }
 
 impl EngineArgs {
+    pub fn batch_tokens(&self, on_gpu: bool) -> u32 {
+        self.max_batch_tokens.unwrap_or(match on_gpu {
+            true => GPU_BATCH_TOKENS,
+            false => CPU_BATCH_TOKENS,
+        })
+    }
+
     pub fn hold(&self) -> Duration {
         Duration::from_secs(self.hold_seconds)
     }

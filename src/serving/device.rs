@@ -1,6 +1,7 @@
 //! The device that models are served on, opened once and shared: each opening would be a device of its own to candle.
 
 use candle_core::Device;
+use tracing::warn;
 
 use crate::config::DeviceChoice;
 
@@ -9,23 +10,28 @@ use crate::config::DeviceChoice;
 pub fn open(choice: DeviceChoice) -> anyhow::Result<Device> {
     match choice {
         DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Auto if cfg!(feature = "cuda") => Ok(cuda(0).unwrap_or(Device::Cpu)),
-        DeviceChoice::Auto => Ok(Device::Cpu),
-        DeviceChoice::Cuda(_) if !cfg!(feature = "cuda") => {
-            anyhow::bail!("--device {choice}: this build has no CUDA support (feature `cuda`)")
-        }
+        DeviceChoice::Auto => Ok(cuda(0).unwrap_or_else(|reason| {
+            if cfg!(feature = "cuda") {
+                warn!(reason, "no GPU: models are computed on the CPU");
+            }
+            Device::Cpu
+        })),
         DeviceChoice::Cuda(index) => cuda(index).map_err(|e| anyhow::anyhow!("--device {choice}: {e}")),
     }
 }
 
-/// With a stream of its own, so that the thread that loads a model and the engine thread may share it. A missing driver
-/// library is a panic inside cudarc; here it is an error.
+/// With a stream of its own, so that the thread that loads a model and the engine thread may share it.
+#[cfg(feature = "cuda")]
 fn cuda(index: usize) -> Result<Device, String> {
-    let opened = std::panic::catch_unwind(|| Device::new_cuda_with_stream(index));
-    match opened {
-        Ok(device) => device.map_err(|e| e.to_string()),
-        Err(_) => Err("the CUDA libraries cannot be loaded".to_owned()),
+    if !cauldron_gpu::is_available() {
+        return Err("the CUDA libraries (libcuda, libcublas, libcurand) cannot be loaded".to_owned());
     }
+    Device::new_cuda_with_stream(index).map_err(|e| e.to_string())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(_: usize) -> Result<Device, String> {
+    Err("this build has no CUDA support (feature `cuda`)".to_owned())
 }
 
 #[cfg(test)]

@@ -165,7 +165,11 @@ impl Loop {
                     max_running: self.limits.max_running,
                     kv_bytes: memory.kv_bytes as usize,
                 };
-                let engine = Engine::new(decoder.clone(), config);
+                let engine = match Engine::new(decoder.clone(), config) {
+                    Ok(engine) => engine,
+                    // Its requests are told that it has gone.
+                    Err(e) => return error!(error = %e, "a model has no room for keys and values"),
+                };
                 let resident = Resident {
                     decoder,
                     engine,
@@ -207,7 +211,10 @@ impl Loop {
                 Err(_) => {
                     error!("a step panicked; its model's requests fail and it starts afresh");
                     resident.fail_all("the model failed while computing");
-                    resident.engine = Engine::new(resident.decoder.clone(), resident.config);
+                    match Engine::new(resident.decoder.clone(), resident.config) {
+                        Ok(engine) => resident.engine = engine,
+                        Err(e) => error!(error = %e, "it has no room for keys and values"),
+                    }
                 }
             }
         }

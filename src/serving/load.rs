@@ -100,8 +100,8 @@ pub(super) fn load(
     };
     let text = |e: &dyn std::fmt::Display| e.to_string();
     go_on()?;
-    if request.arithmetic != Arithmetic::F32 && !matches!(place.device, Device::Cpu) {
-        return Err("only float32 is computed on this device".to_owned().into());
+    if request.arithmetic.is_quantized() && !matches!(place.device, Device::Cpu) {
+        return Err("quantize is computed on the CPU only".to_owned().into());
     }
     verify(place.cache, request.cached)?;
     go_on()?;

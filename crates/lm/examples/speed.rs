@@ -2,6 +2,7 @@
 //!
 //! `cargo run --release -p cauldron-lm --example speed -- MODEL_FOLDER [CASE ...]`, a case being `prefill:SEQUENCESxTOKENS`,
 //! `score:SEQUENCESxTOKENS` or `decode:SEQUENCESxTOKENS[@PAST]`. ARITHMETIC=bf16 rounds the factors of products to bf16.
+//! DEVICE=cuda takes the first GPU.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -39,8 +40,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Ok("q4_k") => Arithmetic::Q4K,
         _ => Arithmetic::F32,
     };
+    let (device, batch_tokens, running) = match std::env::var("DEVICE").as_deref() {
+        Ok("cuda") => (Device::new_cuda_with_stream(0)?, 8192, 256),
+        _ => (Device::Cpu, 256, 64),
+    };
     let placement = Placement {
-        device: &Device::Cpu,
+        device: &device,
         arithmetic,
         fixed_shapes: false,
     };
@@ -58,10 +63,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             _ => return Err("a kind is prefill, score or decode".into()),
         };
         let config = EngineConfig {
-            max_batch_tokens: 256,
+            max_batch_tokens: batch_tokens,
+            max_running: running,
             ..EngineConfig::default()
         };
-        let mut engine = Engine::new(decoder.clone(), config);
+        let mut engine = Engine::new(decoder.clone(), config)?;
         let vocab = decoder.config().vocab_size;
         for id in 0..sequences {
             engine.add(Request {

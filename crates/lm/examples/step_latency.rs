@@ -36,7 +36,7 @@ fn score(decoder: &Arc<Decoder>, limit: usize, prompts: usize, tokens: usize) ->
         max_running: 64,
         ..EngineConfig::default()
     };
-    let mut engine = Engine::new(decoder.clone(), config);
+    let mut engine = Engine::new(decoder.clone(), config)?;
     let vocab = decoder.config().vocab_size;
     for id in 0..prompts {
         engine.add(Request {

@@ -10,9 +10,9 @@ use crate::{LmError, quantized};
 #[derive(Debug, Clone, Copy)]
 pub struct Placement<'a> {
     pub device: &'a Device,
-    /// In other than CPU memory there is f32 only.
+    /// On a GPU there is no quantised one.
     pub arithmetic: Arithmetic,
-    /// In other than CPU memory, libraries take other kernels for other numbers of rows, which changes last bits. With
+    /// On a GPU the library of products takes other kernels for other numbers of rows, which changes last bits. With
     /// fixed shapes every product has the same number, so that a row does not depend on its company; few rows cost as
     /// much as many. In CPU memory that holds anyway.
     pub fixed_shapes: bool,

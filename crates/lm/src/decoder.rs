@@ -1,12 +1,15 @@
 //! One decoder for all families: packed rows of several sequences, of different lengths and positions, in one
-//! forward. Weights are f32 tensors on one device; the KV caches belong to the caller.
+//! forward. Weights lie on one device; keys and values belong to the caller.
+
+#[cfg(feature = "cuda")]
+mod gpu;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::arithmetic::{Arithmetic, Placement};
 use crate::attention::{AttentionShape, Span, attend};
-use crate::kv::{BLOCK_TOKENS, KvLayer, KvPool};
+use crate::kv::{BLOCK_TOKENS, KvLayer, KvPool, Store};
 use crate::ops::{self, Linear, Matrix, by_rows, dot, gate, softcap};
 use crate::rope::{Rope, RopeTable};
 use crate::weights::{Loader, WeightSource, check_shape, expected_tensors};
@@ -34,14 +37,15 @@ pub struct Decoder {
     lm_head: Arc<Matrix>,
     /// Those of the config's `ropes`.
     ropes: Vec<Rope>,
+    #[cfg(feature = "cuda")]
+    on_gpu: Option<gpu::OnGpu>,
 }
 
 #[derive(Debug)]
 struct Layer {
     input_norm: Tensor,
     qkv: Linear,
-    /// Weights of the query and key norms, \[head_dim\] each.
-    qk_norm: Option<(Vec<f32>, Vec<f32>)>,
+    qk_norm: Option<QkNorm>,
     attention_out: Linear,
     /// What goes over the attention's result before it is added (Gemma).
     attention_norm: Option<Tensor>,
@@ -52,6 +56,13 @@ struct Layer {
     mlp_norm: Option<Tensor>,
     shape: AttentionShape,
     rope: Option<usize>,
+}
+
+/// Weights of the query and key norms, \[head_dim\] each.
+#[derive(Debug)]
+struct QkNorm {
+    query: Tensor,
+    key: Tensor,
 }
 
 impl Decoder {
@@ -99,6 +110,13 @@ impl Decoder {
             norm: loader.norm("model.norm.weight", hidden, &config)?,
             lm_head,
             ropes: config.ropes.iter().map(Rope::new).collect(),
+            #[cfg(feature = "cuda")]
+            on_gpu: gpu::OnGpu::of(
+                &config,
+                placement.device,
+                placement.arithmetic,
+                placement.fixed_shapes,
+            )?,
             config,
         })
     }
@@ -119,6 +137,54 @@ impl Decoder {
         tables + self.layers.iter().flat_map(linears).sum::<usize>()
     }
 
+    /// Room for keys and values of so many blocks, where the weights lie.
+    pub fn new_pool(&self, blocks: usize) -> Result<KvPool, LmError> {
+        #[cfg(feature = "cuda")]
+        if let Some(on_gpu) = &self.on_gpu {
+            let pages = on_gpu.pages(&self.config, blocks)?;
+            return Ok(KvPool::on_gpu(pages, blocks));
+        }
+        Ok(KvPool::new(&self.config, blocks))
+    }
+
+    /// Copies the first `tokens` tokens of a block into another, in every layer.
+    pub fn copy_block(&self, pool: &mut KvPool, from: u32, to: u32, tokens: usize) -> Result<(), LmError> {
+        match &mut pool.store {
+            Store::Host(layers) => {
+                for layer in layers {
+                    layer.copy(from as usize, to as usize, tokens);
+                }
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Store::Gpu(layers) => match &self.on_gpu {
+                // What comes after these tokens is not looked at.
+                Some(on_gpu) => on_gpu.copy_page(layers, from, to),
+                None => Err(LmError::request("prompt", "its blocks are on a GPU")),
+            },
+        }
+    }
+
+    /// Whether log-probabilities are cheaper to be had than logits.
+    pub(crate) fn summarizes(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return self.on_gpu.is_some();
+        #[cfg(not(feature = "cuda"))]
+        false
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn summarize(
+        &self,
+        hidden: &Tensor,
+        rows: &[u32],
+        targets: &[u32],
+        top: usize,
+    ) -> Option<Result<Vec<cauldron_gpu::Summary>, LmError>> {
+        let on_gpu = self.on_gpu.as_ref()?;
+        Some(on_gpu.summarize(self, hidden, rows, targets, top))
+    }
+
     /// Runs the new tokens of all segments in one packed forward, puts their keys and values into the blocks, and
     /// returns the final hidden states (after the last norm) as \[total tokens, hidden\], in the order of the segments.
     /// In CPU memory a row has the same bits however a text is cut and whatever runs beside it.
@@ -131,9 +197,13 @@ impl Decoder {
         rayon::scope(|_| self.run(pool, segments))
     }
 
-    /// Logits of a few hidden rows \[rows, hidden\] as \[rows, vocab\] f32. For many rows use
+    /// Logits of a few hidden rows \[rows, hidden\] as \[rows, vocab\] f32 in CPU memory. For many rows use
     /// [`crate::score`], which never holds the whole matrix.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, LmError> {
+        #[cfg(feature = "cuda")]
+        if let Some(on_gpu) = &self.on_gpu {
+            return on_gpu.logits_of_all(self, hidden);
+        }
         self.logits_of(&hidden.contiguous()?, 0..self.config.vocab_size)
     }
 
@@ -175,23 +245,41 @@ impl Decoder {
     }
 
     fn run(&self, pool: &mut KvPool, segments: &[Segment<'_>]) -> Result<Tensor, LmError> {
-        let mut tokens = Vec::new();
-        let mut positions = Vec::new();
-        for segment in segments {
-            tokens.extend_from_slice(segment.tokens);
-            positions.extend(segment.position..segment.position + segment.tokens.len());
-        }
+        #[cfg(feature = "cuda")]
+        let blocks = pool.blocks();
+        let layers = match &mut pool.store {
+            Store::Host(layers) => layers,
+            #[cfg(feature = "cuda")]
+            Store::Gpu(layers) => {
+                return match &self.on_gpu {
+                    Some(on_gpu) => on_gpu.run(self, layers, blocks, segments),
+                    None => Err(LmError::request("prompt", "its blocks are on a GPU")),
+                };
+            }
+        };
+        let (tokens, positions) = rows_of(segments);
         let ropes: Vec<RopeTable> = self.ropes.iter().map(|rope| rope.table(&positions)).collect();
         let mut hidden = self.embedding.rows(&tokens)?;
         if self.config.gemma_block {
             hidden = hidden.affine((self.config.hidden_size as f64).sqrt(), 0.0)?;
         }
-        for (index, layer) in self.layers.iter().enumerate() {
+        for (layer, blocks) in self.layers.iter().zip(layers) {
             let rope = layer.rope.map(|rope| &ropes[rope]);
-            hidden = layer.forward(&hidden, pool.layer_mut(index), segments, rope, &self.config)?;
+            hidden = layer.forward(&hidden, blocks, segments, rope, &self.config)?;
         }
         Ok(rms_norm(&hidden, &self.norm, &self.config)?)
     }
+}
+
+/// Tokens and positions of a batch, row by row.
+fn rows_of(segments: &[Segment<'_>]) -> (Vec<u32>, Vec<usize>) {
+    let mut tokens = Vec::new();
+    let mut positions = Vec::new();
+    for segment in segments {
+        tokens.extend_from_slice(segment.tokens);
+        positions.extend(segment.position..segment.position + segment.tokens.len());
+    }
+    (tokens, positions)
 }
 
 /// Every id is a row of the embedding, and there is at least one.
@@ -233,14 +321,10 @@ impl Layer {
         };
         let qk_norm = match config.qk_norm {
             false => None,
-            true => Some((
-                loader
-                    .norm(&name("self_attn.q_norm.weight"), dim, config)?
-                    .to_vec1()?,
-                loader
-                    .norm(&name("self_attn.k_norm.weight"), dim, config)?
-                    .to_vec1()?,
-            )),
+            true => Some(QkNorm {
+                query: loader.norm(&name("self_attn.q_norm.weight"), dim, config)?,
+                key: loader.norm(&name("self_attn.k_norm.weight"), dim, config)?,
+            }),
         };
         let norm = |part: &str| loader.norm(&name(part), hidden, config);
         let gemma_norm = |part: &str| match config.gemma_block {
@@ -291,13 +375,10 @@ impl Layer {
         let qkv = self.qkv.forward(&rms_norm(hidden, &self.input_norm, config)?)?;
         let (rows, stride) = qkv.dims2()?;
         let mut qkv = qkv.flatten_all()?.to_vec1::<f32>()?;
-        self.norm_and_rotate(&mut qkv, stride, rope, config.rms_norm_eps as f32);
+        self.norm_and_rotate(&mut qkv, stride, rope, config.rms_norm_eps as f32)?;
         let attended = self.attend(&qkv, stride, blocks, segments);
-        let attended = Tensor::from_vec(
-            attended,
-            (rows, config.num_heads * config.head_dim),
-            hidden.device(),
-        )?;
+        let width = config.num_heads * config.head_dim;
+        let attended = Tensor::from_vec(attended, (rows, width), &Device::Cpu)?;
         let mut attended = self.attention_out.forward(&attended)?;
         if let Some(norm) = &self.attention_norm {
             attended = rms_norm(&attended, norm, config)?;
@@ -314,15 +395,23 @@ impl Layer {
     }
 
     /// Norms and rotates the query and key heads of every row in place, where the layer does so.
-    fn norm_and_rotate(&self, qkv: &mut [f32], stride: usize, rope: Option<&RopeTable>, eps: f32) {
-        if rope.is_none() && self.qk_norm.is_none() {
-            return;
-        }
+    fn norm_and_rotate(
+        &self,
+        qkv: &mut [f32],
+        stride: usize,
+        rope: Option<&RopeTable>,
+        eps: f32,
+    ) -> candle_core::Result<()> {
+        let norms = match &self.qk_norm {
+            None if rope.is_none() => return Ok(()),
+            None => None,
+            Some(norms) => Some((norms.query.to_vec1::<f32>()?, norms.key.to_vec1::<f32>()?)),
+        };
         let dim = self.shape.head_dim;
         let rotated = self.shape.heads + self.shape.kv_heads;
         by_rows(qkv, stride, |row, values| {
             for (head, values) in values.chunks_exact_mut(dim).take(rotated).enumerate() {
-                if let Some((query, key)) = &self.qk_norm {
+                if let Some((query, key)) = &norms {
                     let weight = if head < self.shape.heads { query } else { key };
                     let inverse = 1.0 / (dot(values, values) / dim as f32 + eps).sqrt();
                     for (value, weight) in values.iter_mut().zip(weight) {
@@ -334,6 +423,7 @@ impl Layer {
                 }
             }
         });
+        Ok(())
     }
 
     /// Puts the new keys and values into the blocks, then attends.

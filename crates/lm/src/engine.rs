@@ -14,7 +14,7 @@ use crate::kv::{BLOCK_TOKENS, KvPool};
 use crate::request::MAX_LOGPROBS;
 use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Plan, Scheduler, Scores, Share, Start};
-use crate::scoring::{Target, score_rows};
+use crate::scoring::{NO_LOGPROB, Target, score_rows};
 use crate::{
     Constraint, Decoder, Event, FinishReason, LmError, ModelConfig, Request, TokenLogprobs, score_logits,
 };
@@ -94,20 +94,21 @@ impl Drawn {
 }
 
 impl Engine {
-    pub fn new(decoder: Arc<Decoder>, config: EngineConfig) -> Self {
+    /// An error if there is no room for keys and values.
+    pub fn new(decoder: Arc<Decoder>, config: EngineConfig) -> Result<Self, LmError> {
         let limits = Limits {
             max_batch_tokens: config.max_batch_tokens,
             max_running: config.max_running,
         };
         let blocks = Self::blocks_in(decoder.config(), config.kv_bytes);
-        Self {
-            pool: KvPool::new(decoder.config(), blocks),
+        Ok(Self {
+            pool: decoder.new_pool(blocks)?,
             scores: vec![BlockScores::default(); blocks],
             scheduler: Scheduler::new(limits, blocks),
             sequences: BTreeMap::new(),
             events: Vec::new(),
             decoder,
-        }
+        })
     }
 
     fn blocks_in(config: &ModelConfig, kv_bytes: usize) -> usize {
@@ -243,7 +244,8 @@ impl Engine {
 
     fn run(&mut self, plan: &Plan) -> Result<(), LmError> {
         for copy in &plan.copies {
-            self.pool.copy(copy.from, copy.to, copy.tokens);
+            self.decoder
+                .copy_block(&mut self.pool, copy.from, copy.to, copy.tokens)?;
         }
         let segments: Vec<Segment<'_>> = plan
             .shares
@@ -355,6 +357,9 @@ impl Engine {
                 _ => self.finish(*id, FinishReason::Length),
             }
         }
+        if self.decoder.summarizes() {
+            self.draw_likeliest(&mut draw, hidden)?;
+        }
         if draw.is_empty() {
             return Ok(());
         }
@@ -372,6 +377,40 @@ impl Engine {
             .map(|(id, sequence, logits)| (id, sequence.draw(logits)))
             .collect();
         for (id, drawn) in drawn {
+            self.take(id, drawn);
+        }
+        Ok(())
+    }
+
+    /// Draws for the sequences that take the likeliest token whatever came before, without their logits.
+    fn draw_likeliest(&mut self, rows: &mut Vec<(u64, u32)>, hidden: &Tensor) -> Result<(), LmError> {
+        let plain = |id: &u64| self.sequences.get(id).and_then(Sequence::takes_likeliest);
+        let mut likeliest = Vec::new();
+        rows.retain(|(id, row)| match plain(id) {
+            None => true,
+            Some(top) => {
+                likeliest.push((*id, top, *row));
+                false
+            }
+        });
+        let targets: Vec<Target> = likeliest
+            .iter()
+            .map(|(_, top, row)| Target {
+                row: *row,
+                token: 0,
+                top: top.unwrap_or(0).max(1),
+            })
+            .collect();
+        let scored = score_rows(&self.decoder, hidden, &targets)?;
+        for ((id, top, _), scored) in likeliest.into_iter().zip(scored) {
+            let (token, logprob) = scored.top[0];
+            let drawn = match logprob > NO_LOGPROB {
+                false => Drawn::failed("the model gave no finite logit".to_owned(), None),
+                true => Drawn {
+                    token: Ok(token),
+                    logprobs: top.map(|top| TokenLogprobs { token, logprob, ..scored }.with_top(top)),
+                },
+            };
             self.take(id, drawn);
         }
         Ok(())
@@ -431,6 +470,16 @@ impl Sequence {
     fn next_to_score(&self) -> Option<usize> {
         let known = self.prompt_logprobs.as_ref()?;
         Some(self.request.score_from.max(1) + known.len())
+    }
+
+    /// Whether its next token is the likeliest one, whatever the answer has; and how many logprobs are wanted.
+    fn takes_likeliest(&self) -> Option<Option<usize>> {
+        let request = &self.request;
+        let plain = request.sampling.takes_likeliest()
+            && request.logit_bias.is_empty()
+            && request.constraint.is_none()
+            && self.answered >= request.min_tokens;
+        plain.then_some(request.logprobs)
     }
 
     fn draw(&mut self, mut logits: Vec<f32>) -> Drawn {

@@ -8,11 +8,19 @@ use crate::kernel::TILE_COLUMNS;
 /// Tokens of one block.
 pub const BLOCK_TOKENS: usize = TILE_COLUMNS;
 
-/// Blocks of all layers of one model. Memory is taken from the system as blocks are first written.
+/// Blocks of all layers of one model. In CPU memory they are taken from the system as they are first written.
 #[derive(Debug)]
 pub struct KvPool {
-    layers: Vec<KvLayer>,
+    pub(crate) store: Store,
     blocks: usize,
+}
+
+/// Where the blocks lie, layer by layer.
+#[derive(Debug)]
+pub(crate) enum Store {
+    Host(Vec<KvLayer>),
+    #[cfg(feature = "cuda")]
+    Gpu(Vec<cauldron_gpu::Pages>),
 }
 
 /// The blocks of one layer.
@@ -27,11 +35,21 @@ pub(crate) struct KvLayer {
 }
 
 impl KvPool {
+    /// In CPU memory.
     pub fn new(config: &ModelConfig, blocks: usize) -> Self {
+        let layers = (0..config.num_layers)
+            .map(|_| KvLayer::new(config.num_kv_heads, config.head_dim, blocks))
+            .collect();
         Self {
-            layers: (0..config.num_layers)
-                .map(|_| KvLayer::new(config.num_kv_heads, config.head_dim, blocks))
-                .collect(),
+            store: Store::Host(layers),
+            blocks,
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_gpu(layers: Vec<cauldron_gpu::Pages>, blocks: usize) -> Self {
+        Self {
+            store: Store::Gpu(layers),
             blocks,
         }
     }
@@ -47,21 +65,19 @@ impl KvPool {
         self.blocks
     }
 
-    /// Copies the first `tokens` tokens of a block into another, in every layer.
-    pub fn copy(&mut self, from: u32, to: u32, tokens: usize) {
-        for layer in &mut self.layers {
-            layer.copy(from as usize, to as usize, tokens);
-        }
-    }
-
-    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut KvLayer {
-        &mut self.layers[layer]
-    }
-
     pub(crate) fn fits(&self, config: &ModelConfig) -> bool {
-        let fits =
-            |layer: &KvLayer| layer.kv_heads == config.num_kv_heads && layer.head_dim == config.head_dim;
-        self.layers.len() == config.num_layers && self.layers.iter().all(fits)
+        let is = |heads: usize, size: usize| heads == config.num_kv_heads && size == config.head_dim;
+        match &self.store {
+            Store::Host(layers) => {
+                let fits = |layer: &KvLayer| is(layer.kv_heads, layer.head_dim);
+                layers.len() == config.num_layers && layers.iter().all(fits)
+            }
+            #[cfg(feature = "cuda")]
+            Store::Gpu(layers) => {
+                let fits = |pages: &cauldron_gpu::Pages| is(pages.heads().keys, pages.heads().size);
+                layers.len() == config.num_layers && layers.iter().all(fits)
+            }
+        }
     }
 }
 
@@ -114,7 +130,7 @@ impl KvLayer {
         &self.values[at * BLOCK_TOKENS..][..BLOCK_TOKENS]
     }
 
-    fn copy(&mut self, from: usize, to: usize, tokens: usize) {
+    pub(crate) fn copy(&mut self, from: usize, to: usize, tokens: usize) {
         let (keys, values) = (
             self.kv_heads * self.head_dim,
             self.kv_heads * self.panels() * BLOCK_TOKENS,

@@ -1,6 +1,5 @@
-//! The arithmetic that the decoder is made of, on f32 tensors: matrices, linear layers, the gated activation,
-//! and an exponential that the compiler can vectorise. In CPU memory with loops of our own; elsewhere with
-//! candle's operators.
+//! The arithmetic that the decoder is made of, on f32 tensors in CPU memory: matrices, linear layers, the gated activation,
+//! and an exponential that the compiler can vectorise. (What a GPU computes instead is in `decoder/gpu.rs`.)
 
 use std::ops::Range;
 
@@ -18,55 +17,43 @@ use crate::quantized::QuantizedMatrix;
 pub(crate) enum Matrix {
     Packed(PackedMatrix),
     Quantized(QuantizedMatrix),
-    Dense(DenseMatrix),
-}
-
-/// A matrix that the device's own library multiplies by.
-#[derive(Debug)]
-pub(crate) struct DenseMatrix {
-    weight: Tensor,
-    fixed_shapes: bool,
-}
-
-impl DenseMatrix {
-    /// Rows of every product with fixed shapes.
-    const ROWS: usize = 128;
-
-    /// `x W^T` for some rows of W.
-    fn product(&self, x: &Tensor, range: Range<usize>) -> candle_core::Result<Tensor> {
-        let weight = self.weight.narrow(0, range.start, range.len())?.t()?;
-        if !self.fixed_shapes {
-            return x.matmul(&weight);
-        }
-        let rows = x.dim(0)?;
-        let whole = rows.next_multiple_of(Self::ROWS);
-        let x = x.pad_with_zeros(0, 0, whole - rows)?;
-        let products = (0..whole)
-            .step_by(Self::ROWS)
-            .map(|at| x.narrow(0, at, Self::ROWS)?.matmul(&weight))
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        Tensor::cat(&products, 0)?.narrow(0, 0, rows)?.contiguous()
-    }
+    /// On a GPU, \[rows, inner\] as it is.
+    #[cfg(feature = "cuda")]
+    Gpu(Tensor),
 }
 
 impl Matrix {
     /// From W row by row.
     pub(crate) fn new(values: Vec<f32>, inner: usize, placement: Placement<'_>) -> candle_core::Result<Self> {
         let arithmetic = placement.arithmetic;
+        #[cfg(feature = "cuda")]
+        let rows = values.len() / inner;
         Ok(match (placement.device, arithmetic) {
             (Device::Cpu, Arithmetic::F32) => Self::Packed(PackedMatrix::from_rows(&values, inner)),
             (Device::Cpu, Arithmetic::Bf16) => Self::Packed(PackedMatrix::rounded(&values, inner)),
             (Device::Cpu, Arithmetic::Q8_0 | Arithmetic::Q4K) => {
                 Self::Quantized(QuantizedMatrix::from_rows(&values, inner, arithmetic))
             }
-            (device, _) => {
-                let rows = values.len() / inner;
-                Self::Dense(DenseMatrix {
-                    weight: Tensor::from_vec(values, (rows, inner), device)?,
-                    fixed_shapes: placement.fixed_shapes,
-                })
+            #[cfg(feature = "cuda")]
+            (device, Arithmetic::F32) => Self::Gpu(Tensor::from_vec(values, (rows, inner), device)?),
+            #[cfg(feature = "cuda")]
+            (device, Arithmetic::Bf16) => {
+                let rounded: Vec<half::bf16> = values.iter().map(|v| half::bf16::from_f32(*v)).collect();
+                Self::Gpu(Tensor::from_vec(rounded, (rows, inner), device)?)
+            }
+            (device, arithmetic) => {
+                candle_core::bail!("{} is not computed on {:?}", arithmetic.name(), device.location())
             }
         })
+    }
+
+    /// The tensor on the GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_gpu(&self) -> candle_core::Result<&Tensor> {
+        match self {
+            Self::Gpu(tensor) => Ok(tensor),
+            _ => candle_core::bail!("a matrix is in CPU memory"),
+        }
     }
 
     /// Bytes that it takes in memory.
@@ -74,7 +61,8 @@ impl Matrix {
         match self {
             Self::Packed(packed) => packed.bytes(),
             Self::Quantized(quantized) => quantized.bytes(),
-            Self::Dense(DenseMatrix { weight, .. }) => weight.elem_count() * weight.dtype().size_in_bytes(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(weight) => weight.elem_count() * weight.dtype().size_in_bytes(),
         }
     }
 
@@ -85,9 +73,8 @@ impl Matrix {
         match self {
             Self::Packed(packed) => ids_of().for_each(|id| packed.extend_with_row(id, &mut values)),
             Self::Quantized(quantized) => ids_of().for_each(|id| quantized.extend_with_row(id, &mut values)),
-            Self::Dense(DenseMatrix { weight, .. }) => {
-                return weight.index_select(&Tensor::new(ids, weight.device())?, 0);
-            }
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => candle_core::bail!("a matrix is on the GPU"),
         }
         let inner = values.len() / ids.len().max(1);
         Tensor::from_vec(values, (ids.len(), inner), &Device::Cpu)
@@ -98,7 +85,8 @@ impl Matrix {
         match self {
             Self::Packed(packed) => self.times_rows(x, 0..packed.columns()),
             Self::Quantized(quantized) => self.times_rows(x, 0..quantized.columns()),
-            Self::Dense(dense) => dense.product(x, 0..dense.weight.dim(0)?),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => candle_core::bail!("a matrix is on the GPU"),
         }
     }
 
@@ -108,7 +96,8 @@ impl Matrix {
         let product = match self {
             Self::Packed(packed) => with_slice(x, |x| packed.product(x, range))?,
             Self::Quantized(quantized) => with_slice(x, |x| quantized.product(x, range))?,
-            Self::Dense(dense) => return dense.product(x, range),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => candle_core::bail!("a matrix is on the GPU"),
         };
         Tensor::from_vec(product, shape, &Device::Cpu)
     }
@@ -130,6 +119,16 @@ impl Linear {
         self.weight.bytes()
     }
 
+    #[cfg(feature = "cuda")]
+    pub(crate) fn weight(&self) -> &Matrix {
+        &self.weight
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let product = self.weight.times(x)?;
         match &self.bias {
@@ -142,9 +141,6 @@ impl Linear {
 /// `x + y` for `x` = \[rows, width\] and `y` of the same shape, or a row that is added to each. (candle's own sum keeps
 /// threads of its own spinning beside ours.)
 pub(crate) fn add(x: &Tensor, y: &Tensor) -> candle_core::Result<Tensor> {
-    if !matches!(x.device(), Device::Cpu) {
-        return x.broadcast_add(y);
-    }
     let (rows, width) = x.dims2()?;
     let sum = with_slice(x, |x| {
         with_slice(y, |y| {
@@ -165,9 +161,6 @@ pub(crate) fn add(x: &Tensor, y: &Tensor) -> candle_core::Result<Tensor> {
 
 /// RMS norm of every row of \[rows, hidden\].
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> candle_core::Result<Tensor> {
-    if !matches!(x.device(), Device::Cpu) {
-        return candle_nn::ops::rms_norm(x, weight, eps);
-    }
     let (rows, width) = x.dims2()?;
     let normed = with_slice(x, |x| {
         with_slice(weight, |weight| {
@@ -225,15 +218,6 @@ impl Vectorized for RmsNorm<'_> {
 
 /// `activation(gate) * up` for `x` = \[rows, gate | up\].
 pub(crate) fn gate(x: &Tensor, activation: Activation) -> candle_core::Result<Tensor> {
-    if !matches!(x.device(), Device::Cpu) {
-        return match activation {
-            Activation::Silu => candle_nn::ops::swiglu(x),
-            Activation::GeluTanh => {
-                let halves = x.chunk(2, 1)?;
-                halves[0].gelu()? * &halves[1]
-            }
-        };
-    }
     let (rows, both) = x.dims2()?;
     let width = both / 2;
     let gated = with_slice(x, |x| {
@@ -289,12 +273,6 @@ impl Vectorized for Geglu<'_> {
 
 /// `cap * tanh(x / cap)` of every element.
 pub(crate) fn softcap(x: &Tensor, cap: f32) -> candle_core::Result<Tensor> {
-    if !matches!(x.device(), Device::Cpu) {
-        return x
-            .affine(1.0 / f64::from(cap), 0.0)?
-            .tanh()?
-            .affine(f64::from(cap), 0.0);
-    }
     let values = with_slice(x, |x| {
         let mut out = x.to_vec();
         out.par_chunks_mut(4096)
@@ -395,11 +373,6 @@ mod tests {
         assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(-1000.0) < 2e-38 && exp(f32::NAN) < 2e-38);
     }
 
-    fn dense(values: &[f32], inner: usize, fixed_shapes: bool) -> candle_core::Result<Matrix> {
-        let weight = Tensor::from_slice(values, (values.len() / inner, inner), &Device::Cpu)?;
-        Ok(Matrix::Dense(DenseMatrix { weight, fixed_shapes }))
-    }
-
     fn numbers(count: usize) -> Vec<f32> {
         (0..count)
             .map(|i| ((i * 7919) % 1013) as f32 / 500.0 - 1.0)
@@ -416,33 +389,14 @@ mod tests {
         };
         let packed = Matrix::new(values.clone(), 3, placement)?;
         let x = Tensor::new(&[[1f32, -2.0, 0.5], [0.0, 1.0, 3.0]], &Device::Cpu)?;
-        for fixed_shapes in [false, true] {
-            let dense = dense(&values, 3, fixed_shapes)?;
-            assert_eq!(
-                packed.rows(&[39, 0])?.to_vec2::<f32>()?,
-                dense.rows(&[39, 0])?.to_vec2::<f32>()?
-            );
-            for (a, b) in [
-                (packed.times(&x)?, dense.times(&x)?),
-                (packed.times_rows(&x, 16..39)?, dense.times_rows(&x, 16..39)?),
-            ] {
-                let difference = (a - b)?.abs()?.max_all()?.to_scalar::<f32>()?;
-                assert!(difference < 1e-4, "{difference}");
-            }
-        }
-        Ok(())
-    }
-
-    /// With candle's product on the CPU in the place of a GPU's: without fixed shapes it fails.
-    #[test]
-    fn with_fixed_shapes_a_row_has_the_same_bits_in_any_company() -> candle_core::Result<()> {
-        let inner = 700;
-        let dense = dense(&numbers(90 * inner), inner, true)?;
-        let x = Tensor::from_vec(numbers(300 * inner), (300, inner), &Device::Cpu)?;
-        let whole = dense.times(&x)?.to_vec2::<f32>()?;
-        for (from, count) in [(0, 1), (5, 2), (100, 60), (127, 2), (170, 130)] {
-            let some = dense.times(&x.narrow(0, from, count)?)?.to_vec2::<f32>()?;
-            assert_eq!(some, whole[from..from + count], "{count} rows from {from}");
+        let dense = Tensor::from_vec(values, (40, 3), &Device::Cpu)?;
+        let rows = dense.index_select(&Tensor::new(&[39u32, 0], &Device::Cpu)?, 0)?;
+        assert_eq!(packed.rows(&[39, 0])?.to_vec2::<f32>()?, rows.to_vec2::<f32>()?);
+        let product = x.matmul(&dense.t()?)?;
+        let some = product.narrow(1, 16, 23)?;
+        for (a, b) in [(packed.times(&x)?, product), (packed.times_rows(&x, 16..39)?, some)] {
+            let difference = (a - b)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(difference < 1e-4, "{difference}");
         }
         Ok(())
     }

@@ -123,6 +123,12 @@ impl Rope {
 }
 
 impl RopeTable {
+    /// Pairs of a row; cosines and sines.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn into_parts(self) -> (usize, Vec<f32>, Vec<f32>) {
+        (self.half, self.cos, self.sin)
+    }
+
     /// Rotates the leading dimensions of one head of token `row`: pairs are (i, i + half), the half-split layout of
     /// transformers.
     pub(crate) fn rotate(&self, row: usize, head: &mut [f32]) {

@@ -44,6 +44,14 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// Whether the likeliest token is taken, whatever came before it.
+    pub(crate) fn takes_likeliest(&self) -> bool {
+        self.temperature == 0.0
+            && self.repetition_penalty == 1.0
+            && self.frequency_penalty == 0.0
+            && self.presence_penalty == 0.0
+    }
+
     /// Checks ranges; an error names the field.
     pub fn validate(&self) -> Result<(), LmError> {
         let checks = [

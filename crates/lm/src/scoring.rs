@@ -57,6 +57,10 @@ pub(crate) fn score_rows(
     hidden: &Tensor,
     targets: &[Target],
 ) -> Result<Vec<TokenLogprobs>, LmError> {
+    #[cfg(feature = "cuda")]
+    if decoder.summarizes() {
+        return score_on_gpu(decoder, hidden, targets);
+    }
     let mut scored = Vec::with_capacity(targets.len());
     for targets in targets.chunks(MAX_ROWS) {
         let rows: Vec<u32> = targets.iter().map(|target| target.row).collect();
@@ -66,7 +70,6 @@ pub(crate) fn score_rows(
         for start in (0..vocab).step_by(TILE) {
             let columns = TILE.min(vocab - start);
             let tile = decoder.logits_of(&rows, start..start + columns)?;
-            let tile = tile.to_device(&candle_core::Device::Cpu)?;
             with_slice(&tile, |logits| {
                 states
                     .par_iter_mut()
@@ -75,6 +78,36 @@ pub(crate) fn score_rows(
             })?;
         }
         scored.extend(states.into_iter().map(RowState::finish));
+    }
+    Ok(scored)
+}
+
+/// Logits that lie in a GPU's memory at once: 256 MiB.
+#[cfg(feature = "cuda")]
+const GPU_LOGITS: usize = 64 << 20;
+
+#[cfg(feature = "cuda")]
+fn score_on_gpu(decoder: &Decoder, hidden: &Tensor, targets: &[Target]) -> Result<Vec<TokenLogprobs>, LmError> {
+    let mut scored = Vec::with_capacity(targets.len());
+    let rows_at_once = (GPU_LOGITS / decoder.config().vocab_size).clamp(1, MAX_ROWS);
+    for targets in targets.chunks(rows_at_once) {
+        let rows: Vec<u32> = targets.iter().map(|target| target.row).collect();
+        let tokens: Vec<u32> = targets.iter().map(|target| target.token).collect();
+        let top = targets.iter().map(|target| target.top).max().unwrap_or(0);
+        let summaries = decoder.summarize(hidden, &rows, &tokens, top);
+        let summaries = summaries.transpose()?.unwrap_or_default();
+        scored.extend(targets.iter().zip(summaries).map(|(target, mut summary)| {
+            summary.top.truncate(target.top);
+            let state = RowState {
+                target: target.token,
+                target_logit: summary.target_logit,
+                max: summary.largest,
+                sum: summary.sum,
+                limit: target.top,
+                top: summary.top,
+            };
+            state.finish()
+        }));
     }
     Ok(scored)
 }

@@ -24,6 +24,8 @@ mod output;
 mod parents;
 mod point;
 mod recipe;
+#[cfg(feature = "cuda")]
+mod resident;
 mod rng;
 mod select;
 mod selection;
@@ -48,6 +50,8 @@ pub use output::{ARITHMETIC_VERSION, MergeOptions, Observer, merge_digest, merge
 pub use parents::{ParentResolver, Parents};
 pub use point::Point;
 pub use recipe::{MAX_MODELS, Method, Mixup, ModelRef, Recipe};
+#[cfg(feature = "cuda")]
+pub use resident::{Resident, Written};
 pub use setting::{Place, Setting};
 pub use spec::{
     MixupSpec, ModelEntry, RecipeSpec, SliceSource, SliceSpec, SparsifySpec, WeightedModel, parse_recipe,

@@ -22,11 +22,11 @@ pub struct Point<'f, 'a> {
 
 /// What one tensor is made of, by member.
 #[derive(Debug, Default)]
-struct Combination {
-    weights: Vec<f32>,
+pub(crate) struct Combination {
+    pub weights: Vec<f32>,
     /// Methods on angles: the coefficients of the tensor, of each row, or of each column.
-    coefficients: Vec<Vec<f32>>,
-    scaling: f32,
+    pub coefficients: Vec<Vec<f32>>,
+    pub scaling: f32,
     /// nearswap.
     t: f32,
 }
@@ -311,19 +311,43 @@ impl Point<'_, '_> {
         normalize: bool,
         stats: &mut ChunkStats,
     ) {
-        let weights = &combination.weights;
-        let mixed = self.family.recipe.mixup.is_some();
-        let (mean, majority) = match trim {
-            _ if mixed => (TiesMean::Mixup(weights), self.majority(trim)),
-            Trim::Global { .. } => (TiesMean::Weighted(weights), self.majority(trim)),
-            Trim::Tensor { .. } if normalize => (TiesMean::PremultipliedMean(weights), 1),
-            Trim::Tensor { .. } => (TiesMean::Premultiplied(weights), 1),
-        };
+        let (mean, majority) = self.ties_mean(combination, trim, normalize);
         let deltas = &mut tile.deltas[..tensor.members.len()];
         let counts = kernel::ties(deltas, majority, mean, &mut tile.merged, &mut tile.ties);
         stats.kept.resize(counts.kept.len(), 0);
         stats.kept.iter_mut().zip(&counts.kept).for_each(|(s, k)| *s += k);
         stats.conflicting += counts.conflicting;
+    }
+
+    fn ties_mean<'w>(
+        &self,
+        combination: &'w Combination,
+        trim: &Trim,
+        normalize: bool,
+    ) -> (TiesMean<'w>, i8) {
+        let weights = &combination.weights;
+        match trim {
+            _ if self.family.recipe.mixup.is_some() => (TiesMean::Mixup(weights), self.majority(trim)),
+            Trim::Global { .. } => (TiesMean::Weighted(weights), self.majority(trim)),
+            Trim::Tensor { .. } if normalize => (TiesMean::PremultipliedMean(weights), 1),
+            Trim::Tensor { .. } => (TiesMean::Premultiplied(weights), 1),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn ties_rules(
+        &self,
+        combination: &Combination,
+        trim: &Trim,
+        normalize: bool,
+    ) -> kernel::TiesRules {
+        let (mean, majority) = self.ties_mean(combination, trim, normalize);
+        mean.rules(combination.weights.len(), majority)
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn combination_of(&self, tensor: usize) -> &Combination {
+        &self.tensors[tensor]
     }
 
     fn majority(&self, trim: &Trim) -> i8 {
@@ -382,7 +406,7 @@ impl Point<'_, '_> {
 }
 
 /// What the sum is divided by; 1 where it is not.
-fn divisor(method: &Method, weights: &[f32], mixed: bool) -> f32 {
+pub(crate) fn divisor(method: &Method, weights: &[f32], mixed: bool) -> f32 {
     let sum: f32 = weights.iter().sum();
     match method {
         Method::Average { normalize: true } if !mixed => sum,

@@ -47,6 +47,11 @@ impl MaskWords {
         }
     }
 
+    #[cfg(feature = "cuda")]
+    pub fn key(&self) -> [u32; 2] {
+        self.key
+    }
+
     /// Words of elements `start..start + len` of the flattened tensor: `words[skip + i]` is that of element `start + i`.
     /// Returns `skip`.
     pub fn fill(&self, start: usize, len: usize, words: &mut Vec<u32>) -> usize {

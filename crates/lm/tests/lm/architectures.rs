@@ -55,11 +55,7 @@ fn write(folder: &Path, case: &Value) {
 
 fn load(folder: &Path) -> Result<Decoder, LmError> {
     let checkpoint = Checkpoint::open(folder)?;
-    Decoder::load(
-        ModelConfig::from_json(checkpoint.config())?,
-        &checkpoint,
-        &Device::Cpu,
-    )
+    crate::common::load(ModelConfig::from_json(checkpoint.config())?, &checkpoint)
 }
 
 #[test]

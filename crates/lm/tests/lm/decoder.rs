@@ -2,7 +2,7 @@
 
 use crate::common::{Text, Tiny, VOCAB, all_logits, assert_close, config, prompt};
 use candle_core::Device;
-use cauldron_lm::{BLOCK_TOKENS, Decoder, KvPool, LmError, ModelConfig, Segment, WeightSource, score};
+use cauldron_lm::{BLOCK_TOKENS, Decoder, LmError, ModelConfig, Segment, WeightSource, score};
 use serde_json::json;
 
 fn tiny() -> Tiny {
@@ -13,7 +13,7 @@ fn tiny() -> Tiny {
 fn a_ragged_batch_gives_the_bits_that_one_by_one_gives() {
     let decoder = tiny().decoder();
     let prompts: Vec<Vec<u32>> = [3, 1, 200, 17, 64].iter().map(|n| prompt(*n, *n)).collect();
-    let mut pool = KvPool::new(decoder.config(), 80);
+    let mut pool = decoder.new_pool(80).expect("blocks");
     let tables: Vec<Vec<u32>> = (0..5).map(|at| (at * 16..(at + 1) * 16).collect()).collect();
     // Different positions in one forward: the first sequence has a past already.
     let past = [5u32, 6, 7];
@@ -67,14 +67,14 @@ fn chunks_and_single_steps_give_the_bits_that_the_whole_prompt_gives() {
 fn a_copied_block_goes_on_as_the_first_one_does() {
     let decoder = tiny().decoder();
     let tokens = prompt(30, 2);
-    let mut pool = KvPool::new(decoder.config(), 6);
+    let mut pool = decoder.new_pool(6).expect("blocks");
     let first = Segment {
         tokens: &prompt(40, 2),
         position: 0,
         blocks: &[4, 1, 3],
     };
     decoder.forward(&mut pool, &[first]).expect("hidden");
-    pool.copy(1, 5, 20 - BLOCK_TOKENS);
+    decoder.copy_block(&mut pool, 1, 5, 20 - BLOCK_TOKENS).expect("a copy");
     let second = Segment {
         tokens: &tokens[20..],
         position: 20,
@@ -145,7 +145,7 @@ fn bad_input_is_an_error() {
             "{tokens:?}"
         );
     }
-    let mut pool = KvPool::new(decoder.config(), 2);
+    let mut pool = decoder.new_pool(2).expect("blocks");
     let tokens = prompt(17, 0);
     for blocks in [&[0u32][..], &[0, 2], &[]] {
         let segment = Segment {
@@ -157,7 +157,7 @@ fn bad_input_is_an_error() {
     }
     assert!(decoder.forward(&mut pool, &[]).is_err());
     let other = Tiny::new(config("LlamaForCausalLM", json!({"num_hidden_layers": 3})));
-    let mut foreign = KvPool::new(other.decoder().config(), 2);
+    let mut foreign = other.decoder().new_pool(2).expect("blocks");
     let segment = Segment {
         tokens: &[1],
         position: 0,

@@ -43,7 +43,7 @@ fn engine(decoder: &Arc<Decoder>, max_batch_tokens: usize, max_running: usize) -
         max_running,
         ..EngineConfig::default()
     };
-    Engine::new(decoder.clone(), config)
+    Engine::new(decoder.clone(), config).expect("an engine")
 }
 
 fn collect(answers: &mut BTreeMap<u64, Answer>, events: Vec<Event>) {
@@ -256,7 +256,7 @@ fn memory_for_keys_and_values_is_bounded_and_requests_wait_for_it() {
         kv_bytes: 3 * Engine::block_bytes(decoder.config()),
         ..EngineConfig::default()
     };
-    let mut engine = Engine::new(decoder.clone(), config);
+    let mut engine = Engine::new(decoder.clone(), config).expect("an engine");
     assert_eq!(engine.kv_tokens(), 48);
     assert!(
         engine

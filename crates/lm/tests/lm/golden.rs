@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::Device;
 use cauldron_checkpoint::Checkpoint;
 use cauldron_lm::{Decoder, Engine, EngineConfig, Event, ModelConfig, Request, Sampling, TextTokenizer};
 use serde_json::Value;
@@ -51,7 +50,7 @@ fn run(decoder: &Arc<Decoder>, requests: Vec<Request>) -> Vec<Event> {
         max_running: 32,
         ..EngineConfig::default()
     };
-    let mut engine = Engine::new(decoder.clone(), config);
+    let mut engine = Engine::new(decoder.clone(), config).expect("an engine");
     for request in requests {
         engine.add(request).expect("taken");
     }
@@ -158,7 +157,7 @@ fn demo_models_reproduce_the_golden_logliks_and_generations() {
     for name in MODELS {
         let checkpoint = Checkpoint::open(&models.join(name)).expect("a checkpoint");
         let config = ModelConfig::from_json(checkpoint.config()).expect("a config");
-        let decoder = Arc::new(Decoder::load(config, &checkpoint, &Device::Cpu).expect("a decoder"));
+        let decoder = Arc::new(crate::common::load(config, &checkpoint).expect("a decoder"));
         check_logliks(&decoder, &pairs, &list(&golden["loglik"][name]), name);
         check_generations(&decoder, &prompts, &list(&golden["generations"][name]), name);
     }
@@ -201,7 +200,7 @@ fn speed() {
     let checkpoint = Checkpoint::open(&models.join("base")).expect("a checkpoint");
     let config = ModelConfig::from_json(checkpoint.config()).expect("a config");
     let start = Instant::now();
-    let decoder = Arc::new(Decoder::load(config, &checkpoint, &Device::Cpu).expect("a decoder"));
+    let decoder = Arc::new(crate::common::load(config, &checkpoint).expect("a decoder"));
     println!("load: {:.2} s", start.elapsed().as_secs_f64());
     let prompt: Vec<u32> = (0..512).map(|i| (i * 97 + 300) % 49_000).collect();
     for (what, count, length, answer, logprobs) in [
@@ -223,7 +222,8 @@ fn speed() {
                 max_running: 64,
                 ..EngineConfig::default()
             },
-        );
+        )
+        .expect("an engine");
         for id in 0..count {
             let prompt = prompt.iter().cycle().skip(id).take(length).copied().collect();
             engine.add(request(id, prompt, answer, logprobs)).expect("taken");

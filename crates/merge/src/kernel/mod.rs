@@ -8,6 +8,8 @@
 mod bench;
 mod ties;
 
+#[cfg(feature = "cuda")]
+pub(crate) use ties::TiesRules;
 pub(crate) use ties::{TiesMean, TiesScratch, elected_signs, ties};
 
 pub(crate) use cauldron_checkpoint::simd::{Loop, indices_within, nonzero, widest, within};

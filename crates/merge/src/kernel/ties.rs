@@ -37,7 +37,28 @@ pub(crate) struct TiesScratch {
     sides: Vec<u32>,
 }
 
+/// The same for kernels elsewhere.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Clone)]
+pub(crate) struct TiesRules {
+    /// By parent: what it is multiplied by before the election, what after it, and its share of the divisor.
+    pub factors: Vec<(f32, f32, f32)>,
+    pub divide: bool,
+    pub keep_single: bool,
+    pub majority: i8,
+}
+
 impl TiesMean<'_> {
+    #[cfg(feature = "cuda")]
+    pub fn rules(&self, parents: usize, majority: i8) -> TiesRules {
+        TiesRules {
+            factors: (0..parents).map(|k| self.factors(k)).collect(),
+            divide: !matches!(self, Self::Premultiplied(_)),
+            keep_single: matches!(self, Self::Mixup(_)),
+            majority,
+        }
+    }
+
     /// Of parent k: what its delta is multiplied by before the election, what after it, and what it adds to the divisor.
     fn factors(&self, k: usize) -> (f32, f32, f32) {
         match self {

@@ -2,16 +2,40 @@
 #![allow(dead_code)]
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
 use cauldron_checkpoint::Checkpoint;
-use cauldron_lm::{BLOCK_TOKENS, Decoder, KvPool, LmError, ModelConfig, Segment};
+use cauldron_lm::{
+    Arithmetic, BLOCK_TOKENS, Decoder, KvPool, LmError, ModelConfig, Placement, Segment, WeightSource,
+};
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
 pub const VOCAB: usize = 96;
+
+/// Where the tests run: CAULDRON_TEST_DEVICE=cuda takes the first GPU (then with --test-threads=1), with products of fixed
+/// shapes, so that the same tests hold there.
+pub fn device() -> Device {
+    match std::env::var("CAULDRON_TEST_DEVICE").as_deref() {
+        Ok("cuda") => {
+            static GPU: OnceLock<Device> = OnceLock::new();
+            GPU.get_or_init(|| Device::new_cuda_with_stream(0).expect("a GPU"))
+                .clone()
+        }
+        _ => Device::Cpu,
+    }
+}
+
+pub fn load(config: ModelConfig, weights: &dyn WeightSource) -> Result<Decoder, LmError> {
+    let placement = Placement {
+        device: &device(),
+        arithmetic: Arithmetic::F32,
+        fixed_shapes: true,
+    };
+    Decoder::load_for(config, weights, placement)
+}
 
 /// A checkpoint folder that lives as long as the value.
 pub struct Tiny {
@@ -66,7 +90,7 @@ impl Tiny {
     pub fn decoder(&self) -> Arc<Decoder> {
         let checkpoint = self.checkpoint();
         let config = ModelConfig::from_json(checkpoint.config()).expect("a config");
-        Arc::new(Decoder::load(config, &checkpoint, &Device::Cpu).expect("a decoder"))
+        Arc::new(load(config, &checkpoint).expect("a decoder"))
     }
 
     /// The same weights for candle's own models.
@@ -151,7 +175,7 @@ impl<'a> Text<'a> {
             false => order.collect(),
         };
         Self {
-            pool: KvPool::new(decoder.config(), blocks),
+            pool: decoder.new_pool(blocks).expect("blocks"),
             blocks: order,
             len: 0,
             decoder,

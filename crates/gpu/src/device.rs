@@ -1,0 +1,169 @@
+//! A device with its kernels loaded.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaStream, DevicePtr, LaunchArgs, LaunchConfig};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::{CudaDevice, DType, Device, Result, Shape, Storage, Tensor, bail};
+
+const MERGE: (&[u8], &[&str]) = (
+    include_bytes!(concat!(env!("OUT_DIR"), "/merge.fatbin")),
+    &[
+        "weighted_sum_2",
+        "weighted_sum_8",
+        "deltas_2",
+        "deltas_8",
+        "ties_2",
+        "ties_8",
+        "sparse_sum_2",
+        "sparse_sum_8",
+        "keep_bits",
+    ],
+);
+const DECODER: (&[u8], &[&str]) = (
+    include_bytes!(concat!(env!("OUT_DIR"), "/decoder.fatbin")),
+    &[
+        "rms_norm_f32",
+        "rms_norm_bf16",
+        "gate_f32",
+        "gate_bf16",
+        "rotate_and_store_f32",
+        "rotate_and_store_bf16",
+        "attend_64_f32",
+        "attend_64_bf16",
+        "attend_128_f32",
+        "attend_128_bf16",
+        "attend_256_f32",
+        "attend_256_bf16",
+        "softcap",
+        "summarize",
+    ],
+);
+
+/// A GPU with its kernels. Copies share everything.
+#[derive(Clone)]
+pub struct Gpu {
+    pub(crate) device: Device,
+    pub(crate) cuda: CudaDevice,
+    pub(crate) stream: Arc<CudaStream>,
+    /// See [`Gpu::with_fixed_shapes`].
+    pub(crate) fixed_shapes: bool,
+    functions: Arc<HashMap<&'static str, CudaFunction>>,
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gpu").field("device", &self.cuda).finish_non_exhaustive()
+    }
+}
+
+/// Whether the libraries that candle needs on a GPU can be loaded. (Opening a device without them is a panic.)
+pub fn is_available() -> bool {
+    use candle_core::cuda_backend::cudarc::{cublas, curand, driver};
+    // SAFETY: these look for a shared library and close it again.
+    unsafe {
+        driver::sys::is_culib_present() && cublas::sys::is_culib_present() && curand::sys::is_culib_present()
+    }
+}
+
+impl Gpu {
+    /// Loads the kernels onto an opened device.
+    pub fn new(device: &Device) -> Result<Self> {
+        let Device::Cuda(cuda) = device else {
+            bail!("not a CUDA device");
+        };
+        let stream = cuda.cuda_stream();
+        let mut functions = HashMap::new();
+        for (image, names) in [MERGE, DECODER] {
+            let module = stream.context().load_module(Ptx::from_binary(image.to_vec())).w()?;
+            for name in names {
+                functions.insert(*name, module.load_function(name).w()?);
+            }
+        }
+        Ok(Self {
+            device: device.clone(),
+            cuda: cuda.clone(),
+            stream,
+            fixed_shapes: false,
+            functions: Arc::new(functions),
+        })
+    }
+
+    /// The library of products takes other kernels for other numbers of rows, which changes last bits. With fixed shapes all
+    /// products have the same number, so that a row does not depend on its company; few rows cost as much as many.
+    pub fn with_fixed_shapes(mut self, fixed: bool) -> Self {
+        self.fixed_shapes = fixed;
+        self
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Waits until all that was asked for is done.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().w()
+    }
+
+    /// A tensor whose numbers are whatever was there.
+    pub(crate) fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+        // SAFETY: plain numbers, of which every bit pattern is one. Callers fill them.
+        unsafe { Tensor::empty(shape, dtype, &self.device) }
+    }
+
+    /// Runs a kernel; `arguments` gives it what its signature says.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel, and their pointers reach as far as it goes.
+    pub(crate) unsafe fn launch<'a>(
+        &'a self,
+        name: &str,
+        grid: (usize, usize),
+        threads: usize,
+        arguments: impl FnOnce(&mut LaunchArgs<'a>),
+    ) -> Result<()> {
+        let (Ok(x), Ok(y)) = (u32::try_from(grid.0), u16::try_from(grid.1)) else {
+            bail!("{name}: too large a grid {grid:?}");
+        };
+        if x == 0 || y == 0 {
+            return Ok(());
+        }
+        let Some(function) = self.functions.get(name) else {
+            bail!("there is no kernel {name}");
+        };
+        let mut builder = self.stream.launch_builder(function);
+        arguments(&mut builder);
+        let config = LaunchConfig {
+            grid_dim: (x, u32::from(y), 1),
+            block_dim: (threads as u32, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        // SAFETY: the caller's.
+        unsafe { builder.launch(config) }.w()?;
+        Ok(())
+    }
+}
+
+/// Where a contiguous tensor lies on its device.
+pub(crate) fn pointer(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        bail!("a tensor is not on the GPU");
+    };
+    if !layout.is_contiguous() {
+        bail!("a tensor is not contiguous");
+    }
+    let stream = storage.device.cuda_stream();
+    let start = match &storage.slice {
+        CudaStorageSlice::U8(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::U32(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::BF16(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::F32(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::F64(slice) => slice.device_ptr(&stream).0,
+        _ => bail!("tensors of {:?} are not used on the GPU", tensor.dtype()),
+    };
+    Ok(start + (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64)
+}

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command: scripts/gpu_check.sh [FOLDER_OF_PROGRAMS [OUT]]
+#
+#   1. the tests of crates/lm on the GPU, with products of fixed shapes: logits of transformers, any company, seeds, ...
+#   2. families in the GPU's memory: the CPU's bytes for every method the kernels know, and the speed of a point
+#   3. scoring and generation beside transformers on the same GPU
+#
+# Needs a machine with an NVIDIA GPU and python3 with torch, transformers, numpy; nothing from a network. The programs are
+# built elsewhere by scripts/gpu_build.sh (default: target/gpu). Random checkpoints are made in /dev/shm. Prints
+# tables, and writes OUT/*.json (default: target/gpu/out).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+programs=$(realpath "${1:-target/gpu}")
+out=${2:-target/gpu/out}
+mkdir -p "$out"
+models=$(mktemp -d /dev/shm/cauldron.XXXXXX)
+trap 'rm -rf "$models"' EXIT
+libraries=$(python3 -c "import sysconfig,glob;print(':'.join(glob.glob(sysconfig.get_paths()['purelib']+'/nvidia/*/lib')))")
+export LD_LIBRARY_PATH=$libraries:/usr/local/cuda/lib64:${LD_LIBRARY_PATH:-}
+failed=0
+step() { echo; echo "== $* ($SECONDS s)"; }
+check() { "$@" || { failed=1; echo "FAILED: $*"; }; }
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/gpu.txt"
+
+step "the decoder's tests on the GPU"
+check env CAULDRON_TEST_DEVICE=cuda "$programs/lm_tests" --test-threads=1
+
+step "families: bytes of the CPU and of the GPU"
+check python3 bench/random_llama.py "$models/small" 60000000 base a b c
+timed=$(python3 scripts/gpu_recipes.py "$models/recipes")
+"$programs/resident" "$models/small" CHECK "$models"/recipes/*.json | tee "$out/bytes.jsonl"
+[ "${PIPESTATUS[0]}" = 0 ] || { failed=1; echo "FAILED: bytes"; }
+
+step "families of 1.1 billion parameters: time of a point"
+check python3 bench/random_llama.py "$models/large" 1100000000 base a b c
+# shellcheck disable=SC2086
+(cd "$models/recipes" && "$programs/resident" "$models/large" TIME $(printf '%s.json ' $timed)) | tee "$out/points.jsonl"
+python3 - <<'PYTHON' | tee "$out/copy.json"
+import json, time, torch
+a = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+b = torch.empty_like(a)
+times = []
+for _ in range(20):
+    torch.cuda.synchronize(); start = time.perf_counter(); b.copy_(a); torch.cuda.synchronize()
+    times.append(time.perf_counter() - start)
+print(json.dumps({"copy_gb_per_s": 2 * a.numel() / sorted(times)[10] / 1e9, "gpu": torch.cuda.get_device_name()}))
+PYTHON
+
+step "scoring and generation beside transformers"
+check python3 scripts/gpu_speed.py "$programs/speed" "$models/large/base" | tee "$out/speed.txt"
+echo "== done ($SECONDS s), failed: $failed"
+exit $failed

@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""transformers on a GPU beside this project's engine, on the same random checkpoint.
+
+    gpu_speed.py SPEED_BINARY MODEL_FOLDER
+
+Prints a table and, as its last line, JSON: tokens a second of scoring and of generation, bfloat16 on both sides. Ours is
+`speed` of crates/lm/examples: the engine without HTTP.
+"""
+import json
+import os
+import subprocess
+import sys
+import time
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+SCORE = (64, 512)
+DECODE = [(1, 128), (32, 128), (256, 64)]
+PAST = 16
+
+
+def prompts(count, length, vocab):
+    return [[(i * 7919 + seed * 104729 + 13) % vocab for i in range(length)] for seed in range(count)]
+
+
+def timed(work):
+    work()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def theirs(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    vocab = model.config.vocab_size
+    count, length = SCORE
+    ids = torch.tensor(prompts(count, length, vocab)).cuda()
+
+    def score():
+        for i in range(0, count, 16):
+            some = ids[i:i + 16]
+            logits = model(some).logits[:, :-1].float().log_softmax(-1)
+            logits.gather(-1, some[:, 1:, None]).sum().item()
+
+    rates = {f"score:{count}x{length}": count * length / timed(score)}
+    for count, tokens in DECODE:
+        start = torch.tensor(prompts(count, PAST, vocab)).cuda()
+
+        def generate(tokens=tokens, start=start):
+            model.generate(start, attention_mask=torch.ones_like(start), min_new_tokens=tokens, max_new_tokens=tokens,
+                           do_sample=False, pad_token_id=0)
+
+        rates[f"decode:{count}x{tokens}"] = count * tokens / timed(generate)
+    del model
+    torch.cuda.empty_cache()
+    return rates
+
+
+def ours(binary, folder, cases):
+    environment = os.environ | {"DEVICE": "cuda", "ARITHMETIC": "bf16"}
+    run = subprocess.run([binary, folder, *cases, *cases], env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"{binary}: {run.stderr}")
+    lines = [line.split() for line in run.stdout.splitlines()]
+    # The second time: the first one loads kernels.
+    return {case: float(rate) for case, rate, _ in lines[len(cases):]}
+
+
+def main():
+    binary, folder = sys.argv[1:3]
+    peer = theirs(folder)
+    own = ours(binary, folder, list(peer))
+    print(f"{'case':20} {'ours':>12} {'transformers':>14} {'ratio':>7}   tokens a second, bfloat16, {folder}")
+    for case, rate in peer.items():
+        print(f"{case:20} {own[case]:12.0f} {rate:14.0f} {own[case] / rate:7.2f}")
+    print(json.dumps({"model": os.path.basename(folder), "ours": own, "transformers": peer,
+                      "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
+                      "gpu": torch.cuda.get_device_name()}))
+
+
+if __name__ == "__main__":
+    main()
