@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-# Builds what scripts/gpu_check.sh runs, on a machine without a GPU: scripts/gpu_build.sh [FOLDER] (default: target/gpu).
-# Takes the CUDA toolkit from target/cuda, which scripts/cuda_toolkit.sh assembles if it is not there.
+# Builds what scripts/gpu_check.sh runs, on a machine that need not have a GPU: scripts/gpu_build.sh [FOLDER] (default:
+# target/gpu). Takes the CUDA toolkit that scripts/cuda_toolkit.sh assembles.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 to=${1:-target/gpu}
 mkdir -p "$to"
-scripts/cuda_toolkit.sh target/cuda >/dev/null
-build() { cargo build --release --features cuda --config target/cuda/cargo.toml "$@"; }
-build -p cauldron-merge --example resident
-build -p cauldron-lm --example speed
-tests=$(cargo test --release --features cuda --config target/cuda/cargo.toml -p cauldron-lm --test lm --no-run 2>&1 | tee /dev/stderr | sed -n 's/.*Executable.*(\(.*\))/\1/p')
-release=target/x86_64-unknown-linux-gnu/release
-cp "$release/examples/resident" "$release/examples/speed" "$to/"
-cp "$tests" "$to/lm_tests"
-strip "$to/resident" "$to/speed" "$to/lm_tests"
+config=$(scripts/cuda_toolkit.sh target/cuda)
+# One call, so that everything is built with one set of features. Tests and examples of a package come together.
+cargo test --release --locked --features cuda --config "$config" -p cauldron-merge -p cauldron-lm --no-run \
+    --message-format json-render-diagnostics | python3 -c '
+import json, sys
+for line in sys.stdin:
+    unit = json.loads(line)
+    if unit.get("executable") and unit["target"]["name"] in ("lm", "resident", "speed"):
+        print(unit["target"]["name"], unit["executable"])
+' | while read -r name program; do
+    [ "$name" = lm ] && name=lm_tests
+    cp "$program" "$to/$name"
+    strip "$to/$name"
+done
 ls -l "$to"

@@ -24,7 +24,10 @@ check() { "$@" || { failed=1; echo "FAILED: $*"; }; }
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/gpu.txt"
 
 step "the decoder's tests on the GPU"
-check env CAULDRON_TEST_DEVICE=cuda "$programs/lm_tests" --test-threads=1
+# The golden tests need the demo's models (demo/prepare.sh).
+skip=$([ -d target/demo/models ] || echo "--skip golden::")
+# shellcheck disable=SC2086
+check env CAULDRON_TEST_DEVICE=cuda "$programs/lm_tests" --test-threads=1 $skip
 
 step "families: bytes of the CPU and of the GPU"
 check python3 bench/random_llama.py "$models/small" 60000000 base a b c

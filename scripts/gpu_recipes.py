@@ -28,7 +28,7 @@ RECIPES = {
     "task-mixed": recipe("task_arithmetic", mixup=MIX),
     "task-three": recipe("task_arithmetic", weighted(0.5, -0.25, 1.5), normalize=True),
     "task-exclude": recipe("task_arithmetic", mixup=MIX, exclude=["norm", "embed"]),
-    "task-layers": recipe("task_arithmetic", mixup={"lambda": [0.0, 0.3, 1.0]}, scaling=[{"filter": "mlp", "value": 0.5}, 1.0]),
+    "task-layers": recipe("task_arithmetic", mixup={"lambda": [0.0, 0.3, 1.0]}, scaling=[{"filter": "mlp", "value": 0.5}, {"value": 1.0}]),
     "ties": recipe("ties", retain=0.6),
     "ties-mixed": recipe("ties", retain=0.6, mixup=MIX),
     "ties-three": recipe("ties", THREE, retain=0.3, mixup=SHARES),

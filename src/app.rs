@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use candle_core::Device;
 use cauldron_lm::Arithmetic;
 use cauldron_merge::MergeOptions;
 use tokio::runtime::Handle;

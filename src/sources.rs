@@ -63,12 +63,12 @@ pub enum Outage {
 }
 
 /// How far entries of the cache are checked before they are parents.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Care {
+#[derive(Clone, Copy)]
+pub enum Care<'a> {
     /// Files and their sizes.
     Look,
-    /// Every byte; and they stay in the cache while the [`Held`] lives.
-    Verify,
+    /// Every byte, as long as this says so; and they stay in the cache while the [`Held`] lives.
+    Verify(&'a (dyn Fn() -> bool + Sync)),
 }
 
 /// Keeps the cached parents of a merge.
@@ -130,7 +130,7 @@ impl ModelSources {
     }
 
     /// Opens a recipe's models.
-    pub fn open(&self, recipe: &Recipe, care: Care) -> Result<(Parents, Held), SourceError> {
+    pub fn open(&self, recipe: &Recipe, care: Care<'_>) -> Result<(Parents, Held), SourceError> {
         let resolution = Resolution {
             sources: self,
             care,
@@ -200,7 +200,7 @@ fn absent(digest: &Digest) -> Miss {
 /// fault, and some of them are ours.
 struct Resolution<'a> {
     sources: &'a ModelSources,
-    care: Care,
+    care: Care<'a>,
     seen: Mutex<Seen>,
 }
 
@@ -224,8 +224,8 @@ impl Resolution<'_> {
             (Some(digest), Care::Look) => {
                 cache.lookup(&digest)?.ok_or_else(|| absent(&digest))?;
             }
-            (Some(digest), Care::Verify) => {
-                let (_, pin) = cache.verify(&digest)?.ok_or_else(|| absent(&digest))?;
+            (Some(digest), Care::Verify(go_on)) => {
+                let (_, pin) = cache.verify_while(&digest, go_on)?.ok_or_else(|| absent(&digest))?;
                 self.seen().pins.push(pin);
             }
         }

@@ -147,6 +147,7 @@ impl From<CacheError> for Problem {
         match error {
             CacheError::Unknown => Self::not_found(error.to_string()),
             CacheError::InUse => Self::conflict("checkpoint-in-use", error.to_string()),
+            CacheError::Cancelled => Self::unavailable("cache-unavailable", "cancelled; try again"),
             CacheError::Io(cause) => {
                 error!(cause = %cause, "the cache failed");
                 Self::unavailable("cache-unavailable", "the cache does not answer; try again")

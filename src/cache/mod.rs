@@ -52,6 +52,8 @@ pub enum CacheError {
     Unknown,
     #[error("the checkpoint is in use")]
     InUse,
+    #[error("cancelled")]
+    Cancelled,
 }
 
 /// Keeps an entry from being deleted while it lives.
@@ -74,6 +76,8 @@ impl Drop for Pin {
 }
 
 /// How long a draft waits for a try that goes on with it.
+/// How folders begin whose entry was found damaged.
+const DAMAGED: &str = "damaged-";
 const DRAFT_AGE: Duration = Duration::from_hours(24);
 
 /// A folder that is being filled; gone with this value unless it is published or kept.
@@ -165,25 +169,39 @@ impl Cache {
     /// The manifest of an entry whose files are there with their sizes. One that is known to be damaged counts as
     /// absent, and is taken away unless somebody uses it.
     pub fn lookup(&self, digest: &Digest) -> Result<Option<Manifest>, CacheError> {
-        self.check(digest, false, 0)
+        self.check(digest, None, 0)
     }
 
     /// As [`Self::lookup`], with the digest of every byte; the entry stays while the pin lives. Bytes that were read
     /// once are not read again while their files are the same.
     pub fn verify(&self, digest: &Digest) -> Result<Option<(Manifest, Pin)>, CacheError> {
+        self.verify_while(digest, &|| true)
+    }
+
+    /// As [`Self::verify`], as long as `go_on` says so; then it is [`CacheError::Cancelled`].
+    pub fn verify_while(
+        &self,
+        digest: &Digest,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<Option<(Manifest, Pin)>, CacheError> {
         let pin = self.pin(digest);
-        let manifest = self.check(digest, true, 1)?;
+        let manifest = self.check(digest, Some(go_on), 1)?;
         Ok(manifest.map(|manifest| (manifest, pin)))
     }
 
-    /// `own` pins are the caller's: they do not keep a damaged entry.
-    fn check(&self, digest: &Digest, full: bool, own: usize) -> Result<Option<Manifest>, CacheError> {
+    /// In full if `full` says how long. `own` pins are the caller's: they do not keep a damaged entry.
+    fn check(
+        &self,
+        digest: &Digest,
+        full: Option<&dyn Fn() -> bool>,
+        own: usize,
+    ) -> Result<Option<Manifest>, CacheError> {
         let dir = self.path(digest);
         let Some(identity) = identity(&dir)? else {
             return Ok(None);
         };
         let mut known = self.finding(digest, &identity);
-        let _one = match full && known.is_none() {
+        let _one = match full.is_some() && known.is_none() {
             true => Some(locked(&self.hashing)),
             false => None,
         };
@@ -192,17 +210,21 @@ impl Cache {
             Some(false) => Err(MergeError::Corrupt {
                 detail: "it was found damaged before".into(),
             }),
-            None if full => verify_folder_full(&dir),
-            _ => verify_folder(&dir),
+            None => match full {
+                Some(go_on) => verify_folder_full(&dir, go_on),
+                None => verify_folder(&dir),
+            },
+            Some(true) => verify_folder(&dir),
         };
         match manifest {
             Ok(manifest) if manifest.digest == *digest => {
-                if full {
+                if full.is_some() {
                     self.note(digest, identity, true);
                 }
                 Ok(Some(manifest))
             }
             Ok(_) => self.damaged(digest, identity, own, "its manifest names another digest"),
+            Err(MergeError::Cancelled) => Err(CacheError::Cancelled),
             Err(MergeError::Unreadable { source, .. }) => Err(source.into()),
             Err(e) => self.damaged(digest, identity, own, &e.to_string()),
         }
@@ -237,7 +259,7 @@ impl Cache {
             return Ok(None);
         }
         warn!(%digest, reason, "a damaged checkpoint is taken out of the cache");
-        let aside = self.temp.join(format!("damaged-{}", Uuid::now_v7()));
+        let aside = self.temp.join(format!("{DAMAGED}{}", Uuid::now_v7()));
         fs::rename(self.path(digest), aside)?;
         locked(&self.checked).remove(digest);
         Ok(None)
@@ -280,12 +302,15 @@ impl Cache {
         })
     }
 
-    /// Removes the drafts that nobody works on, for their space.
+    /// Removes the drafts that nobody works on, and what was found damaged, for their space.
     pub fn remove_waiting_drafts(&self) -> io::Result<()> {
         let drafting = locked(&self.drafting);
         for entry in fs::read_dir(&self.temp)? {
             let left = entry?.path();
-            if is_waiting(&left) && !drafting.contains(&left) {
+            let damaged = left
+                .file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(DAMAGED));
+            if (is_waiting(&left) || damaged) && !drafting.contains(&left) {
                 remove_draft(&left);
             }
         }
@@ -297,7 +322,7 @@ impl Cache {
     pub fn publish(&self, draft: Draft, digest: &Digest) -> Result<(), CacheError> {
         let to = self.path(digest);
         if let Err(e) = fs::rename(draft.dir(), &to) {
-            if self.lookup(digest)?.is_some() {
+            if self.verify(digest)?.is_some() {
                 return Ok(());
             }
             let _pins = locked(&self.pins);

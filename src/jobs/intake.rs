@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use cauldron_checkpoint::Digest;
-use cauldron_merge::{Recipe, RecipeError, RecipeSpec, parse_mergekit, parse_recipe};
+use cauldron_merge::{MergeError, Recipe, RecipeError, RecipeSpec, parse_mergekit, parse_recipe};
 use rand::TryRng;
 
 use super::runner::DISK_RESERVE;
@@ -118,8 +118,10 @@ impl Intake {
                 .map_err(|e| RecipeError::new("serve_as", e.to_string()))?;
         }
         let (parents, _held) = self.sources.open(&recipe, Care::Look)?;
-        let identity = parents.identity();
-        let identity = identity.map_err(|e| SourceError::of_files("models", e))?;
+        let identity = parents.identity().map_err(|e| match e {
+            MergeError::Parent { source, .. } => SourceError::of_files("models", source),
+            other => RecipeError::new("models", other.to_string()).into(),
+        })?;
         let needed = parents.output_bytes() + DISK_RESERVE;
         let free = self.cache.free_bytes().unwrap_or(u64::MAX);
         if free < needed {

@@ -97,14 +97,19 @@ impl Runner {
     fn merge(&self, job: &Job, progress: &Progress) -> Result<Merged, Outcome> {
         let recipe = Recipe::from_json(job.recipe.clone()).map_err(SourceError::from)?;
         // Held to the end: parents from the cache are whole, and stay.
-        let (parents, _held) = self.sources.open(&recipe, Care::Verify)?;
+        let (parents, _held) = self.sources.open(&recipe, Care::Verify(&|| !progress.cancelled())).map_err(|e| {
+            match progress.cancelled() {
+                true => Outcome::Cancelled,
+                false => e.into(),
+            }
+        })?;
         progress
             .total
             .store(parents.bytes_total(&recipe), Ordering::Relaxed);
         if parents.adopt_contents(&|identity| self.known.get(identity)) {
             let digest = merge_digest(&recipe, &parents, progress)?;
             let _ = progress.digest.set(digest);
-            if let Some((manifest, _)) = self.cache.verify(&digest)? {
+            if let Some((manifest, _)) = self.cache.verify_while(&digest, &|| !progress.cancelled())? {
                 return Ok(manifest.into());
             }
         }
@@ -186,6 +191,7 @@ impl From<CacheError> for Outcome {
     fn from(error: CacheError) -> Self {
         let full = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded];
         match &error {
+            CacheError::Cancelled => Self::Cancelled,
             CacheError::Io(e) if full.contains(&e.kind()) => {
                 failed("insufficient-storage", error.to_string())
             }

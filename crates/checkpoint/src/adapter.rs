@@ -285,6 +285,17 @@ impl Scales {
                 return Err(bad(format!("{key} is not supported")));
             }
         }
+        // With these the factors belong to a base that they themselves have changed.
+        match config.get("init_lora_weights") {
+            None | Some(Value::Null | Value::Bool(_)) => {}
+            Some(Value::String(s)) if ["gaussian", "eva", "orthogonal"].contains(&s.as_str()) => {}
+            Some(other) => return Err(bad(format!("init_lora_weights {other} is not supported"))),
+        }
+        let rslora = match config.get("use_rslora") {
+            None | Some(Value::Null) => false,
+            Some(Value::Bool(on)) => *on,
+            Some(_) => return Err(bad("use_rslora must be true or false".into())),
+        };
         let number = |key: &str| {
             config
                 .get(key)
@@ -295,7 +306,7 @@ impl Scales {
         Ok(Self {
             alpha: number("lora_alpha")?,
             rank: number("r")? as usize,
-            rslora: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+            rslora,
             alpha_pattern: pattern(config, "alpha_pattern")?,
             rank_pattern: pattern(config, "rank_pattern")?,
         })

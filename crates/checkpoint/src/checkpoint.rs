@@ -27,6 +27,8 @@ pub const SIDECAR_FILES: &[&str] = &[
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
 const MAX_SIDECAR_BYTES: u64 = 256 << 20;
 const MAX_INDEX_BYTES: u64 = 64 << 20;
+/// Files of one checkpoint: each stays open.
+const MAX_SHARDS: usize = 256;
 const READ_BLOCK: usize = 4 << 20;
 const PREFETCH: u64 = 512 << 10;
 const SINGLE: &str = "model.safetensors";
@@ -344,6 +346,10 @@ fn open_shards(dir: &Path) -> Result<Opened, CheckpointError> {
             INDEX,
             format!("{:?} is not a safetensors file", bad),
         ));
+    }
+    if shards.len() > MAX_SHARDS {
+        let detail = format!("names {} files; at most {MAX_SHARDS} are opened", shards.len());
+        return Err(CheckpointError::malformed(INDEX, detail));
     }
     let names: Vec<String> = shards.into_iter().collect();
     let (files, tensors) = open_files(dir, &names)?;

@@ -6,7 +6,7 @@ use std::ops::Range;
 /// Elements that a chunk has at most, unless one row is longer.
 pub const CHUNK_ELEMENTS: usize = 64 << 10;
 /// Rows longer than this are cut like vectors.
-const LONGEST_ROW: usize = 4 << 20;
+pub const LONGEST_ROW: usize = 4 << 20;
 
 /// The chunks of one tensor: runs of elements of the flattened tensor, whole rows where it has rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +45,11 @@ impl Chunks {
         let start = index * self.chunk;
         start..self.numel.min(start + self.chunk)
     }
+}
+
+/// Whether no row of a tensor of this shape is cut.
+pub fn has_whole_rows(shape: &[usize]) -> bool {
+    shape.len() < 2 || row_len(shape) <= LONGEST_ROW
 }
 
 /// Elements of one row: all dimensions but the first; of a vector or a scalar, the whole tensor.

@@ -17,7 +17,7 @@ mod writer;
 
 pub use adapter::{Adapter, LoraFactors};
 pub use checkpoint::{Checkpoint, SIDECAR_FILES, TensorInfo, tensor_digest};
-pub use chunks::{CHUNK_ELEMENTS, Chunks, row_len};
+pub use chunks::{CHUNK_ELEMENTS, Chunks, LONGEST_ROW, has_whole_rows, row_len};
 pub use digest::{Digest, ParseDigestError};
 pub use error::CheckpointError;
 pub use expert::Expert;

@@ -16,11 +16,6 @@ constexpr int THREADS = 128;
 __device__ __forceinline__ void store(float* to, float value) { *to = value; }
 __device__ __forceinline__ void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
 __device__ __forceinline__ float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
-__device__ __forceinline__ float4 load4(const __nv_bfloat16* from) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(from);
-    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000), __uint_as_float(raw.y << 16),
-                       __uint_as_float(raw.y & 0xffff0000));
-}
 
 // The sum over a block of threads, the same in each of them.
 __device__ __forceinline__ float block_sum(float value) {
@@ -251,6 +246,169 @@ __device__ void attend(const Attend& a) {
     }
 }
 
+// ---- attention on tensor cores: bfloat16 ----
+
+// Queries of one warp; a block has up to WARPS of them, which share the pages.
+constexpr int WARPS = 4;
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const __nv_bfloat16* at) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const __nv_bfloat16* at) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+// As `attend`, 16 queries a warp. Scaled queries and weights are rounded to bfloat16; sums are f32. A query's result does not
+// depend on what the other queries of its warp or block are.
+template <int DIM>
+__device__ void attend_on_tensor_cores(const Attend& a) {
+    constexpr int PITCH = DIM + 8;
+    constexpr int STEPS = DIM / 16;
+    __shared__ __align__(16) __nv_bfloat16 keys[PAGE * PITCH];
+    __shared__ __align__(16) __nv_bfloat16 values[PAGE * PITCH];
+
+    const uint4 task = a.tasks[blockIdx.x];
+    const int dim = a.head_dim, group = a.heads / a.kv_heads, chunks = (group + a.heads_at_once - 1) / a.heads_at_once;
+    const int kv_head = blockIdx.y / chunks, first_head = blockIdx.y % chunks * a.heads_at_once;
+    const uint32_t* table = a.tables + task.w;
+    const int rows_a_warp = QUERIES / a.heads_at_once;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, threads = blockDim.x;
+
+    // Of this thread: queries lane / 4 and that plus 8; of each the columns lane % 4 * 2 and the next one.
+    int position[2], first_seen[2];
+    bool is_there[2];
+    size_t at[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int query = lane / 4 + half * 8;
+        const int row = warp * rows_a_warp + query / a.heads_at_once, in_group = first_head + query % a.heads_at_once;
+        is_there[half] = query < rows_a_warp * a.heads_at_once && row < task.y && in_group < group;
+        position[half] = task.z + row;
+        first_seen[half] = a.window > 0 ? max(0, position[half] + 1 - a.window) : 0;
+        at[half] = ((static_cast<size_t>(task.x) + row) * a.heads + kv_head * group + in_group) * dim;
+    }
+    uint32_t queries[STEPS][4];
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+        for (int part = 0; part < 4; part++) {
+            const int half = part % 2, d = step * 16 + part / 2 * 8 + lane % 4 * 2;
+            float2 q = make_float2(0.0f, 0.0f);
+            if (is_there[half] && d < dim) q = *reinterpret_cast<const float2*>(a.queries + at[half] + d);
+            queries[step][part] = pack(q.x * a.scale, q.y * a.scale);
+        }
+    }
+    for (int i = threadIdx.x; i < PAGE * PITCH; i += threads) keys[i] = values[i] = __float2bfloat16_rn(0.0f);
+    __syncthreads();
+
+    float out[DIM / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+    const int begin = (a.window > 0 ? max(0, static_cast<int>(task.z) + 1 - a.window) : 0) / PAGE;
+    const int end = (task.z + task.y - 1) / PAGE + 1;
+    const int fours = dim / 4;
+    for (int p = begin; p < end; p++) {
+        const size_t start = (static_cast<size_t>(table[p]) * a.kv_heads + kv_head) * PAGE * dim;
+        const uint2* new_keys = reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(a.keys) + start);
+        const uint2* new_values = reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(a.values) + start);
+        __syncthreads();
+        for (int i = threadIdx.x; i < PAGE * fours; i += threads) {
+            const int place = i / fours * PITCH + i % fours * 4;
+            *reinterpret_cast<uint2*>(keys + place) = new_keys[i];
+            *reinterpret_cast<uint2*>(values + place) = new_values[i];
+        }
+        __syncthreads();
+        // Keys 0 to 7 of the page, then 8 to 15.
+        float scores[2][4] = {};
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            uint32_t k[4];
+            load_matrices(k, keys + (lane % 8 + lane / 16 * 8) * PITCH + step * 16 + lane / 8 % 2 * 8);
+            multiply(scores[0], queries[step], k[0], k[1]);
+            multiply(scores[1], queries[step], k[2], k[3]);
+        }
+        float best[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int half = i / 2, key = p * PAGE + tile * 8 + lane % 4 * 2 + i % 2;
+                float score = scores[tile][i];
+                if (a.softcap > 0.0f) score = a.softcap * tanhf(score / a.softcap);
+                const bool seen = is_there[half] && key <= position[half] && key >= first_seen[half];
+                scores[tile][i] = seen ? score : -INFINITY;
+                best[half] = fmaxf(best[half], scores[tile][i]);
+            }
+        }
+        float keep[2], added[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            best[half] = fmaxf(best[half], __shfl_xor_sync(0xffffffff, best[half], 1));
+            best[half] = fmaxf(best[half], __shfl_xor_sync(0xffffffff, best[half], 2));
+            best[half] = fmaxf(best[half], most[half]);
+            keep[half] = best[half] == most[half] ? 1.0f : __expf(most[half] - best[half]);
+            most[half] = best[half];
+        }
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float score = scores[tile][i];
+                scores[tile][i] = score == -INFINITY ? 0.0f : __expf(score - most[i / 2]);
+                added[i / 2] += scores[tile][i];
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            added[half] += __shfl_xor_sync(0xffffffff, added[half], 1);
+            added[half] += __shfl_xor_sync(0xffffffff, added[half], 2);
+            sum[half] = sum[half] * keep[half] + added[half];
+        }
+        const uint32_t weights[4] = {pack(scores[0][0], scores[0][1]), pack(scores[0][2], scores[0][3]),
+                                     pack(scores[1][0], scores[1][1]), pack(scores[1][2], scores[1][3])};
+#pragma unroll
+        for (int tile = 0; tile < DIM / 8; tile += 2) {
+            uint32_t v[4];
+            load_transposed(v, values + (lane % 16) * PITCH + tile * 8 + lane / 16 * 8);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                out[tile][i] *= keep[i / 2];
+                out[tile + 1][i] *= keep[i / 2];
+            }
+            multiply(out[tile], weights, v[0], v[1]);
+            multiply(out[tile + 1], weights, v[2], v[3]);
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (!is_there[half]) continue;
+        const float inverse = 1.0f / sum[half];
+#pragma unroll
+        for (int tile = 0; tile < DIM / 8; tile++) {
+            const int d = tile * 8 + lane % 4 * 2;
+            if (d >= dim) continue;
+            *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(a.out) + at[half] + d) =
+                pack(out[tile][half * 2] * inverse, out[tile][half * 2 + 1] * inverse);
+        }
+    }
+}
+
 struct Best {
     float value;
     uint32_t id;
@@ -288,19 +446,23 @@ __device__ __forceinline__ Best block_best(Best best) {
     }                                                                                                                  \
     extern "C" __global__ void rotate_and_store_##SUFFIX(const __grid_constant__ Rotate rotate) {                      \
         rotate_and_store<T>(rotate);                                                                                   \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS) attend_64_##SUFFIX(const __grid_constant__ Attend attend_) { \
-        attend<T, 64>(attend_);                                                                                        \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS) attend_128_##SUFFIX(const __grid_constant__ Attend attend_) {\
-        attend<T, 128>(attend_);                                                                                       \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS) attend_256_##SUFFIX(const __grid_constant__ Attend attend_) {\
-        attend<T, 256>(attend_);                                                                                       \
     }
 
 OF_TYPE(f32, float)
 OF_TYPE(bf16, __nv_bfloat16)
+
+#define ATTEND(DIM)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS) attend_##DIM##_f32(const __grid_constant__ Attend arguments) {\
+        attend<float, DIM>(arguments);                                                                                 \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                           \
+        attend_##DIM##_bf16(const __grid_constant__ Attend arguments) {                                                \
+        attend_on_tensor_cores<DIM>(arguments);                                                                        \
+    }
+
+ATTEND(64)
+ATTEND(128)
+ATTEND(256)
 
 // x = cap * tanh(x / cap).
 extern "C" __global__ void softcap(float* x, unsigned long long length, float cap) {

@@ -1,4 +1,4 @@
-// The pass that merges, one launch a tensor: read the parents, widen to f32, combine, round once, write. The arithmetic is
+// The pass that merges, one launch for all tensors of one kind: read the parents, widen to f32, combine, round once, write. The arithmetic is
 // that of crates/merge/src/kernel, operation by operation, in the order of the parents, so that the bytes are the same.
 // Compiled with --fmad=false: no product is fused with a sum.
 
@@ -10,20 +10,26 @@ namespace {
 constexpr int MOST_MEMBERS = 8;
 // Elements of one thread: 16 bytes of a 16-bit type.
 constexpr int RUN = 8;
+// Elements of one block.
+constexpr int TILE = 8192;
+// The least bits of an f32 that round to an infinite bfloat16.
+constexpr uint32_t LEAST_INFINITE = 0x7f7f8000;
 
 enum Number : uint32_t { BF16, F16, F32 };
 enum Operation : uint32_t { WEIGHTED_SUM, DELTAS, TIES, SPARSE_SUM, BASE };
 enum Survivors : uint32_t { KEEP, DIVIDE, MULTIPLY };
 enum Mean : uint32_t { SUM, MEAN, MIXUP };
 
-// An edge among magnitudes: of those that have just its bits, the elements with lower index lie above it.
+// An edge among magnitudes: larger ones than `bits` lie above it (-1: all do), and where it divides equal ones, of those that
+// have just its bits the elements with an index below `index`.
 struct Edge {
     unsigned long long index;
-    uint32_t bits;
-    uint32_t unused;
+    int bits;
+    uint32_t divides;
 
     __device__ bool is_below(uint32_t magnitude, unsigned long long at) const {
-        return magnitude > bits || (magnitude == bits && at < index);
+        const int size = static_cast<int>(magnitude);
+        return size > bits || (divides && size == bits && at < index);
     }
 };
 
@@ -38,7 +44,8 @@ struct Member {
     float by;
     // What the value is multiplied by before an election, what after it (or in the sum), and its share of the divisor.
     float before, factor, share;
-    uint32_t unused;
+    // 1 / by, rounded to nearest.
+    float reciprocal;
 };
 
 struct Pass {
@@ -101,26 +108,37 @@ __device__ __forceinline__ float on_base(float base, float scaling, float change
     return change == 0.0f ? base : base + scaling * change;
 }
 
+// x / by, rounded to nearest, from the rounded reciprocal: Markstein's correction is exact for a divisor around 1 unless
+// numbers become subnormal or overflow on the way.
+__device__ __forceinline__ float divide(float x, float by, float reciprocal) {
+    const float quotient = x * reciprocal;
+    const float size = fabsf(x);
+    if (size > 1e-30f && size < 1e30f && by > 1e-4f && by < 1e4f) {
+        return fmaf(fmaf(-quotient, by, x), reciprocal, quotient);
+    }
+    return x / by;
+}
+
 __device__ __forceinline__ float sparse(const Member& member, float delta, uint8_t kept, int i, unsigned long long at) {
     if (!(kept >> i & 1)) delta = 0.0f;
     if (member.between) {
         const uint32_t size = magnitude(delta);
         if (!member.low.is_below(size, at) || member.high.is_below(size, at)) delta = 0.0f;
     }
-    if (member.survivors == DIVIDE) return delta / member.by;
+    if (member.survivors == DIVIDE) return divide(delta, member.by, member.reciprocal);
     if (member.survivors == MULTIPLY) return delta * member.by;
     return delta;
 }
 
 // The sum of `factor * value` over the members whose factor is not 0, in order.
-template <int K>
+template <int K, bool ALL>
 __device__ __forceinline__ float weighted_sum(const Pass& pass, const float (&values)[K]) {
     float sum = 0.0f;
     bool first = true;
 #pragma unroll
     for (int k = 0; k < K; k++) {
         const float factor = pass.member[k].factor;
-        if (k < pass.members && factor != 0.0f) {
+        if ((ALL || k < pass.members) && factor != 0.0f) {
             sum = first ? factor * values[k] : sum + factor * values[k];
             first = false;
         }
@@ -128,12 +146,12 @@ __device__ __forceinline__ float weighted_sum(const Pass& pass, const float (&va
     return pass.divisor == 1.0f ? sum : sum / pass.divisor;
 }
 
-template <int K>
+template <int K, bool ALL>
 __device__ __forceinline__ float ties(const Pass& pass, float (&deltas)[K]) {
     float vote = 0.0f;
 #pragma unroll
     for (int k = 0; k < K; k++) {
-        if (k < pass.members) {
+        if (ALL || k < pass.members) {
             deltas[k] = pass.member[k].before * deltas[k];
             vote += deltas[k];
         }
@@ -144,7 +162,7 @@ __device__ __forceinline__ float ties(const Pass& pass, float (&deltas)[K]) {
 #pragma unroll
     for (int k = 0; k < K; k++) {
         const float delta = deltas[k];
-        if (k < pass.members && ((delta > 0.0f && elected > 0.0f) || (delta < 0.0f && elected < 0.0f))) {
+        if ((ALL || k < pass.members) && ((delta > 0.0f && elected > 0.0f) || (delta < 0.0f && elected < 0.0f))) {
             sum += pass.member[k].factor * delta;
             total += pass.member[k].share;
             only = delta;
@@ -157,58 +175,80 @@ __device__ __forceinline__ float ties(const Pass& pass, float (&deltas)[K]) {
     return divides && total != 0.0f ? sum / total : sum;
 }
 
-template <uint32_t OPERATION, int K>
-__device__ __forceinline__ void merge(const Pass& pass) {
-    const unsigned long long step = static_cast<unsigned long long>(gridDim.x) * blockDim.x * RUN;
-    unsigned long long at = (static_cast<unsigned long long>(blockIdx.x) * blockDim.x + threadIdx.x) * RUN;
-    bool finite = true;
-    for (; at < pass.length; at += step) {
-        Raw base = {}, raw[K];
-        uint8_t kept[K];
-        if (OPERATION != WEIGHTED_SUM) base = read(pass.base, pass.base_number, at);
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-            const Member& member = pass.member[k];
-            // A parent that adds nothing is not read.
-            const bool reads = k < pass.members && (OPERATION != WEIGHTED_SUM || member.factor != 0.0f);
-            raw[k] = reads ? read(member.values, member.number, at) : Raw{};
-            kept[k] = k < pass.members && member.kept != nullptr ? member.kept[at / 8] : 0xff;
-        }
-        uint32_t out[RUN];
-#pragma unroll
-        for (int i = 0; i < RUN; i++) {
-            const float theta0 = OPERATION == WEIGHTED_SUM ? 0.0f : widen(base, pass.base_number, i);
-            float values[K];
+// The tiles of some tensors, block by block. With FAST all values are bfloat16, and there are just K parents.
+template <uint32_t OPERATION, int K, bool FAST, bool SPARSE>
+__device__ __forceinline__ void merge(const Pass* __restrict__ passes, const uint2* __restrict__ tiles, int count) {
+    for (int t = blockIdx.x; t < count; t += gridDim.x) {
+        const uint2 tile = tiles[t];
+        const Pass& pass = passes[tile.x];
+        const unsigned long long start = static_cast<unsigned long long>(tile.y) * TILE;
+        const unsigned long long end = min(start + TILE, pass.length);
+        const uint32_t base_number = FAST ? BF16 : pass.base_number, out_number = FAST ? BF16 : pass.out_number;
+        bool finite = true;
+        uint32_t largest = 0;
+        for (unsigned long long at = start + threadIdx.x * RUN; at < end; at += blockDim.x * RUN) {
+            Raw base = {}, raw[K];
+            uint8_t kept[K];
+            if (OPERATION != WEIGHTED_SUM) base = read(pass.base, base_number, at);
 #pragma unroll
             for (int k = 0; k < K; k++) {
                 const Member& member = pass.member[k];
-                values[k] = widen(raw[k], member.number, i);
-                if (OPERATION != WEIGHTED_SUM && k < pass.members) {
-                    values[k] = sparse(member, values[k] - theta0, kept[k], i, at + i);
-                    if (OPERATION == TIES && !member.trim.is_below(magnitude(values[k]), at + i)) values[k] = 0.0f;
-                    if (OPERATION == SPARSE_SUM) values[k] = on_base(theta0, 1.0f, values[k]);
+                const uint32_t number = FAST ? BF16 : member.number;
+                // A parent that adds nothing is not read.
+                const bool is_there = FAST || k < pass.members;
+                const bool reads = is_there && (OPERATION != WEIGHTED_SUM || member.factor != 0.0f);
+                raw[k] = reads ? read(member.values, number, at) : Raw{};
+                kept[k] = SPARSE && is_there && member.kept != nullptr ? member.kept[at / 8] : 0xff;
+            }
+            uint32_t out[RUN];
+#pragma unroll
+            for (int i = 0; i < RUN; i++) {
+                const float theta0 = OPERATION == WEIGHTED_SUM ? 0.0f : widen(base, base_number, i);
+                float values[K];
+#pragma unroll
+                for (int k = 0; k < K; k++) {
+                    const Member& member = pass.member[k];
+                    values[k] = widen(raw[k], FAST ? BF16 : member.number, i);
+                    if (OPERATION != WEIGHTED_SUM && (FAST || k < pass.members)) {
+                        values[k] = values[k] - theta0;
+                        if (SPARSE) values[k] = sparse(member, values[k], kept[k], i, at + i);
+                        if (OPERATION == TIES && !member.trim.is_below(magnitude(values[k]), at + i)) values[k] = 0.0f;
+                        if (OPERATION == SPARSE_SUM) values[k] = on_base(theta0, 1.0f, values[k]);
+                    }
+                }
+                float merged;
+                if (OPERATION == TIES) {
+                    merged = on_base(theta0, pass.scaling, ties<K, FAST>(pass, values));
+                } else {
+                    merged = weighted_sum<K, FAST>(pass, values);
+                    if (OPERATION == DELTAS) merged = on_base(theta0, pass.scaling, merged);
+                }
+                if (FAST) {
+                    // The largest magnitude tells whether any is not finite once it is rounded.
+                    const uint32_t bits = __float_as_uint(merged);
+                    largest = at + i < end ? max(largest, bits & 0x7fffffff) : largest;
+                    out[i] = bits + 0x7fff + (bits >> 16 & 1);
+                } else {
+                    bool good = true;
+                    out[i] = narrow(merged, out_number, good);
+                    finite &= good || at + i >= end;
                 }
             }
-            float merged;
-            if (OPERATION == TIES) {
-                merged = on_base(theta0, pass.scaling, ties<K>(pass, values));
+            uint4* to = static_cast<uint4*>(pass.out);
+            if (FAST) {
+                // The upper halves of two words are one word.
+                to[at / 8] = make_uint4(__byte_perm(out[0], out[1], 0x7632), __byte_perm(out[2], out[3], 0x7632),
+                                        __byte_perm(out[4], out[5], 0x7632), __byte_perm(out[6], out[7], 0x7632));
+            } else if (out_number == F32) {
+                to[at / 4] = make_uint4(out[0], out[1], out[2], out[3]);
+                to[at / 4 + 1] = make_uint4(out[4], out[5], out[6], out[7]);
             } else {
-                merged = weighted_sum<K>(pass, values);
-                if (OPERATION == DELTAS) merged = on_base(theta0, pass.scaling, merged);
+                to[at / 8] = make_uint4(out[0] | out[1] << 16, out[2] | out[3] << 16, out[4] | out[5] << 16,
+                                        out[6] | out[7] << 16);
             }
-            bool good = true;
-            out[i] = narrow(merged, pass.out_number, good);
-            finite &= good || at + i >= pass.length;
         }
-        uint4* to = static_cast<uint4*>(pass.out);
-        if (pass.out_number == F32) {
-            to[at / 4] = make_uint4(out[0], out[1], out[2], out[3]);
-            to[at / 4 + 1] = make_uint4(out[4], out[5], out[6], out[7]);
-        } else {
-            to[at / 8] = make_uint4(out[0] | out[1] << 16, out[2] | out[3] << 16, out[4] | out[5] << 16, out[6] | out[7] << 16);
-        }
+        if (!finite || largest >= LEAST_INFINITE) atomicOr(pass.not_finite, 1u);
     }
-    if (!finite) atomicOr(pass.not_finite, 1u);
 }
 
 // Ten rounds of Philox4x32, one counter.
@@ -227,19 +267,24 @@ __device__ __forceinline__ uint4 philox(unsigned long long counter, uint32_t key
 
 }  // namespace
 
-#define POINT(NAME, OPERATION, K)                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) NAME(const __grid_constant__ Pass pass) { \
-        merge<OPERATION, K>(pass);                                                                   \
+#define POINT(NAME, OPERATION, K, FAST, SPARSE)                                                       \
+    extern "C" __global__ void __launch_bounds__(256)                                                 \
+        NAME(const Pass* __restrict__ passes, const uint2* __restrict__ tiles, int count) {           \
+        merge<OPERATION, K, FAST, SPARSE>(passes, tiles, count);                                      \
     }
+#define OF_PARENTS(K)                                        \
+    POINT(weighted_sum_fast_##K, WEIGHTED_SUM, K, true, false) \
+    POINT(deltas_fast_##K, DELTAS, K, true, false)             \
+    POINT(deltas_fast_sparse_##K, DELTAS, K, true, true)       \
+    POINT(ties_fast_##K, TIES, K, true, false)                 \
+    POINT(ties_fast_sparse_##K, TIES, K, true, true)
 
-POINT(weighted_sum_2, WEIGHTED_SUM, 2)
-POINT(weighted_sum_8, WEIGHTED_SUM, 8)
-POINT(deltas_2, DELTAS, 2)
-POINT(deltas_8, DELTAS, 8)
-POINT(ties_2, TIES, 2)
-POINT(ties_8, TIES, 8)
-POINT(sparse_sum_2, SPARSE_SUM, 2)
-POINT(sparse_sum_8, SPARSE_SUM, 8)
+OF_PARENTS(2)
+OF_PARENTS(3)
+POINT(weighted_sum, WEIGHTED_SUM, MOST_MEMBERS, false, false)
+POINT(deltas, DELTAS, MOST_MEMBERS, false, true)
+POINT(ties, TIES, MOST_MEMBERS, false, true)
+POINT(sparse_sum, SPARSE_SUM, MOST_MEMBERS, false, true)
 
 // Which of `length` elements stay: bit i is set where word i of the tensor's mask is not below the threshold. One word of
 // bits a thread.

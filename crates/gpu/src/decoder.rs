@@ -13,9 +13,11 @@ use crate::device::{Gpu, pointer};
 const ROWS: usize = 128;
 /// Tokens of a page.
 const PAGE: usize = 16;
-/// Queries of one block of the attention kernel.
+/// Queries that the attention kernels take together: with f32 a block, with bf16 each of its warps.
 const QUERIES: usize = 16;
 const ATTEND_THREADS: usize = 128;
+/// Warps of a block of the bf16 kernel where sequences have many rows.
+const ATTEND_WARPS: usize = 4;
 const THREADS: usize = 256;
 
 /// \[rows, width\] on the device, with room up to a multiple of 128 rows.
@@ -68,6 +70,8 @@ pub struct Attention {
     tasks: Tensor,
     tables: Tensor,
     task_count: usize,
+    threads: usize,
+    dtype: DType,
     heads_at_once: usize,
     rows: usize,
     /// Pages that the tables name are below this.
@@ -386,11 +390,23 @@ impl Gpu {
     }
 
     /// Says where the rows of a batch lie in pages, and cuts their attention into tasks. `heads`: as in all its layers;
-    /// `pages`: how many there are.
-    pub fn plan_attention(&self, spans: &[Span<'_>], heads: Heads, pages: usize) -> Result<Attention> {
+    /// `pages`: how many there are; `dtype`: theirs.
+    pub fn plan_attention(
+        &self,
+        spans: &[Span<'_>],
+        heads: Heads,
+        pages: usize,
+        dtype: DType,
+    ) -> Result<Attention> {
         heads.check()?;
         let heads_at_once = heads.at_once();
-        let rows_at_once = QUERIES / heads_at_once;
+        let rows = QUERIES / heads_at_once;
+        // How rows are dealt to warps changes no result.
+        let (rows_at_once, threads) = match dtype {
+            DType::BF16 if spans.iter().all(|span| span.rows <= rows) => (rows, 32),
+            DType::BF16 => (rows * ATTEND_WARPS, 32 * ATTEND_WARPS),
+            _ => (rows, ATTEND_THREADS),
+        };
         let (mut slots, mut tasks, mut tables) = (Vec::new(), Vec::new(), Vec::new());
         for span in spans {
             let end = span.position + span.rows;
@@ -419,6 +435,8 @@ impl Gpu {
         };
         Ok(Attention {
             task_count: tasks.len() / 4,
+            threads,
+            dtype,
             rows: slots.len(),
             slots: upload(slots)?,
             tasks: upload(tasks)?,
@@ -527,7 +545,7 @@ impl Gpu {
             self.launch(
                 &name,
                 (plan.task_count, heads.keys * chunks),
-                ATTEND_THREADS,
+                plan.threads,
                 |launch| {
                     launch.arg(&raw);
                 },
@@ -585,7 +603,8 @@ impl Gpu {
 impl Attention {
     fn check(&self, rows: usize, pages: &Pages) -> Result<()> {
         let there = pages.keys.dim(0)?;
-        if self.rows != rows || there < self.pages || self.heads_at_once != pages.heads.at_once() {
+        let fits = self.heads_at_once == pages.heads.at_once() && self.dtype == pages.keys.dtype();
+        if self.rows != rows || there < self.pages || !fits {
             bail!("an attention of {} rows over {} pages does not fit", self.rows, self.pages);
         }
         Ok(())

@@ -11,4 +11,4 @@ mod merge;
 
 pub use decoder::{Attention, Gate, Heads, Pages, Rotation, Rows, Span, Summary};
 pub use device::{Gpu, is_available};
-pub use merge::{Bytes, Change, Edge, Mean, Member, Number, Operation, Pass, Survivors};
+pub use merge::{Bytes, Change, Edge, Mean, Member, Number, Operation, Pass, Plan, Survivors};

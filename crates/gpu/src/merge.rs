@@ -1,6 +1,6 @@
-//! One tensor of a merge: the operation, its parents' bytes, and the bytes that come of them (`kernels/merge.cu`).
+//! The tensors of a merge: for each the operation, its parents' bytes, and the bytes that come of them (`kernels/merge.cu`).
 
-use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, PushKernelArg};
+use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
 use candle_core::{DType, Result, Tensor, bail};
 
 use crate::device::{Gpu, pointer};
@@ -10,7 +10,9 @@ const MOST_MEMBERS: usize = 8;
 /// Elements of one thread; bytes of tensors are padded for whole runs of the widest type.
 const RUN: usize = 8;
 const THREADS: usize = 256;
-/// Blocks of one launch: more than run at once, so that all end together; the rest is a loop.
+/// Elements that a block takes at a time.
+const TILE: usize = 8192;
+/// Blocks of one launch: more than run at once; each takes tiles until none is left.
 const MOST_BLOCKS: usize = 132 * 16;
 
 /// Bytes of a tensor on the device, with room up to a whole run of elements.
@@ -62,29 +64,46 @@ pub enum Mean {
     Mixup = 2,
 }
 
-/// An edge among magnitudes: of those that have just these bits, elements with an index below this lie above it.
+/// An edge among magnitudes.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Edge {
-    pub index: u64,
-    pub bits: u32,
-    unused: u32,
+    index: u64,
+    /// Magnitudes above these lie above the edge; -1: all.
+    bits: i32,
+    /// Whether those of just these bits do that have an index below `index`.
+    divides: u32,
 }
 
 impl Edge {
+    /// Magnitudes above these bits lie above it, and of those that have just these bits the elements with an index below this.
     pub fn new(bits: u32, index: u64) -> Self {
-        Self {
-            index,
-            bits,
-            unused: 0,
+        let largest = bits.min(i32::MAX as u32) as i32;
+        match (index, bits > i32::MAX as u32) {
+            // No magnitude has such bits.
+            (_, true) | (0, false) => Self {
+                index: 0,
+                bits: largest,
+                divides: 0,
+            },
+            (u64::MAX, false) => Self {
+                index,
+                bits: largest - 1,
+                divides: 0,
+            },
+            (index, false) => Self {
+                index,
+                bits: largest,
+                divides: 1,
+            },
         }
     }
 
     /// Everything lies above.
     pub const LOWEST: Self = Self {
         index: u64::MAX,
-        bits: 0,
-        unused: 0,
+        bits: -1,
+        divides: 0,
     };
 }
 
@@ -151,7 +170,7 @@ struct RawMember {
     before: f32,
     factor: f32,
     share: f32,
-    unused: u32,
+    reciprocal: f32,
 }
 
 #[derive(Clone, Copy)]
@@ -172,8 +191,22 @@ struct RawPass {
     member: [RawMember; MOST_MEMBERS],
 }
 
-// SAFETY: plain numbers, laid out as in C.
-unsafe impl DeviceRepr for RawPass {}
+/// The kernels of many passes, and what each of their blocks takes.
+#[derive(Debug)]
+pub struct Plan {
+    groups: Vec<Group>,
+    /// By pass.
+    kernels: Vec<String>,
+    elements: Vec<usize>,
+}
+
+#[derive(Debug)]
+struct Group {
+    kernel: String,
+    /// Pass and place of each tile.
+    tiles: Tensor,
+    count: usize,
+}
 
 impl Bytes {
     pub fn len(&self) -> usize {
@@ -219,7 +252,7 @@ impl Member<'_> {
             before: self.before,
             factor: self.factor,
             share: self.share,
-            unused: 0,
+            reciprocal: 1.0 / by,
         })
     }
 }
@@ -263,54 +296,138 @@ impl Gpu {
         Ok(bits)
     }
 
-    /// Merges one tensor into `out`, rounding once. `not_finite` becomes non-zero if a result is not finite.
-    pub fn merge(&self, pass: &Pass<'_>, out: &mut Bytes, not_finite: &Tensor) -> Result<()> {
-        let elements = pass.elements;
-        let count = pass.members.len();
-        let (name, mean) = match pass.operation {
-            Operation::WeightedSum => ("weighted_sum", Mean::Sum),
-            Operation::Deltas => ("deltas", Mean::Sum),
-            Operation::Ties(mean) => ("ties", mean),
-            Operation::SparseSum => ("sparse_sum", Mean::Sum),
-        };
-        if count == 0 || count > MOST_MEMBERS {
-            bail!("{count} parents; the kernels take up to {MOST_MEMBERS}");
+    /// Which kernels merge these passes, and which block takes what. It holds for other factors too.
+    pub fn plan(&self, passes: &[Pass<'_>]) -> Result<Plan> {
+        let mut groups: Vec<(String, Vec<u32>)> = Vec::new();
+        for (index, pass) in passes.iter().enumerate() {
+            let kernel = pass.kernel()?;
+            let at = match groups.iter().position(|(known, _)| *known == kernel) {
+                Some(at) => at,
+                None => {
+                    groups.push((kernel, Vec::new()));
+                    groups.len() - 1
+                }
+            };
+            let tiles = (0..pass.elements.div_ceil(TILE)).flat_map(|tile| [index as u32, tile as u32]);
+            groups[at].1.extend(tiles);
         }
+        let groups = groups.into_iter().filter(|(_, tiles)| !tiles.is_empty());
+        let groups = groups.map(|(kernel, tiles)| {
+            let count = tiles.len() / 2;
+            Ok(Group {
+                kernel,
+                count,
+                tiles: Tensor::from_vec(tiles, 2 * count, &self.device)?,
+            })
+        });
+        Ok(Plan {
+            groups: groups.collect::<Result<_>>()?,
+            kernels: passes.iter().map(Pass::kernel).collect::<Result<_>>()?,
+            elements: passes.iter().map(|pass| pass.elements).collect(),
+        })
+    }
+
+    /// Merges tensors into `outs`, rounding once. `not_finite` becomes non-zero if a result is not finite.
+    pub fn merge(
+        &self,
+        plan: &Plan,
+        passes: &[Pass<'_>],
+        outs: &mut [&mut Bytes],
+        not_finite: &Tensor,
+    ) -> Result<()> {
         if not_finite.dtype() != DType::U32 || not_finite.elem_count() == 0 {
             bail!("the flag is not a u32");
         }
-        let (base, base_number) = match pass.base {
-            Some((bytes, number)) => (bytes.holds(elements, number)?, number),
-            None if pass.operation == Operation::WeightedSum => (0, Number::F32),
-            None => bail!("{name} needs a base"),
+        if passes.len() != plan.kernels.len() || outs.len() != passes.len() {
+            bail!("{} passes where {} were planned", passes.len(), plan.kernels.len());
+        }
+        let flag = pointer(not_finite)?;
+        let mut raw: Vec<RawPass> = Vec::with_capacity(passes.len());
+        let planned = plan.kernels.iter().zip(&plan.elements);
+        for ((pass, out), (kernel, elements)) in passes.iter().zip(outs).zip(planned) {
+            if pass.kernel()? != *kernel || pass.elements != *elements {
+                bail!("another pass was planned");
+            }
+            raw.push(pass.raw(out, flag)?);
+        }
+        // SAFETY: plain numbers without padding, looked at as bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(raw.as_ptr().cast::<u8>(), size_of_val(raw.as_slice())) };
+        let there = Tensor::from_slice(bytes, bytes.len(), &self.device)?;
+        let at = pointer(&there)?;
+        for group in &plan.groups {
+            let (tiles, count) = (pointer(&group.tiles)?, group.count as i32);
+            // SAFETY: every tensor was found to hold its elements, and has room up to a whole run; the tiles are those of the
+            // passes.
+            unsafe {
+                self.launch(&group.kernel, (group.count.min(MOST_BLOCKS), 1), THREADS, |launch| {
+                    launch.arg(&at).arg(&tiles).arg(&count);
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Pass<'_> {
+    fn kernel(&self) -> Result<String> {
+        let name = match self.operation {
+            Operation::WeightedSum => "weighted_sum",
+            Operation::Deltas => "deltas",
+            Operation::Ties(_) => "ties",
+            Operation::SparseSum => "sparse_sum",
         };
-        let first = pass.members[0].raw(elements)?;
+        let count = self.members.len();
+        if count == 0 || count > MOST_MEMBERS {
+            bail!("{count} parents; the kernels take up to {MOST_MEMBERS}");
+        }
+        let is_bf16 = |number: Number| number == Number::Bf16;
+        let fast = (2..=3).contains(&count)
+            && self.operation != Operation::SparseSum
+            && is_bf16(self.out)
+            && self.base.is_none_or(|(_, number)| is_bf16(number))
+            && self.members.iter().all(|member| is_bf16(member.number));
+        let is_sparse = |member: &Member<'_>| {
+            let change = &member.change;
+            change.kept.is_some()
+                || change.between.is_some()
+                || !matches!(change.survivors, Survivors::Keep)
+        };
+        Ok(match (fast, self.members.iter().any(is_sparse)) {
+            (false, _) => name.to_owned(),
+            (true, false) => format!("{name}_fast_{count}"),
+            (true, true) => format!("{name}_fast_sparse_{count}"),
+        })
+    }
+
+    fn raw(&self, out: &Bytes, not_finite: u64) -> Result<RawPass> {
+        let elements = self.elements;
+        let (base, base_number) = match self.base {
+            Some((bytes, number)) => (bytes.holds(elements, number)?, number),
+            None if self.operation == Operation::WeightedSum => (0, Number::F32),
+            None => bail!("{:?} needs a base", self.operation),
+        };
+        let first = self.members[0].raw(elements)?;
         let mut member = [first; MOST_MEMBERS];
-        for (raw, of) in member.iter_mut().zip(&pass.members) {
+        for (raw, of) in member.iter_mut().zip(&self.members) {
             *raw = of.raw(elements)?;
         }
-        let raw = RawPass {
+        Ok(RawPass {
             length: elements as u64,
             base,
-            out: out.holds(elements, pass.out)?,
-            not_finite: pointer(not_finite)?,
+            out: out.holds(elements, self.out)?,
+            not_finite,
             base_number: base_number as u32,
-            out_number: pass.out as u32,
-            members: count as u32,
-            mean: mean as u32,
-            divisor: pass.divisor,
-            scaling: pass.scaling,
-            majority: pass.majority,
+            out_number: self.out as u32,
+            members: self.members.len() as u32,
+            mean: match self.operation {
+                Operation::Ties(mean) => mean as u32,
+                _ => Mean::Sum as u32,
+            },
+            divisor: self.divisor,
+            scaling: self.scaling,
+            majority: self.majority,
             unused: 0,
             member,
-        };
-        let kernel = format!("{name}_{}", if count <= 2 { 2 } else { MOST_MEMBERS });
-        let blocks = elements.div_ceil(RUN * THREADS).min(MOST_BLOCKS);
-        // SAFETY: every tensor was found to hold its elements, and has room up to a whole run.
-        unsafe {
-            self.launch(&kernel, (blocks, 1), THREADS, |launch| {
-                launch.arg(&raw);
-            })
-        }
+        })
     }
 }

@@ -91,6 +91,13 @@ impl Decoder {
     ) -> Result<Self, LmError> {
         Self::check_weights(&config, weights)?;
         placement.arithmetic.check(&config)?;
+        #[cfg(feature = "cuda")]
+        let on_gpu = gpu::OnGpu::of(
+            &config,
+            placement.device,
+            placement.arithmetic,
+            placement.fixed_shapes,
+        )?;
         let loader = Loader {
             source: weights,
             placement,
@@ -111,12 +118,7 @@ impl Decoder {
             lm_head,
             ropes: config.ropes.iter().map(Rope::new).collect(),
             #[cfg(feature = "cuda")]
-            on_gpu: gpu::OnGpu::of(
-                &config,
-                placement.device,
-                placement.arithmetic,
-                placement.fixed_shapes,
-            )?,
+            on_gpu,
             config,
         })
     }

@@ -73,12 +73,10 @@ impl Family<'_> {
             Drops::Della => Drop::Della {
                 words,
                 retain,
-                epsilon: self.recipe.models[index]
-                    .epsilon
-                    .as_ref()
-                    .and_then(|e| e.at(&tensor.place()))
-                    .or_else(|| sparsify.epsilon.at(&tensor.place()))
-                    .unwrap_or(0.0),
+                epsilon: self
+                    .recipe
+                    .della_at(index, &tensor.place())
+                    .map_or(0.0, |(_, epsilon)| epsilon),
                 row: row_len(&tensor.plan.shape),
                 divide,
                 survivors: Survivors::Keep,

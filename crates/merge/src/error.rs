@@ -37,8 +37,8 @@ pub enum MergeError {
     Undefined { tensor: String, detail: String },
     #[error("{parent}: {source}")]
     Parent { parent: String, source: CheckpointError },
-    #[error("a parent's files were changed while they were being merged")]
-    ParentChanged,
+    #[error("the files of {parent} were changed while they were being merged")]
+    ParentChanged { parent: String },
     #[error("{source}")]
     Output { source: CheckpointError },
     #[error("the checkpoint does not match its manifest: {detail}")]
@@ -66,7 +66,7 @@ impl MergeError {
                 source: CheckpointError::Io { source, .. },
             } if source.kind() == ErrorKind::QuotaExceeded => "insufficient-storage",
             Self::Parent { source, .. } | Self::Output { source } => source.slug(),
-            Self::ParentChanged => "parent-changed",
+            Self::ParentChanged { .. } => "parent-changed",
             Self::Corrupt { .. } => "corrupt-checkpoint",
             Self::Unreadable { .. } => "checkpoint-io",
             #[cfg(feature = "cuda")]

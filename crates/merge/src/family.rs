@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use cauldron_checkpoint::{TensorInfo, row_len};
+use cauldron_checkpoint::{TensorInfo, dtype_size, row_len, widen};
 
 use crate::geometry::Gram;
 use crate::layout::{OutTensor, Role};
@@ -48,6 +48,8 @@ pub struct Family<'a> {
     pub(crate) scratches: Pool<Scratch>,
 }
 
+/// Bytes that are read at once for a mean of rows.
+const MEAN_BYTES: usize = 4 << 20;
 /// Windows that are prepared and merged together where a method needs to know no more than one tensor at a time.
 const GROUP: usize = 4;
 
@@ -193,11 +195,9 @@ impl<'a> Family<'a> {
         }
     }
 
-    /// Lets go of what was remembered of the drops of some tensors.
-    pub(crate) fn forget_drops(&mut self, tensors: Range<usize>) {
-        for prepared in &mut self.prepared[tensors] {
-            prepared.masks = Vec::new();
-        }
+    /// Lets go of what was prepared for some tensors.
+    pub(crate) fn forget(&mut self, tensors: Range<usize>) {
+        self.prepared[tensors].fill_with(Prepared::default);
     }
 
     pub(crate) fn tensors(&self) -> &'a [OutTensor] {
@@ -281,6 +281,39 @@ impl<'a> Family<'a> {
         self.advance(&rest, obs);
     }
 
+    /// The mean of a vocabulary tensor's rows, summed in f64 row by row.
+    fn row_mean(&self, source: usize, name: &str, obs: &dyn Observer) -> Result<Vec<f32>, MergeError> {
+        let checkpoint = &self.parents.sources[source];
+        let failed = |e| MergeError::parent(&self.parents.label(source), e);
+        let info = &checkpoint.tensors()[name];
+        let width = row_len(&info.shape).max(1);
+        let item = dtype_size(info.dtype).unwrap_or(4) as usize;
+        let rows = info.numel() / width;
+        let mut sums = vec![0f64; width];
+        let mut values = vec![0f32; width];
+        let mut bytes = Vec::new();
+        let at_once = (MEAN_BYTES / (width * item)).max(1);
+        for from in (0..rows).step_by(at_once) {
+            if obs.cancelled() {
+                return Err(MergeError::Cancelled);
+            }
+            bytes.resize(at_once.min(rows - from) * width * item, 0);
+            let at = (from * width * item) as u64;
+            checkpoint.read_into(name, at, &mut bytes).map_err(failed)?;
+            for row in bytes.chunks_exact(width * item) {
+                if !widen(info.dtype, row, &mut values) {
+                    return Err(MergeError::NonFiniteInput {
+                        tensor: name.to_owned(),
+                        parent: self.parents.label(source),
+                    });
+                }
+                sums.iter_mut().zip(&values).for_each(|(s, v)| *s += f64::from(*v));
+            }
+        }
+        let rows = rows.max(1) as f64;
+        Ok(sums.into_iter().map(|s| (s / rows) as f32).collect())
+    }
+
     /// Means of vocabulary tensors whose rows are too few.
     fn find_row_means(&mut self, obs: &dyn Observer) -> Result<(), MergeError> {
         for (source, checkpoint) in self.parents.sources.iter().enumerate() {
@@ -295,19 +328,8 @@ impl<'a> Family<'a> {
                 .keys()
                 .filter(|name| crate::vocab::is_vocabulary(name))
             {
-                let failed = |e| MergeError::parent("a parent", e);
-                let values = checkpoint.read_f32(name).map_err(failed)?;
-                let width = row_len(&checkpoint.tensors()[name].shape).max(1);
-                let mut sums = vec![0f64; width];
-                for row in values.chunks_exact(width) {
-                    sums.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(*v));
-                }
-                let rows = (values.len() / width).max(1) as f64;
-                let mean = sums.into_iter().map(|s| (s / rows) as f32).collect();
+                let mean = self.row_mean(source, name, obs)?;
                 self.means.insert((source, name.clone()), mean);
-                if obs.cancelled() {
-                    return Err(MergeError::Cancelled);
-                }
             }
         }
         Ok(())

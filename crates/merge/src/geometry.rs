@@ -244,7 +244,9 @@ fn multislerp(gram: &Gram, weights: &[f32], normalize: bool) -> Option<Vec<f64>>
         .collect();
     let length = gram.length(&units);
     if length < EPS {
-        return (gram.count == 2).then_some(weights);
+        // Nobody changed anything: any coefficients give that.
+        let all_zero = (0..gram.count).all(|i| gram.norm(i) == 0.0);
+        return (gram.count == 2 || all_zero).then_some(weights);
     }
     let average: f64 = (0..gram.count).map(|i| gram.norm(i) * weights[i]).sum();
     Some(units.into_iter().map(|u| average * u / length).collect())

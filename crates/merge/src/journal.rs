@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::manifest::{TensorStats, verify_file};
 use crate::output::recipe_without_name;
-use crate::{ARITHMETIC_VERSION, MergeError, MergeOptions, Parents, Recipe};
+use crate::{ARITHMETIC_VERSION, MergeError, MergeOptions, Observer, Parents, Recipe};
 
 /// Name of the journal; a finished merge has none.
 const JOURNAL: &str = "merge.journal";
@@ -39,9 +39,7 @@ pub(crate) struct Journal {
 /// Tells merges apart whose results could differ: by the recipe, the parents' files as they are now (device, inode, size,
 /// times), the cut into shards and the arithmetic. A folder that holds an unfinished merge belongs to one of these.
 pub fn merge_key(recipe: &Recipe, parents: &Parents, options: &MergeOptions) -> Result<Digest, MergeError> {
-    let identity = parents
-        .identity()
-        .map_err(|e| MergeError::parent("a parent", e))?;
+    let identity = parents.identity()?;
     let mut hasher = blake3::Hasher::new_derive_key("cauldron unfinished merge v1");
     hasher.update(&ARITHMETIC_VERSION.to_le_bytes());
     hasher.update(&options.max_shard_bytes.to_le_bytes());
@@ -53,21 +51,30 @@ pub fn merge_key(recipe: &Recipe, parents: &Parents, options: &MergeOptions) -> 
 
 /// Whether a folder holds shards of an unfinished merge that another try can use.
 pub fn is_resumable(dir: &Path) -> bool {
-    File::open(dir.join(JOURNAL)).is_ok_and(|file| BufReader::new(file).lines().count() > 1)
+    File::open(dir.join(JOURNAL)).is_ok_and(|file| BufReader::new(file).lines().map_while(Result::ok).count() > 1)
 }
 
 impl Journal {
     /// Starts or takes up the merge of this key. Returns its finished shards, from the first one on without a gap; all else
     /// that an earlier try left is removed.
-    pub fn open(dir: &Path, key: &Digest) -> Result<(Self, Vec<FinishedShard>), MergeError> {
+    pub fn open(
+        dir: &Path,
+        key: &Digest,
+        obs: &dyn Observer,
+    ) -> Result<(Self, Vec<FinishedShard>), MergeError> {
         let path = dir.join(JOURNAL);
         let mut finished = Vec::new();
         if path.exists() {
             finished = read(&path, key);
-            let whole = finished
-                .iter()
-                .take_while(|shard| verify_file(dir, &shard.file).is_ok())
-                .count();
+            let go_on = || !obs.cancelled();
+            let mut whole = 0;
+            for shard in &finished {
+                match verify_file(dir, &shard.file, &go_on) {
+                    Ok(()) => whole += 1,
+                    Err(MergeError::Cancelled) => return Err(MergeError::Cancelled),
+                    Err(_) => break,
+                }
+            }
             finished.truncate(whole);
             // The old journal stays until the new one replaces it: shards without a journal would be in the way for ever.
             let keep = |name: &str| name == JOURNAL || finished.iter().any(|shard| shard.file.name == name);

@@ -1,12 +1,12 @@
 //! What the result is made of: its tensors, and for each the tensors of the parents that go into it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use cauldron_checkpoint::{Checkpoint, ShardPlan, TensorPlan, is_float};
+use cauldron_checkpoint::{Checkpoint, LONGEST_ROW, ShardPlan, TensorPlan, has_whole_rows, is_float, row_len};
 
 use crate::RecipeError;
 use crate::parents::{Parent, Parents};
-use crate::recipe::{Recipe, usable_sum};
+use crate::recipe::{Recipe, Slice, usable_sum};
 use crate::setting::Place;
 use crate::vocab::VocabMaps;
 
@@ -98,7 +98,10 @@ impl Layout {
         for tensor in &mut tensors {
             if let Some(rows) = vocab.rows_of(&tensor.plan.name) {
                 tensor.is_vocabulary = true;
-                tensor.plan.shape[0] = rows;
+                // A vocabulary's tensors are matrices (`vocab::own_rows`).
+                if let Some(first) = tensor.plan.shape.first_mut() {
+                    *first = rows;
+                }
             }
             if !is_float(tensor.plan.dtype) {
                 tensor.role = Role::Copied;
@@ -118,6 +121,8 @@ impl Layout {
         }
         for tensor in tensors.iter().filter(|t| t.role == Role::Merge) {
             check_weights(recipe, tensor)?;
+            check_rows(recipe, tensor)?;
+            check_probabilities(recipe, tensor)?;
         }
         let order = ShardPlan::new(tensors.iter().map(|t| t.plan.clone()).collect(), u64::MAX);
         let mut by_name: BTreeMap<String, OutTensor> =
@@ -143,6 +148,45 @@ fn check_weights(recipe: &Recipe, tensor: &OutTensor) -> Result<(), RecipeError>
     sum.map_err(|detail| RecipeError::new("models", format!("tensor {}: {detail}", tensor.plan.name)))
 }
 
+/// Columns that have coefficients of their own.
+const MOST_COLUMNS: usize = 1 << 18;
+
+/// Methods by row hold a row at once, those by column something of every column.
+fn check_rows(recipe: &Recipe, tensor: &OutTensor) -> Result<(), RecipeError> {
+    let shape = &tensor.plan.shape;
+    if recipe.is_by_column() && shape.len() >= 2 && row_len(shape) > MOST_COLUMNS {
+        let detail = format!("tensor {} is {shape:?}: more than {MOST_COLUMNS} columns", tensor.plan.name);
+        return Err(RecipeError::new("granularity", detail));
+    }
+    if !recipe.is_by_row() || has_whole_rows(shape) {
+        return Ok(());
+    }
+    let detail = format!(
+        "tensor {} is {shape:?}: rows of more than {LONGEST_ROW} elements are not merged row by row",
+        tensor.plan.name
+    );
+    Err(RecipeError::new("method", detail))
+}
+
+/// Where gradients and rules give a tensor its numbers, DELLA's probabilities must be some there.
+fn check_probabilities(recipe: &Recipe, tensor: &OutTensor) -> Result<(), RecipeError> {
+    for (model, _) in &tensor.members {
+        let Some((retain, epsilon)) = recipe.della_at(*model, &tensor.place()) else {
+            continue;
+        };
+        if retain < 1.0 && (retain - epsilon <= 0.0 || retain + epsilon >= 1.0) {
+            let detail = format!(
+                "tensor {}: models[{model}] keeps with probabilities from {} to {}; they must lie between 0 and 1",
+                tensor.plan.name,
+                retain - epsilon,
+                retain + epsilon
+            );
+            return Err(RecipeError::new("sparsify.epsilon", detail));
+        }
+    }
+    Ok(())
+}
+
 /// The layer of a tensor, and the name around its number: `model.layers.` 3 `.mlp.up_proj.weight`.
 pub(crate) fn layer_of(name: &str) -> Option<(&str, usize, &str)> {
     const MARK: &str = "layers.";
@@ -155,7 +199,7 @@ pub(crate) fn layer_of(name: &str) -> Option<(&str, usize, &str)> {
 /// Number of decoder layers of a checkpoint.
 pub(crate) fn layer_count(checkpoint: &Checkpoint) -> usize {
     let layers = checkpoint.tensors().keys().filter_map(|name| layer_of(name));
-    layers.map(|(_, layer, _)| layer + 1).max().unwrap_or(0)
+    layers.map(|(_, layer, _)| layer.saturating_add(1)).max().unwrap_or(0)
 }
 
 fn plan_of(name: &str, checkpoint: &Checkpoint, source: &str) -> Option<TensorPlan> {
@@ -224,6 +268,7 @@ fn sliced(recipe: &Recipe, parents: &Parents) -> Result<Vec<OutTensor>, RecipeEr
                 return Err(RecipeError::new(field, format!("the model has {layers} layers")));
             }
         }
+        same_tensors(index, slice, &sources)?;
         let first = sources[0].1.expert.checkpoint();
         let outer = [index == 0, index + 1 == recipe.slices.len()];
         for name in first.tensors().keys() {
@@ -248,6 +293,32 @@ fn sliced(recipe: &Recipe, parents: &Parents) -> Result<Vec<OutTensor>, RecipeEr
     Ok(tensors)
 }
 
+/// The sources of a slice have the same tensors in each of its layers.
+fn same_tensors(
+    index: usize,
+    slice: &Slice,
+    sources: &[(Option<usize>, &Parent, usize)],
+) -> Result<(), RecipeError> {
+    let names = |(_, parent, from): &(Option<usize>, &Parent, usize)| -> BTreeSet<(usize, String)> {
+        let tensors = parent.expert.checkpoint().tensors().keys();
+        tensors
+            .filter_map(|name| layer_of(name))
+            .filter(|(_, layer, _)| (*from..from + slice.layers).contains(layer))
+            .map(|(head, layer, tail)| (layer - from, format!("{head}*{tail}")))
+            .collect()
+    };
+    let first = names(&sources[0]);
+    for (k, source) in sources.iter().enumerate().skip(1) {
+        let own = names(source);
+        if let Some((_, name)) = first.symmetric_difference(&own).next() {
+            let field = format!("slices[{index}].sources[{k}]");
+            let detail = format!("tensor {name} is in one of the sources only");
+            return Err(RecipeError::new(field, detail));
+        }
+    }
+    Ok(())
+}
+
 fn join(
     out: String,
     layer: Option<usize>,
@@ -266,7 +337,12 @@ fn join(
             .ok_or_else(|| RecipeError::new(field(), format!("has no tensor {name}")))?;
         match &plan {
             None => plan = Some(found),
-            Some(first) if first.shape == found.shape && is_float(first.dtype) == is_float(found.dtype) => {}
+            Some(first) if first.shape == found.shape && is_float(first.dtype) == is_float(found.dtype) => {
+                // The result has the base's dtype, wherever the base is listed.
+                if model.is_none() {
+                    plan = Some(found);
+                }
+            }
             Some(first) => {
                 let detail = format!(
                     "tensor {name} is {:?}, where {:?} is wanted",
@@ -288,7 +364,11 @@ fn join(
     members.sort_by_key(|(model, _)| *model);
     Ok(OutTensor {
         plan,
-        role: Role::Merge,
+        // Passthrough of the base's own layers.
+        role: match members.is_empty() {
+            true => Role::Excluded,
+            false => Role::Merge,
+        },
         layer,
         slice,
         t,

@@ -24,6 +24,7 @@ mod output;
 mod parents;
 mod point;
 mod recipe;
+mod relatives;
 #[cfg(feature = "cuda")]
 mod resident;
 mod rng;

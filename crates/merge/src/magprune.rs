@@ -117,7 +117,8 @@ impl RowScratch {
         let rest = (1u32 << (23 - leading)) - 1;
         for (bucket, d) in self.buckets.iter().zip(delta) {
             let below_leading = u64::from(d.to_bits() & rest);
-            self.starts[*bucket as usize + 1] += below_leading << 32 | 1;
+            let start = &mut self.starts[*bucket as usize + 1];
+            *start = start.wrapping_add(below_leading << 32 | 1);
         }
         let mut sum = 0u64;
         for start in &mut self.starts {

@@ -118,23 +118,26 @@ pub fn verify_folder(dir: &Path) -> Result<Manifest, MergeError> {
     Ok(manifest)
 }
 
-/// Full check: sizes and digests of all files. Reads everything.
-pub fn verify_folder_full(dir: &Path) -> Result<Manifest, MergeError> {
+/// Full check: sizes and digests of all files. Reads everything, as long as `go_on` says so.
+pub fn verify_folder_full(dir: &Path, go_on: &dyn Fn() -> bool) -> Result<Manifest, MergeError> {
     let manifest = verify_folder(dir)?;
     manifest
         .files
         .iter()
-        .try_for_each(|entry| verify_file(dir, entry))?;
+        .try_for_each(|entry| verify_file(dir, entry, go_on))?;
     Ok(manifest)
 }
 
 /// Whether a file still has the bytes that were written.
-pub(crate) fn verify_file(dir: &Path, entry: &FileEntry) -> Result<(), MergeError> {
+pub(crate) fn verify_file(dir: &Path, entry: &FileEntry, go_on: &dyn Fn() -> bool) -> Result<(), MergeError> {
     let failed = |e: std::io::Error| MergeError::reading(&entry.name, e);
     let mut file = File::open(dir.join(&entry.name)).map_err(failed)?;
     let mut hasher = blake3::Hasher::new();
     let mut block = vec![0u8; 4 << 20];
     loop {
+        if !go_on() {
+            return Err(MergeError::Cancelled);
+        }
         let n = file.read(&mut block).map_err(failed)?;
         if n == 0 {
             break;

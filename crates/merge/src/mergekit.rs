@@ -23,6 +23,18 @@ const FIELDS: &[&str] = &[
     "tokenizer",
 ];
 
+const DTYPES: &[&str] = &["bfloat16", "float16", "float32"];
+/// Parameters that are true or false; all others are numbers.
+const SWITCHES: &[&str] = &[
+    "normalize",
+    "rescale",
+    "int8_mask",
+    "nuslerp_row_wise",
+    "nuslerp_flatten",
+    "normalize_weights",
+    "filter_wise",
+];
+
 /// How a method's parameters are called: name, scope, and what a recipe calls it.
 struct Known {
     method: &'static str,
@@ -120,9 +132,12 @@ pub fn parse_mergekit(text: &[u8]) -> Result<RecipeSpec, RecipeError> {
     };
     let mut spec = RecipeSpec {
         method: name,
-        dtype: out_dtype.or(dtype),
         ..RecipeSpec::default()
     };
+    if let Some(unknown) = [&dtype, &out_dtype].into_iter().flatten().find(|name| !DTYPES.contains(&name.as_str())) {
+        return Err(RecipeError::new("dtype", format!("{unknown} is none of {}", DTYPES.join(", "))));
+    }
+    spec.dtype = out_dtype.or(dtype);
     inputs.fill(&mut spec, base, &shared, known)?;
     fill_method(&mut spec, &shared, known)?;
     fill_tokenizer(&mut spec, source, tokenizer)?;
@@ -165,8 +180,12 @@ impl Parameters {
             }
             let parameter = match value {
                 Value::Null => continue,
-                Value::Bool(on) => Parameter::Switch(on),
-                value => Parameter::Number(Setting::read(&field, numbers(value))?),
+                Value::Bool(on) if SWITCHES.contains(&key.as_str()) => Parameter::Switch(on),
+                Value::Bool(_) => return Err(RecipeError::new(field, "must be a number")),
+                value => {
+                    rules_of(&field, &value)?;
+                    Parameter::Number(Setting::read(&field, numbers(value))?)
+                }
             };
             read.push((key, parameter));
         }
@@ -214,6 +233,24 @@ impl Parameters {
                 .map(Some)
                 .ok_or_else(|| RecipeError::new(format!("parameters.{key}"), "must be one number")),
         }
+    }
+}
+
+/// A rule has a filter and a value here, and nothing else.
+fn rules_of(field: &str, value: &Value) -> Result<(), RecipeError> {
+    let known = |key: &&String| !["filter", "value"].contains(&key.as_str());
+    match value {
+        Value::Array(items) => {
+            let items = items.iter().enumerate();
+            items
+                .filter(|(_, item)| item.is_object())
+                .try_for_each(|(index, item)| rules_of(&format!("{field}[{index}]"), item))
+        }
+        Value::Object(entries) => match entries.keys().find(known) {
+            None => Ok(()),
+            Some(key) => Err(RecipeError::new(format!("{field}.{key}"), "is no part of a rule")),
+        },
+        _ => Ok(()),
     }
 }
 
@@ -337,13 +374,22 @@ impl Inputs {
             .as_ref()
             .and_then(|base| models.iter().position(|(name, _)| name == base));
         match known.method {
-            // Methods to which the base is a model like any other.
+            // Methods to which the base is a model like any other; config and tokenizer are those of the first.
             "linear" | "karcher" => {
-                if let (Some(base), None) = (&base, at_base) {
-                    models.push((base.clone(), Vec::new()));
+                if let Some(base) = &base {
+                    let first = match at_base {
+                        Some(at) => models.remove(at),
+                        None => (base.clone(), Vec::new()),
+                    };
+                    models.insert(0, first);
                 }
             }
-            "passthrough" => {}
+            "passthrough" => {
+                if base.is_some() && at_base != Some(0) {
+                    let detail = "gives a passthrough its config and tokenizer here only if it is the first model";
+                    return Err(RecipeError::new("base_model", detail));
+                }
+            }
             "slerp" => {
                 let base = base
                     .clone()
@@ -367,25 +413,42 @@ impl Inputs {
                     .iter()
                     .chain([shared])
                     .filter_map(|scope| scope.setting(key));
-                scopes.reduce(Setting::or)
+                let setting: Option<Setting> = scopes.reduce(Setting::or);
+                let refuse = |detail: &str| {
+                    Err(RecipeError::new(format!("models[{index}].parameters.{key}"), detail))
+                };
+                match &setting {
+                    Some(rules) if rules.is_too_long() => refuse("has too many rules over all slices"),
+                    Some(rules) if rules.filters_layers() && !self.slices.is_empty() => {
+                        refuse("filters by the number of a layer, which slices change: give it by slice")
+                    }
+                    _ => Ok(setting),
+                }
             };
             let weight = match known.method {
-                "passthrough" => find("scale"),
-                _ => find("weight"),
+                "passthrough" => find("scale")?,
+                _ => find("weight")?,
             };
-            if weight.is_none() && known.weight_required {
-                let field = format!("models[{index}].parameters.weight");
-                return Err(RecipeError::new(field, "is required"));
+            if known.weight_required {
+                let field = || format!("models[{index}].parameters.weight");
+                match &weight {
+                    None => return Err(RecipeError::new(field(), "is required")),
+                    Some(rules) if !rules.covers(self.slices.len()) => {
+                        return Err(RecipeError::new(field(), "is required for what no filter fits"));
+                    }
+                    Some(_) => {}
+                }
             }
             let sparse = known.method != "task_arithmetic";
             spec.models.push(ModelEntry::Weighted(WeightedModel {
                 model,
                 weight,
-                retain: find("density").filter(|_| sparse),
-                epsilon: find("epsilon"),
-                gamma: find("gamma"),
+                retain: find("density")?.filter(|_| sparse),
+                epsilon: find("epsilon")?,
+                gamma: find("gamma")?,
             }));
         }
+        let slices = self.slices.len();
         spec.slices = self.slices;
         for key in ["lambda", "t"] {
             let scopes = self
@@ -393,7 +456,17 @@ impl Inputs {
                 .iter()
                 .chain([shared])
                 .filter_map(|scope| scope.setting(key));
-            let setting = scopes.reduce(Setting::or);
+            let setting: Option<Setting> = scopes.reduce(Setting::or);
+            let field = || format!("parameters.{key}");
+            match &setting {
+                Some(rules) if rules.is_too_long() => {
+                    return Err(RecipeError::new(field(), "has too many rules over all slices"));
+                }
+                Some(rules) if key == "t" && !rules.covers(slices) => {
+                    return Err(RecipeError::new(field(), "is required for what no filter fits"));
+                }
+                _ => {}
+            }
             match key {
                 "lambda" => spec.scaling = setting,
                 _ => spec.t = setting,
@@ -468,7 +541,12 @@ fn fill_method(spec: &mut RecipeSpec, shared: &Parameters, known: &Known) -> Res
         }
         "multislerp" => spec.normalize = Some(shared.switch("normalize_weights", true)?),
         "karcher" => {
-            spec.max_iter = shared.number("max_iter")?.map(|n| n as u64);
+            spec.max_iter = match shared.number("max_iter")? {
+                Some(n) if n < 0.0 || n.fract() != 0.0 => {
+                    return Err(RecipeError::new("parameters.max_iter", "must be a whole number"));
+                }
+                n => n.map(|n| n as u64),
+            };
             spec.tolerance = shared.number("tol")?;
         }
         "model_stock" if shared.switch("filter_wise", false)? => spec.granularity = Some("row".to_owned()),
@@ -503,9 +581,13 @@ fn fill_tokenizer(
     let source = source.map(|source| reference(field, source)).transpose()?;
     match source.as_deref() {
         Some("union") => spec.vocab = Some("union".to_owned()),
-        Some("base") if spec.base.is_some() => spec.vocab = Some("base".to_owned()),
-        Some(model) if model != "base" => spec.tokenizer = Some(model.to_owned()),
-        _ => {}
+        // The base's, or of methods without one the first model's.
+        Some("base") => spec.vocab = Some("align".to_owned()),
+        Some(model) => {
+            spec.vocab = Some("align".to_owned());
+            spec.tokenizer = Some(model.to_owned());
+        }
+        None => {}
     }
     Ok(())
 }
@@ -550,6 +632,15 @@ mod tests {
     }
 
     #[test]
+    fn the_base_gives_config_and_tokenizer_where_it_is_a_model_like_any_other() {
+        let found = recipe(
+            "merge_method: linear\nbase_model: b\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: {weight: 2}}\ntokenizer_source: a\n",
+        );
+        assert_eq!(found["models"][0], json!({"model": "b", "weight": 2.0}));
+        assert_eq!((&found["vocab"], &found["tokenizer"]), (&json!("align"), &json!("a")));
+    }
+
+    #[test]
     fn what_is_unknown_is_refused_by_name() {
         let cases = [
             ("merge_method: magic\nmodels: []\n", "merge_method"),
@@ -570,6 +661,38 @@ mod tests {
             (
                 "merge_method: ties\nmodels: []\nchat_template: chatml\n",
                 "chat_template",
+            ),
+            (
+                "merge_method: ties\nbase_model: b\nmodels: [{model: a, parameters: {weight: 1}}]\nparameters: {lambda: no}\n",
+                "parameters.lambda",
+            ),
+            (
+                "merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filter: mlp, value: 1}]}}]\n",
+                "models[0].parameters.weight",
+            ),
+            (
+                "merge_method: linear\nmodels: [{model: a, parameters: {weight: [{layers: [0, 1], value: 1}]}}]\n",
+                "models[0].parameters.weight[0].layers",
+            ),
+            (
+                "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: [{filter: mlp, value: 1}]}\n",
+                "parameters.t",
+            ),
+            (
+                "merge_method: karcher\nmodels: [{model: a}]\nparameters: {max_iter: 2.5}\n",
+                "parameters.max_iter",
+            ),
+            (
+                "merge_method: karcher\nmodels: [{model: a}]\ndtype: nonsense\nout_dtype: bfloat16\n",
+                "dtype",
+            ),
+            (
+                "merge_method: passthrough\nbase_model: b\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n",
+                "base_model",
+            ),
+            (
+                "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [8, 9], parameters: {scale: [{filter: layers.8., value: 0}]}}]\n",
+                "models[0].parameters.scale",
             ),
             ("- a\n- b\n", ""),
             ("a: &x [*x]", ""),

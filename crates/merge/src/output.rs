@@ -5,6 +5,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, channel, sync_channel};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use cauldron_checkpoint::{
@@ -17,6 +18,7 @@ use crate::family::{Family, passes};
 use crate::journal::{FinishedShard, Journal, merge_key};
 use crate::layout::{OutTensor, Role};
 use crate::manifest::{MANIFEST_FILE, Manifest, ParentEntry, Summary, TensorStats};
+use crate::parents::{PARSED_SIDECARS, read_sidecar};
 use crate::point::ChunkStats;
 use crate::recipe::{Recipe, dtype_name};
 use crate::stream::{Chunk, WINDOW};
@@ -24,10 +26,11 @@ use crate::{MergeError, Parents};
 
 /// Version of the arithmetic. It is part of every digest: change it when any bit of any result changes.
 pub const ARITHMETIC_VERSION: u32 = 2;
-/// A delta larger than this share of the base is not what fine-tuning does.
-const UNRELATED_NORM: f64 = 0.5;
 /// Config entries that could run foreign code or name a local path.
 const DROPPED_CONFIG: &[&str] = &["auto_map", "_attn_implementation_internal", "_name_or_path"];
+
+/// Files that say the same as tokenizer.json does, of one model's vocabulary.
+const OF_ONE_VOCABULARY: &[&str] = &["added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"];
 
 /// Hears of progress and says when to stop.
 pub trait Observer: Sync {
@@ -54,7 +57,7 @@ impl Default for MergeOptions {
     }
 }
 
-/// Digest of all that decides the result's bytes: the recipe with each reference replaced by the digest of its content,
+/// Digest of all that decides the result's tensors: the recipe with each reference replaced by the digest of its content,
 /// and the arithmetic version. Reads of the parents what nothing has read yet, so it costs least after a merge.
 pub fn merge_digest(recipe: &Recipe, parents: &Parents, obs: &dyn Observer) -> Result<Digest, MergeError> {
     let contents = parents.contents(obs)?;
@@ -78,8 +81,10 @@ pub fn merge_to_folder(
     options: &MergeOptions,
     obs: &dyn Observer,
 ) -> Result<Manifest, MergeError> {
-    let (mut journal, finished) = Journal::open(out, &merge_key(recipe, parents, options)?)?;
+    let (mut journal, finished) = Journal::open(out, &merge_key(recipe, parents, options)?, obs)?;
     let family = Family::open(recipe, parents, options.window_elements, obs)?;
+    let mut warnings = parents.warnings().to_vec();
+    warnings.extend(family.unrelated(obs)?);
     let shards = ShardPlan::new(parents.layout.plans(), options.max_shard_bytes);
     let (mut files, tensors) = write_weights(family, &shards, out, &mut journal, finished, obs)?;
     files.extend(write_sidecars(recipe, parents, out).map_err(MergeError::output)?);
@@ -104,7 +109,7 @@ pub fn merge_to_folder(
                 content: *content,
             })
             .collect(),
-        warnings: warnings(parents, &summary),
+        warnings,
         files,
         summary,
         tensors,
@@ -113,10 +118,11 @@ pub fn merge_to_folder(
     let entry = write_small(out, "README.md", card.as_bytes()).map_err(MergeError::output)?;
     manifest.files.push(entry);
     manifest.files.sort_by(|a, b| a.name.cmp(&b.name));
-    journal.remove().map_err(MergeError::output)?;
     pretty(MANIFEST_FILE, &manifest)
         .and_then(|bytes| write_small(out, MANIFEST_FILE, &bytes))
         .map_err(MergeError::output)?;
+    // Until then another try finds the shards.
+    journal.remove().map_err(MergeError::output)?;
     sync_folder(out).map_err(MergeError::output)?;
     Ok(manifest)
 }
@@ -165,6 +171,7 @@ fn write_weights(
     skip(&family, first, obs);
     let (files, mut known): (Vec<_>, Vec<_>) = finished.into_iter().map(|s| (s.file, s.tensors)).unzip();
     let mut writer = ShardedWriter::new(out, shards.clone(), metadata(family.recipe)).after(files);
+    let whole = AtomicBool::new(false);
     let (sender, windows) = sync_channel::<Vec<u8>>(2);
     let (written, spare) = channel::<Vec<u8>>();
     let (files, rest) = std::thread::scope(|scope| {
@@ -188,8 +195,11 @@ fn write_weights(
                     rest.push(shard.tensors);
                 }
             }
-            // After a failed merge this says "fewer bytes than planned", and the merge's own error is reported instead.
-            Ok((writer.finish()?, rest))
+            // Of a failed merge nothing is left to be written.
+            match whole.load(Ordering::Acquire) {
+                true => Ok(Some((writer.finish()?, rest))),
+                false => Ok(None),
+            }
         });
         let merged = merge_windows(&mut family, first, obs, spare, |chunks, parts, bytes| {
             let mut stats = stats.lock().unwrap_or_else(PoisonError::into_inner);
@@ -201,15 +211,18 @@ fn write_weights(
             // The writer hangs up only when it failed; its own error is reported below.
             sender.send(bytes).map_err(|_| MergeError::Cancelled)
         });
+        whole.store(merged.is_ok(), Ordering::Release);
         drop(sender);
         let written = writing.join().map_err(|_| MergeError::Internal {
             detail: "the writer panicked".into(),
         })?;
         match (merged, written) {
-            (_, Err(e)) if !matches!(&e, CheckpointError::Malformed { .. }) => Err(MergeError::output(e)),
+            (_, Err(e)) => Err(MergeError::output(e)),
             (Err(e), _) => Err(e),
-            (Ok(()), Err(e)) => Err(MergeError::output(e)),
-            (Ok(()), Ok(written)) => Ok(written),
+            (Ok(()), Ok(Some(written))) => Ok(written),
+            (Ok(()), Ok(None)) => Err(MergeError::Internal {
+                detail: "the writer stopped early".into(),
+            }),
         }
     })?;
     known.extend(rest);
@@ -250,7 +263,7 @@ fn merge_windows(
                 &mut consume,
             )
         })?;
-        family.forget_drops(group);
+        family.forget(group);
     }
     Ok(())
 }
@@ -348,18 +361,6 @@ fn cosine(merged: &[(&TensorStats, f64)], parents: usize) -> Option<f64> {
     (parents >= 2 && lengths > 0.0).then(|| product / lengths)
 }
 
-fn warnings(parents: &Parents, summary: &Summary) -> Vec<String> {
-    let mut out = parents.warnings().to_vec();
-    for (k, norm) in summary.relative_delta_norm.iter().enumerate() {
-        if *norm > UNRELATED_NORM {
-            out.push(format!(
-                "models[{k}]: its delta has {norm:.2} times the norm of the base; it does not look like a fine-tune of it"
-            ));
-        }
-    }
-    out
-}
-
 /// config.json, generation settings and tokenizer files. Nothing that names code goes along.
 fn write_sidecars(recipe: &Recipe, parents: &Parents, out: &Path) -> Result<Vec<FileEntry>, CheckpointError> {
     let mut config = parents.reference().expert.checkpoint().config().clone();
@@ -373,30 +374,44 @@ fn write_sidecars(recipe: &Recipe, parents: &Parents, out: &Path) -> Result<Vec<
     reshape(&mut config, recipe, parents);
     let mut files = vec![write_small(out, "config.json", &pretty("config.json", &config)?)?];
     for name in SIDECAR_FILES {
-        let owner = match *name {
-            "generation_config.json" => parents.reference(),
-            _ => parents.tokenizer_owner(recipe),
-        };
-        if let (Some(tokenizer), "tokenizer.json") = (&parents.vocab.tokenizer, *name) {
+        let owner = parents.owner_of(name, recipe).expert.checkpoint();
+        let merged = parents.vocab.tokenizer.as_ref();
+        if let Some(tokenizer) = merged.filter(|_| *name == "tokenizer.json") {
             files.push(write_small(out, name, &pretty(name, tokenizer)?)?);
             continue;
         }
-        let Some(mut bytes) = owner.expert.checkpoint().read_sidecar(name)? else {
+        if merged.is_some() && OF_ONE_VOCABULARY.contains(name) {
+            continue;
+        }
+        let Some(mut bytes) = owner.read_sidecar(name)? else {
             continue;
         };
-        if matches!(*name, "generation_config.json" | "tokenizer_config.json") {
-            let parsed: Result<Map<String, Value>, _> = serde_json::from_slice(&bytes);
-            let mut entries = parsed.map_err(|e| CheckpointError::Malformed {
-                file: (*name).to_owned(),
-                detail: e.to_string(),
-            })?;
-            if strip(&mut entries) {
+        if PARSED_SIDECARS.contains(name)
+            && let Some(mut entries) = read_sidecar(owner, name)?
+        {
+            let mut changed = strip(&mut entries);
+            if let (Some(tokenizer), Some(decoder)) = (merged, entries.get_mut("added_tokens_decoder")) {
+                *decoder = added_tokens_decoder(tokenizer);
+                changed = true;
+            }
+            if changed {
                 bytes = pretty(name, &entries)?;
             }
         }
         files.push(write_small(out, name, &bytes)?);
     }
     Ok(files)
+}
+
+/// What tokenizer_config.json says of a tokenizer's added tokens.
+fn added_tokens_decoder(tokenizer: &Value) -> Value {
+    let added = tokenizer["added_tokens"].as_array().into_iter().flatten();
+    let entries = added.filter_map(|token| {
+        let mut entry = token.as_object()?.clone();
+        let id = entry.shift_remove("id")?;
+        Some((id.to_string(), Value::Object(entry)))
+    });
+    Value::Object(entries.collect())
 }
 
 /// What the config says of sizes that the recipe changes.
@@ -420,10 +435,16 @@ fn reshape(config: &mut Map<String, Value>, recipe: &Recipe, parents: &Parents) 
     config.insert("layer_types".into(), kinds.collect());
 }
 
-/// Whether anything was taken out.
+/// Takes out what could run foreign code or names a path, of nested configs too. Whether there was anything.
 fn strip(entries: &mut Map<String, Value>) -> bool {
     let removed = DROPPED_CONFIG.iter().map(|key| entries.shift_remove(*key));
-    removed.fold(false, |any, entry| any | entry.is_some())
+    let mut any = removed.fold(false, |any, entry| any | entry.is_some());
+    for value in entries.values_mut() {
+        if let Value::Object(nested) = value {
+            any |= strip(nested);
+        }
+    }
+    any
 }
 
 fn sync_folder(dir: &Path) -> Result<(), CheckpointError> {

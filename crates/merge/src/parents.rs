@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use cauldron_checkpoint::{Checkpoint, CheckpointError, Digest, Dtype, Expert, dtype_size, is_float};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::contents::{ChunkLog, SourceContent};
 use crate::layout::{Layout, OutTensor, layer_of};
@@ -38,8 +38,8 @@ pub struct Parents {
     warnings: Vec<String>,
     pub(crate) layout: Layout,
     pub(crate) vocab: VocabMaps,
-    /// State of the files when they were opened.
-    identity: String,
+    /// State of each model's files when they were opened, the base's first.
+    identities: Vec<String>,
     pub(crate) log: ChunkLog,
     /// One a source.
     source_contents: Vec<SourceContent>,
@@ -85,21 +85,31 @@ impl Parents {
                 layers: None,
             },
             vocab: VocabMaps::default(),
-            identity: String::new(),
+            identities: Vec::new(),
             log: ChunkLog::default(),
             source_contents: Vec::new(),
             contents: OnceLock::new(),
         };
-        let unreadable = |e: CheckpointError| RecipeError::new("models", e.to_string());
-        parents.identity = parents.identity().map_err(unreadable)?;
-        let sources = parents.sources.iter();
-        let contents: Result<_, _> = sources.map(|source| SourceContent::of(source)).collect();
-        parents.source_contents = contents.map_err(unreadable)?;
+        let mut identities = Vec::new();
+        for (field, parent) in parents.fields() {
+            let identity = parent.expert.identity();
+            identities.push(identity.map_err(|e| RecipeError::new(field, e.to_string()))?);
+        }
+        parents.identities = identities;
+        let contents: Result<_, _> = (0..parents.sources.len())
+            .map(|source| {
+                let content = SourceContent::of(&parents.sources[source]);
+                content.map_err(|e| RecipeError::new(parents.field_of(source), e.to_string()))
+            })
+            .collect();
+        parents.source_contents = contents?;
         parents.check_fit(recipe)?;
+        parents.check_sidecars(recipe)?;
         let checkpoints: Vec<&Checkpoint> = parents.sources.iter().map(|s| &**s).collect();
         let base = parents.base.as_ref().map(|b| b.source);
-        parents.vocab = VocabMaps::new(recipe, &checkpoints, parents.reference().source, base)?;
-        parents.check_adapters()?;
+        let owner = parents.tokenizer_owner(recipe).source;
+        parents.vocab = VocabMaps::new(recipe, &checkpoints, owner, base, &|source| parents.label(source))?;
+        parents.check_adapters(recipe)?;
         parents.layout = Layout::new(recipe, &parents, &parents.vocab)?;
         Ok(parents)
     }
@@ -117,6 +127,42 @@ impl Parents {
             .unwrap_or_else(|| self.reference())
     }
 
+    /// Base and models, with the field that names each.
+    fn fields(&self) -> impl Iterator<Item = (String, &Parent)> {
+        let base = self.base.iter().map(|parent| ("base".to_owned(), parent));
+        let models = self.models.iter().enumerate();
+        base.chain(models.map(|(index, parent)| (format!("models[{index}]"), parent)))
+    }
+
+    fn field_of(&self, source: usize) -> String {
+        let mut found = self.fields().filter(|(_, parent)| parent.source == source);
+        found.next().map(|(field, _)| field).unwrap_or_default()
+    }
+
+    /// What a model is called whose checkpoint this is.
+    pub(crate) fn label(&self, source: usize) -> String {
+        let found = self.all().find(|parent| parent.source == source);
+        found.map_or_else(String::new, |parent| parent.reference.to_string())
+    }
+
+    /// The JSON files that the result gets are read before any weight is.
+    fn check_sidecars(&self, recipe: &Recipe) -> Result<(), RecipeError> {
+        for name in PARSED_SIDECARS {
+            let owner = self.owner_of(name, recipe);
+            read_sidecar(owner.expert.checkpoint(), name)
+                .map_err(|e| RecipeError::new(self.field_of(owner.source), e.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// The model that a file beside the weights comes from.
+    pub(crate) fn owner_of(&self, sidecar: &str, recipe: &Recipe) -> &Parent {
+        match sidecar {
+            "generation_config.json" => self.reference(),
+            _ => self.tokenizer_owner(recipe),
+        }
+    }
+
     /// Base first, then the models in order.
     pub(crate) fn all(&self) -> impl Iterator<Item = &Parent> {
         self.base.iter().chain(&self.models)
@@ -128,8 +174,14 @@ impl Parents {
     }
 
     /// A cheap fingerprint of all files: equal while nothing was written to them.
-    pub fn identity(&self) -> Result<String, CheckpointError> {
-        let parts: Result<Vec<String>, _> = self.all().map(|p| p.expert.identity()).collect();
+    pub fn identity(&self) -> Result<String, MergeError> {
+        let parts: Result<Vec<String>, _> = self
+            .all()
+            .map(|p| {
+                let identity = p.expert.identity();
+                identity.map_err(|e| MergeError::parent(&p.reference.to_string(), e))
+            })
+            .collect();
         Ok(parts?.join("|"))
     }
 
@@ -208,23 +260,23 @@ impl Parents {
     /// The files must be the ones that were opened and digested: a parent that is rewritten under a merge would give a
     /// result that its recipe does not name.
     pub(crate) fn check_unchanged(&self) -> Result<(), MergeError> {
-        let identity = self.identity().map_err(|e| MergeError::parent("a parent", e))?;
-        match identity == self.identity {
-            true => Ok(()),
-            false => Err(MergeError::ParentChanged),
+        for (parent, before) in self.all().zip(&self.identities) {
+            let name = parent.reference.to_string();
+            let now = parent.expert.identity().map_err(|e| MergeError::parent(&name, e))?;
+            if now != *before {
+                return Err(MergeError::ParentChanged { parent: name });
+            }
         }
+        Ok(())
     }
 
     /// An adapter of a vocabulary's rows knows only the rows it was made for.
-    fn check_adapters(&self) -> Result<(), RecipeError> {
-        let base = self.base.iter().map(|p| ("base".to_owned(), p));
-        let models = self
-            .models
-            .iter()
-            .enumerate()
-            .map(|(i, p)| (format!("models[{i}]"), p));
-        for (field, parent) in base.chain(models) {
-            let mapped = self.vocab.map(parent.source).is_some();
+    fn check_adapters(&self, recipe: &Recipe) -> Result<(), RecipeError> {
+        let by_text = matches!(recipe.vocab, Vocab::Union | Vocab::Align);
+        let any = (0..self.sources.len()).any(|source| self.vocab.map(source).is_some());
+        for (field, parent) in self.fields() {
+            // By text, rows go to other models too.
+            let mapped = self.vocab.map(parent.source).is_some() || (by_text && any);
             let target = parent
                 .expert
                 .adapter()
@@ -262,6 +314,24 @@ impl Parents {
         self.warnings = warnings;
         Ok(())
     }
+}
+
+/// Sidecars that are JSON objects, of which entries may be taken out.
+pub(crate) const PARSED_SIDECARS: [&str; 2] = ["generation_config.json", "tokenizer_config.json"];
+
+/// One of [`PARSED_SIDECARS`], if the model has it.
+pub(crate) fn read_sidecar(
+    checkpoint: &Checkpoint,
+    name: &str,
+) -> Result<Option<Map<String, Value>>, CheckpointError> {
+    let Some(bytes) = checkpoint.read_sidecar(name)? else {
+        return Ok(None);
+    };
+    let parsed = serde_json::from_slice(&bytes);
+    parsed.map(Some).map_err(|e| CheckpointError::Malformed {
+        file: name.to_owned(),
+        detail: e.to_string(),
+    })
 }
 
 /// Checkpoints by folder, so that each is opened once.
@@ -366,7 +436,15 @@ impl Fit<'_> {
             ));
         }
         for key in SAME_CONFIG {
-            let (ours, theirs) = (get(self.ours, key), get(self.theirs, key));
+            let (mut ours, mut theirs) = (get(self.ours, key), get(self.theirs, key));
+            // A stored head means nothing to loaders that tie it: whether they do must be said alike.
+            if *key == "tie_word_embeddings" && self.theirs.get("lm_head.weight").is_some() {
+                for tied in [&mut ours, &mut theirs] {
+                    if tied.is_null() {
+                        *tied = Value::Bool(false);
+                    }
+                }
+            }
             // Absent and null are the architecture's default: only two given values can contradict.
             if ours != theirs && !ours.is_null() && !theirs.is_null() {
                 return self.refuse(format!(

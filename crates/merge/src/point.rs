@@ -376,10 +376,7 @@ impl Point<'_, '_> {
         let dtype = tensor.plan.dtype;
         let at = (chunk.start * dtype_size(dtype).unwrap_or(1) as usize) as u64;
         let first = tensor.first_input();
-        let label = |source: usize| {
-            let found = parents.all().find(|p| p.source == source);
-            found.map_or_else(String::new, |p| p.reference.to_string())
-        };
+        let label = |source: usize| parents.label(source);
         let mut other = vec![0u8; out.len()];
         for input in tensor.inputs() {
             let target = if input == first { &mut *out } else { &mut other };
@@ -393,14 +390,16 @@ impl Point<'_, '_> {
                 });
             }
         }
-        for input in tensor.inputs() {
-            if !parents.has_content(input.source) {
-                let shape = &tensor.plan.shape;
-                parents
-                    .log
-                    .note(input.source, &input.name, shape, chunk.index, Digest::of(out));
+        self.stream(|stream| {
+            for input in tensor.inputs() {
+                if stream.wants_digest(tensor, input, chunk) {
+                    let shape = &tensor.plan.shape;
+                    parents
+                        .log
+                        .note(input.source, &input.name, shape, chunk.index, Digest::of(out));
+                }
             }
-        }
+        });
         Ok(())
     }
 }
@@ -471,7 +470,14 @@ fn measure(tile: &Tile, stats: &mut ChunkStats) {
     stats.delta_squares.resize(count, 0.0);
     if let [a, b] = tile.deltas.as_slice() {
         let (a, b) = (&a[..tile.len], &b[..tile.len]);
-        let [squares_a, squares_b, product, base] = kernel::moments(a, b, &tile.theta0[..tile.len]);
+        let base = &tile.theta0[..tile.len];
+        let mut moments = kernel::moments(a, b, base);
+        if !moments.iter().all(|moment| moment.is_finite()) {
+            // Squares beyond f32.
+            let dot = |x: &[f32], y: &[f32]| kernel::dot(x, y);
+            moments = [dot(a, a), dot(b, b), dot(a, b), dot(base, base)];
+        }
+        let [squares_a, squares_b, product, base] = moments;
         stats.delta_squares[0] += squares_a;
         stats.delta_squares[1] += squares_b;
         stats.product += product;
@@ -479,12 +485,20 @@ fn measure(tile: &Tile, stats: &mut ChunkStats) {
         return;
     }
     for (sum, delta) in stats.delta_squares.iter_mut().zip(&tile.deltas) {
-        *sum += kernel::sum_squares(&delta[..tile.len]);
+        *sum += squares(&delta[..tile.len]);
     }
     if let [a, b, ..] = tile.deltas.as_slice() {
-        stats.product += kernel::dot_f32(&a[..tile.len], &b[..tile.len]);
+        let (a, b) = (&a[..tile.len], &b[..tile.len]);
+        let product = kernel::dot_f32(a, b);
+        stats.product += if product.is_finite() { product } else { kernel::dot(a, b) };
     }
-    stats.base_squares += kernel::sum_squares(&tile.theta0[..tile.len]);
+    stats.base_squares += squares(&tile.theta0[..tile.len]);
+}
+
+/// In f32 where they fit.
+fn squares(values: &[f32]) -> f64 {
+    let sum = kernel::sum_squares(values);
+    if sum.is_finite() { sum } else { kernel::dot(values, values) }
 }
 
 /// As [`measure`], with what is kept and where signs conflict.

@@ -5,7 +5,7 @@
 //! arithmetic, TIES, and methods on angles whose coefficients hold for a whole tensor; with DARE, magnitude and breadcrumbs.
 
 use cauldron_checkpoint::{Dtype, narrow};
-use cauldron_gpu::{Bytes, Change, Edge as GpuEdge, Gpu, Mean, Member, Number, Operation, Pass, Survivors as Gone};
+use cauldron_gpu::{Bytes, Change, Edge as GpuEdge, Gpu, Mean, Member, Number, Operation, Pass, Plan, Survivors as Gone};
 
 use crate::family::Family;
 use crate::layout::{Input, OutTensor, Role};
@@ -22,6 +22,7 @@ pub struct Resident<'f, 'a> {
     gpu: Gpu,
     tensors: Vec<Loaded>,
     bytes: u64,
+    plan: Option<Plan>,
 }
 
 /// Where the tensors of a point are written.
@@ -65,6 +66,7 @@ impl<'f, 'a> Resident<'f, 'a> {
             gpu,
             tensors: Vec::new(),
             bytes: 0,
+            plan: None,
         };
         let fixed = family.point(None)?;
         for (index, tensor) in family.tensors().iter().enumerate() {
@@ -76,6 +78,7 @@ impl<'f, 'a> Resident<'f, 'a> {
             };
             resident.tensors.push(loaded);
         }
+        resident.plan = Some(resident.gpu.plan(&resident.passes(&fixed)?).map_err(failed)?);
         Ok(resident)
     }
 
@@ -179,19 +182,31 @@ impl<'f, 'a> Resident<'f, 'a> {
         Ok(Written { tensors, not_finite })
     }
 
-    /// Starts the pass of a point of this family; [`Written::check`] waits for it.
-    pub fn write(&self, point: &Point<'_, '_>, to: &mut Written) -> Result<(), MergeError> {
-        let family = self.family;
-        for (index, (loaded, out)) in self.tensors.iter().zip(&mut to.tensors).enumerate() {
-            match loaded {
-                Loaded::Fixed(bytes) => out.clone_from(bytes),
-                Loaded::Merged { base, members, kept } => {
-                    let pass = pass(family, point, index, base, members, kept)?;
-                    self.gpu.merge(&pass, out, &to.not_finite).map_err(failed)?;
-                }
+    /// The tensors that are computed.
+    fn passes(&self, point: &Point<'_, '_>) -> Result<Vec<Pass<'_>>, MergeError> {
+        let mut passes = Vec::new();
+        for (index, loaded) in self.tensors.iter().enumerate() {
+            if let Loaded::Merged { base, members, kept } = loaded {
+                passes.push(pass(self.family, point, index, base, members, kept)?);
             }
         }
-        Ok(())
+        Ok(passes)
+    }
+
+    /// Starts the pass of a point of this family; [`Resident::finish`] waits for it.
+    pub fn write(&self, point: &Point<'_, '_>, to: &mut Written) -> Result<(), MergeError> {
+        let passes = self.passes(point)?;
+        let mut outs = Vec::new();
+        for (loaded, out) in self.tensors.iter().zip(&mut to.tensors) {
+            match loaded {
+                Loaded::Fixed(bytes) => out.clone_from(bytes),
+                Loaded::Merged { .. } => outs.push(out),
+            }
+        }
+        match &self.plan {
+            None => Ok(()),
+            Some(plan) => self.gpu.merge(plan, &passes, &mut outs, &to.not_finite).map_err(failed),
+        }
     }
 
     /// Waits until a point is written. An error if a result is not finite.

@@ -75,6 +75,32 @@ impl Setting {
         self.0.iter().flat_map(|rule| rule.values.iter().copied())
     }
 
+    /// Whether some rule fits every tensor, of each of so many slices.
+    pub(crate) fn covers(&self, slices: usize) -> bool {
+        let open = |slice: usize| {
+            let fits = |rule: &&Rule| {
+                let anywhere = rule.filter.is_none() && rule.layers.is_none();
+                anywhere && rule.slice.is_none_or(|of| of == slice)
+            };
+            self.0.iter().any(|rule| fits(&rule))
+        };
+        (0..slices.max(1)).all(open)
+    }
+
+    /// Whether a rule looks at the number of a layer in a tensor's name.
+    pub(crate) fn filters_layers(&self) -> bool {
+        let filters = self.0.iter().filter_map(|rule| rule.filter.as_deref());
+        filters.into_iter().any(|filter| {
+            let after = filter.split_once("layers.").map(|(_, after)| after);
+            after.is_some_and(|after| after.starts_with(|c: char| c.is_ascii_digit()))
+        })
+    }
+
+    /// Whether it has more rules than can be written down.
+    pub(crate) fn is_too_long(&self) -> bool {
+        self.0.len() > MAX_RULES
+    }
+
     /// These rules, then the others.
     pub fn or(mut self, other: Self) -> Self {
         self.0.extend(other.0);

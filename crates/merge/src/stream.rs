@@ -112,7 +112,7 @@ impl Default for Raw {
 pub(crate) type RowMeans = HashMap<(usize, String), Vec<f32>>;
 
 /// LoRA factors of the tensors of a window, by (tensor, member); the base comes after the members.
-type Factors = HashMap<(usize, usize), LoraFactors>;
+pub(crate) type Factors = HashMap<(usize, usize), LoraFactors>;
 
 /// What a pass works on: the parents, the result's tensors, and which of them, in order.
 pub(crate) struct Stream<'a> {
@@ -322,6 +322,16 @@ impl Stream<'_> {
         Ok(factors)
     }
 
+    /// The LoRA factors of one tensor.
+    pub fn factors_of(&self, tensor: usize) -> Result<Factors, MergeError> {
+        self.factors(&[Chunk {
+            tensor,
+            index: 0,
+            start: 0,
+            len: 0,
+        }])
+    }
+
     /// One chunk of a tensor, on this thread.
     pub fn one<T>(
         &self,
@@ -352,6 +362,7 @@ impl Stream<'_> {
         &self,
         scratch: &mut Scratch,
         tensor: usize,
+        factors: &Factors,
         range: Range<usize>,
         run: impl FnOnce(&mut Tile) -> Result<(), MergeError>,
     ) -> Result<(), MergeError> {
@@ -361,11 +372,7 @@ impl Stream<'_> {
             start: range.start,
             len: range.len(),
         };
-        let factors = self.factors(&[chunk])?;
-        let work = Work {
-            stream: self,
-            factors: &factors,
-        };
+        let work = Work { stream: self, factors };
         work.load(scratch, chunk)?;
         scratch.tile.chunk = chunk.index;
         work.fill_tile(scratch, &work.reads(tensor), chunk, 0, chunk.len)?;
@@ -489,6 +496,7 @@ impl Work<'_> {
         len: usize,
     ) -> Result<(), MergeError> {
         let members = self.stream.tensors[chunk.tensor].members.len();
+        let has_base = reads.iter().any(|read| read.member.is_none());
         let Scratch { raw, tile } = scratch;
         tile.start = chunk.start + from;
         tile.len = len;
@@ -506,6 +514,11 @@ impl Work<'_> {
             } = &mut *tile;
             let (target, base) = match read.member {
                 None => (&mut *theta0, None),
+                Some(_) if self.stream.deltas && !has_base => {
+                    return Err(MergeError::Internal {
+                        detail: format!("{} is to change a base that takes no part in it", read.input.name),
+                    });
+                }
                 Some(k) if self.stream.deltas => (&mut deltas[k], Some(&*theta0)),
                 Some(k) => (&mut thetas[k], None),
             };
@@ -534,7 +547,7 @@ impl Work<'_> {
 
 impl Stream<'_> {
     /// Whether this chunk's bytes are still missing for the digest of the input's content.
-    fn wants_digest(&self, tensor: &OutTensor, input: &Input, chunk: Chunk) -> bool {
+    pub(crate) fn wants_digest(&self, tensor: &OutTensor, input: &Input, chunk: Chunk) -> bool {
         let parents = self.parents;
         if chunk.index == usize::MAX || parents.has_content(input.source) {
             return false;
@@ -552,8 +565,7 @@ impl Stream<'_> {
     }
 
     fn label(&self, input: &Input) -> String {
-        let found = self.parents.all().find(|p: &&Parent| p.source == input.source);
-        found.map_or_else(String::new, |parent| parent.reference.to_string())
+        self.parents.label(input.source)
     }
 }
 

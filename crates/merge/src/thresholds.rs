@@ -57,7 +57,7 @@ impl Family<'_> {
     ) -> Result<Vec<Found>, MergeError> {
         if !targets.is_empty() {
             let wanted: Vec<usize> = targets.iter().map(|t| t.series).collect();
-            let (samples, totals) = self.sample(tensors, &wanted, sample, series)?;
+            let (samples, totals) = self.sample(tensors, &wanted, sample, series, obs)?;
             for ((target, mut sample), total) in targets.iter_mut().zip(samples).zip(totals) {
                 target.guess(&mut sample, total);
             }
@@ -140,6 +140,7 @@ impl Family<'_> {
         wanted: &[usize],
         size: usize,
         series: Series<'_>,
+        obs: &dyn Observer,
     ) -> Result<(Vec<Vec<u32>>, Vec<u64>), MergeError> {
         let total: usize = tensors.iter().map(|t| self.tensors()[*t].plan.numel()).sum();
         let every = (total / size).max(1);
@@ -157,21 +158,38 @@ impl Family<'_> {
                 };
                 let run = SAMPLE_RUN.next_multiple_of(row);
                 let mut present = vec![false; wanted.len()];
+                let factors = stream.factors_of(t)?;
                 let mut at = skip / row * row;
+                // A tensor that the sample passes over counts too: which series it has is seen in its first run.
+                let passed_over = at >= numel && numel > 0;
+                let first = if passed_over { 0 } else { at };
+                at = first;
                 while at < numel {
+                    if obs.cancelled() {
+                        return Err(MergeError::Cancelled);
+                    }
                     let range = at..numel.min(at + run);
-                    stream.peek(&mut scratch, t, range, |tile| {
+                    stream.peek(&mut scratch, t, &factors, range, |tile| {
                         series(tile, t, &mut |index, values| {
                             for (slot, _) in wanted.iter().enumerate().filter(|(_, s)| **s == index) {
-                                samples[slot].extend(values.iter().map(|v| kernel::magnitude_bits(*v)));
+                                if !passed_over {
+                                    samples[slot].extend(values.iter().map(|v| kernel::magnitude_bits(*v)));
+                                }
                                 present[slot] = true;
                             }
                         });
                         Ok(())
                     })?;
+                    if passed_over {
+                        break;
+                    }
                     at += every * run;
                 }
-                skip = if every == 1 { 0 } else { at - numel };
+                skip = match (every, passed_over) {
+                    (1, _) => 0,
+                    (_, true) => skip - numel,
+                    (_, false) => at.saturating_sub(numel),
+                };
                 for (total, present) in totals.iter_mut().zip(present) {
                     *total += if present { numel as u64 } else { 0 };
                 }

@@ -76,7 +76,7 @@ impl OnGpu {
             })
             .collect();
         let batch = Batch {
-            attention: gpu.plan_attention(&spans, heads(config), blocks)?,
+            attention: gpu.plan_attention(&spans, heads(config), blocks, self.inputs)?,
             rotations: decoder
                 .ropes
                 .iter()

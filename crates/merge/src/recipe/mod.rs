@@ -233,6 +233,8 @@ pub enum Vocab {
     PadMean,
     /// The base's rows.
     Base,
+    /// Rows by token text, those of the result's tokenizer.
+    Align,
     /// All tokens of all tokenizers.
     Union,
 }
@@ -243,6 +245,7 @@ impl Vocab {
             Self::Strict => "strict",
             Self::PadMean => "pad_mean",
             Self::Base => "base",
+            Self::Align => "align",
             Self::Union => "union",
         }
     }
@@ -331,22 +334,54 @@ impl Recipe {
         }
     }
 
+    /// Whether rows are computed as a whole.
+    pub(crate) fn is_by_row(&self) -> bool {
+        let method = match &self.method {
+            Method::ArceeFusion => true,
+            Method::NuSlerp { granularity } | Method::ModelStock { granularity } => {
+                *granularity != Granularity::Tensor
+            }
+            _ => false,
+        };
+        method || self.sparsify.as_ref().is_some_and(|s| s.drops == Drops::Della)
+    }
+
+    pub(crate) fn is_by_column(&self) -> bool {
+        matches!(
+            self.method,
+            Method::NuSlerp {
+                granularity: Granularity::Column
+            }
+        )
+    }
+
+    /// DELLA: the share that is kept of a model's tensor, and how far the probabilities reach around it.
+    pub(crate) fn della_at(&self, model: usize, place: &Place<'_>) -> Option<(f64, f64)> {
+        let sparsify = self.sparsify.as_ref().filter(|s| s.drops == Drops::Della)?;
+        let model = &self.models[model];
+        let own = |setting: &Option<Setting>| setting.as_ref().and_then(|s| s.at(place));
+        let retain = own(&model.retain).unwrap_or_else(|| sparsify.amount.retain_at(place));
+        let epsilon = own(&model.epsilon).or_else(|| sparsify.epsilon.at(place));
+        Some((retain, epsilon.unwrap_or(0.0)))
+    }
+
     /// Whether merging forms deltas from the base.
     pub(crate) fn on_deltas(&self) -> bool {
-        let on_deltas = match self.method {
-            Method::TaskArithmetic { .. }
-            | Method::Ties { .. }
-            | Method::Sce { .. }
-            | Method::ModelStock { .. } => true,
-            Method::NuSlerp { .. } | Method::MultiSlerp { .. } => self.base.is_some(),
-            Method::Average { .. }
-            | Method::Slerp { .. }
-            | Method::Karcher { .. }
-            | Method::NearSwap { .. }
-            | Method::ArceeFusion
-            | Method::Passthrough => false,
-        };
-        on_deltas || self.sparsify.is_some()
+        self.sparsify.is_some() || on_deltas(&self.method, self.base.is_some())
+    }
+}
+
+/// Whether a method itself forms deltas from the base.
+fn on_deltas(method: &Method, has_base: bool) -> bool {
+    match method {
+        Method::TaskArithmetic { .. } | Method::Ties { .. } | Method::Sce { .. } | Method::ModelStock { .. } => true,
+        Method::NuSlerp { .. } | Method::MultiSlerp { .. } => has_base,
+        Method::Average { .. }
+        | Method::Slerp { .. }
+        | Method::Karcher { .. }
+        | Method::NearSwap { .. }
+        | Method::ArceeFusion
+        | Method::Passthrough => false,
     }
 }
 

@@ -226,3 +226,107 @@ fn a_cancelled_merge_stops() {
     let stopped = models.merge_with(recipe, &MergeOptions::default(), &counter);
     assert_eq!(stopped.err().unwrap().slug(), "cancelled");
 }
+
+#[test]
+fn squares_beyond_f32_do_not_break_the_statistics() {
+    let models = Models::new();
+    let mut huge = vec![0.5f32; 40];
+    huge[7] = 1e30;
+    models.vector("base", &huge);
+    huge[7] = 2e30;
+    models.vector("a", &huge);
+    models.vector("b", &[0.25; 40]);
+    for which in [json!(["a"]), json!(["a", "b"]), json!(["a", "b", "a"])] {
+        let recipe = json!({"method": "task_arithmetic", "base": "base", "models": which, "scaling": 0.5});
+        let merged = models.merge(recipe).unwrap();
+        let read = cauldron_merge::read_manifest(merged.dir.path()).unwrap();
+        assert_eq!(read, merged.manifest);
+        assert!(read.tensors[0].base_norm > 9e29, "{:?}", read.tensors[0]);
+    }
+}
+
+#[test]
+fn a_threshold_over_many_small_tensors_is_exact() {
+    let models = Models::new();
+    let names: Vec<String> = (0..4096).map(|i| format!("t{i:04}")).collect();
+    for (seed, model) in [(1u32, "base"), (2, "a"), (3, "b")] {
+        let tensors: Vec<_> = names
+            .iter()
+            .enumerate()
+            .map(|(i, name)| (name.as_str(), vec![512], noise(seed * 5000 + i as u32, 512)))
+            .collect();
+        models.add(model, Dtype::BF16, &tensors);
+    }
+    let recipe = json!({"method": "ties", "base": "base", "models": ["a", "b"], "retain": 0.1});
+    let merged = models.merge(recipe).unwrap();
+    for kept in &merged.manifest.summary.kept {
+        assert!(*kept > 0.05 && *kept <= 0.1 + 1e-3, "{kept}");
+    }
+}
+
+#[test]
+fn numbers_that_make_no_sense_for_some_tensor_are_refused() {
+    let models = Models::new();
+    for (seed, name) in ["base", "a", "b"].into_iter().enumerate() {
+        let layers: Vec<String> = (0..11).map(|layer| format!("model.layers.{layer}.w")).collect();
+        let tensors: Vec<_> = layers
+            .iter()
+            .map(|layer| (layer.as_str(), vec![2, 8], noise(seed as u32, 16)))
+            .collect();
+        models.add(name, Dtype::F32, &tensors);
+    }
+    let with = |sparsify: Value| json!({"method": "task_arithmetic", "base": "base", "models": ["a", "b"], "sparsify": sparsify});
+    for (recipe, field) in [
+        // 0.95 + 0.15 in the second layer.
+        (with(json!({"kind": "della", "retain": [1.0, 0.5], "epsilon": 0.15})), "sparsify.epsilon"),
+        (with(json!({"kind": "dare", "retain": 1e-20})), "sparsify.retain"),
+        (json!({"method": "slerp", "models": ["a", "b"], "t": 1e308}), "t"),
+    ] {
+        assert_eq!(models.merge(recipe.clone()).err().unwrap().field(), field, "{recipe}");
+    }
+}
+
+#[test]
+fn what_nobody_changed_stays_the_bases() {
+    let models = Models::new();
+    for name in ["base", "a", "b", "c"] {
+        models.vector(name, &[0.5, -0.25, 1.0]);
+    }
+    let recipe = json!({"method": "multislerp", "base": "base", "models": ["a", "b", "c"]});
+    assert_eq!(models.merge(recipe).unwrap().values("w"), [0.5, -0.25, 1.0]);
+}
+
+#[test]
+fn models_that_are_no_relatives_are_warned_of_whatever_the_method() {
+    let models = Models::new();
+    let base = noise(1, 4000);
+    let near: Vec<f32> = base.iter().map(|v| v * 1.01).collect();
+    models.vector("base", &base).vector("near", &near).vector("far", &noise(9, 4000));
+    for recipe in [
+        json!({"method": "average", "models": ["base", "far"]}),
+        json!({"method": "slerp", "models": ["near", "far"], "t": 0.5}),
+        json!({"method": "ties", "base": "base", "models": ["near", "far"], "retain": 0.01}),
+        json!({"method": "average", "base": "base", "models": ["near", "far"],
+            "sparsify": {"kind": "dare", "drop_rate": 0.9}}),
+    ] {
+        let warnings = models.merge(recipe.clone()).unwrap().manifest.warnings;
+        assert_eq!(warnings.len(), 1, "{recipe}: {warnings:?}");
+        assert!(warnings[0].starts_with("models[1]: ") && warnings[0].contains("cosine"), "{warnings:?}");
+    }
+}
+
+#[test]
+fn rows_that_no_thread_can_hold_are_refused_by_methods_by_row() {
+    let models = Models::new();
+    for name in ["base", "a", "b"] {
+        models.add(name, Dtype::BF16, &[("experts", vec![2, (4 << 20) + 1], vec![0.5; (8 << 20) + 2])]);
+    }
+    let della = json!({"kind": "della", "retain": 0.5});
+    for recipe in [
+        json!({"method": "nuslerp", "models": ["a", "b"], "granularity": "row"}),
+        json!({"method": "model_stock", "base": "base", "models": ["a", "b"], "granularity": "row"}),
+        json!({"method": "ties", "base": "base", "models": ["a", "b"], "sparsify": della}),
+    ] {
+        assert_eq!(models.merge(recipe.clone()).err().unwrap().field(), "method", "{recipe}");
+    }
+}

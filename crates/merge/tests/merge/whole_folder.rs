@@ -58,7 +58,7 @@ fn the_folder_is_whole_and_carries_no_code() {
 #[test]
 fn the_manifest_says_what_made_it_and_verifies() {
     let (_models, merged) = merged();
-    let manifest = verify_folder_full(merged.dir.path()).unwrap();
+    let manifest = verify_folder_full(merged.dir.path(), &|| true).unwrap();
     assert_eq!(manifest, merged.manifest);
     assert_eq!(manifest.lambda, cauldron_merge::draw_lambda(1.0, 3));
     assert_eq!(manifest.recipe["mixup"]["seed"], json!(3));
@@ -85,7 +85,7 @@ fn damage_is_found() {
     fs::write(&weights, &bytes).unwrap();
     assert!(verify_folder(merged.dir.path()).is_ok());
     assert_eq!(
-        verify_folder_full(merged.dir.path()).err().unwrap().slug(),
+        verify_folder_full(merged.dir.path(), &|| true).err().unwrap().slug(),
         "corrupt-checkpoint"
     );
     fs::write(&weights, &bytes[..last]).unwrap();

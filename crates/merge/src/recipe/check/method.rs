@@ -6,6 +6,8 @@ use crate::setting::Setting;
 use crate::spec::RecipeSpec;
 
 const DEFAULT_RETAIN: f64 = 0.5;
+/// slerp: beyond it the arc has been gone round.
+const MOST_T: f64 = 1000.0;
 
 pub(super) fn method(name: &str, spec: &RecipeSpec, sugar: Option<bool>) -> Result<Method, RecipeError> {
     let scaling = spec.scaling.clone().unwrap_or(1.0.into());
@@ -106,7 +108,8 @@ fn slerp_share(spec: &RecipeSpec) -> Result<Setting, RecipeError> {
             "t",
             "t and mixup exclude each other: t is 1 - lambda",
         )),
-        (Some(t), None) => Ok(t.clone()),
+        (Some(t), None) if t.numbers().all(|t| t.abs() <= MOST_T) => Ok(t.clone()),
+        (Some(_), None) => Err(RecipeError::new("t", format!("must be from -{MOST_T} to {MOST_T}"))),
         // Replaced by 1 - lambda.
         (None, Some(_)) => Ok(0.5.into()),
         (None, None) => Err(RecipeError::new("t", "is required")),

@@ -15,6 +15,9 @@ const MIXABLE: &[&str] = &[
     "multislerp",
 ];
 
+/// Draws this near are one.
+const SAME_DRAW: f64 = 1e-12;
+
 pub(super) fn mixup(
     spec: &MixupSpec,
     name: &str,
@@ -85,14 +88,22 @@ pub(super) fn mixup(
         2 => Shares::Lambda(draw_lambda(alpha, seed).ok_or_else(bad_alpha)?.into()),
         _ => Shares::Each(draw_shares(alpha, seed, models).ok_or_else(bad_alpha)?),
     };
-    // What a resolved recipe says of its draw must be the draw.
-    let agrees = match &shares {
-        Shares::Lambda(drawn) => {
-            spec.lambda.as_ref().is_none_or(|given| given == drawn) && spec.shares.is_none()
+    // What a resolved recipe says of its draw must be the draw, up to what another machine's logarithms differ by. What it
+    // says holds.
+    let near = |a: f64, b: f64| (a - b).abs() <= SAME_DRAW;
+    let resolved = match (&shares, &spec.lambda, &spec.shares) {
+        (_, None, None) => Some(shares.clone()),
+        (Shares::Lambda(drawn), Some(given), None) => match (drawn.as_constant(), given.as_constant()) {
+            (Some(a), Some(b)) if near(a, b) => Some(Shares::Lambda(given.clone())),
+            _ => None,
+        },
+        (Shares::Each(drawn), None, Some(given)) => {
+            let same = drawn.len() == given.len() && drawn.iter().zip(given).all(|(a, b)| near(*a, *b));
+            same.then(|| Shares::Each(given.clone()))
         }
-        Shares::Each(drawn) => spec.shares.as_ref().is_none_or(|given| given == drawn),
+        _ => None,
     };
-    if !agrees {
+    let Some(resolved) = resolved else {
         let field = if spec.lambda.is_some() {
             "mixup.lambda"
         } else {
@@ -106,9 +117,9 @@ pub(super) fn mixup(
             field,
             format!("alpha and seed draw {drawn}; give one or the other"),
         ));
-    }
+    };
     Ok(Mixup {
-        shares,
+        shares: resolved,
         drawn: Some((alpha, seed)),
     })
 }

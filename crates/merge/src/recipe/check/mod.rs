@@ -9,14 +9,14 @@ mod sparsifier;
 use cauldron_checkpoint::Dtype;
 use regex::RegexSet;
 
-use super::{Drops, Model, ModelRef, Recipe, Vocab};
+use super::{Drops, Model, ModelRef, Recipe, Vocab, on_deltas};
 use crate::RecipeError;
 use crate::spec::RecipeSpec;
 use method::method;
 use mixup::mixup;
 use models::models;
 pub(crate) use models::usable_sum;
-use slices::slices;
+use slices::{Rules, slices};
 use sparsifier::sparsifier;
 
 const MAX_EXCLUDES: usize = 64;
@@ -102,14 +102,19 @@ pub(super) fn recipe(spec: &RecipeSpec, draw_seed: &mut dyn FnMut() -> u64) -> R
         }
     }
     let (vocab, pad_to_multiple_of) = vocabulary(spec, base.is_some())?;
-    let slices = slices(&spec.slices, base.as_ref(), &models, &method)?;
+    let rules = Rules {
+        method: &method,
+        on_deltas: sparsify.is_some() || on_deltas(&method, base.is_some()),
+        mixed: mixup.is_some(),
+    };
+    let slices = slices(&spec.slices, base.as_ref(), &models, rules)?;
     Ok(Recipe {
         sparsify,
         mixup,
         dtype: dtype(spec.dtype.as_deref())?,
         exclude: spec.exclude.clone(),
         excluded,
-        tokenizer: tokenizer(spec.tokenizer.as_deref(), base.as_ref(), &models)?,
+        tokenizer: tokenizer(spec.tokenizer.as_deref(), base.as_ref(), &models, vocab)?,
         vocab,
         pad_to_multiple_of,
         slices,
@@ -161,11 +166,12 @@ fn vocabulary(spec: &RecipeSpec, has_base: bool) -> Result<(Vocab, Option<usize>
         Some("pad_mean") => Vocab::PadMean,
         Some("base") if !has_base => return Err(RecipeError::new("vocab", "the recipe has no base")),
         Some("base") => Vocab::Base,
+        Some("align") => Vocab::Align,
         Some("union") => Vocab::Union,
         Some(_) => {
             return Err(RecipeError::new(
                 "vocab",
-                "must be strict, pad_mean, base or union",
+                "must be strict, pad_mean, base, align or union",
             ));
         }
     };
@@ -220,8 +226,15 @@ fn tokenizer(
     spec: Option<&str>,
     base: Option<&ModelRef>,
     models: &[Model],
+    vocab: Vocab,
 ) -> Result<Option<ModelRef>, RecipeError> {
     let Some(text) = spec else { return Ok(None) };
+    if !matches!(vocab, Vocab::Strict | Vocab::Align) {
+        return Err(RecipeError::new(
+            "tokenizer",
+            "vocab decides the tokenizer, unless it is strict or align",
+        ));
+    }
     if text == "base" {
         // The word, not a folder of that name: the recipe's base, whatever it is called.
         return match base {

@@ -8,11 +8,21 @@ const MAX_SLICES: usize = 1024;
 
 const MAX_LAYERS: usize = 100_000;
 
+/// What the rest of the recipe asks of every slice.
+#[derive(Clone, Copy)]
+pub(super) struct Rules<'a> {
+    pub method: &'a Method,
+    /// Deltas from the base are formed, in every tensor.
+    pub on_deltas: bool,
+    /// Every model has a share, of a whole.
+    pub mixed: bool,
+}
+
 pub(super) fn slices(
     specs: &[SliceSpec],
     base: Option<&ModelRef>,
     models: &[Model],
-    method: &Method,
+    rules: Rules<'_>,
 ) -> Result<Vec<Slice>, RecipeError> {
     if specs.len() > MAX_SLICES {
         return Err(RecipeError::new(
@@ -22,9 +32,10 @@ pub(super) fn slices(
     }
     let slices = specs.iter().enumerate();
     let slices: Vec<Slice> = slices
-        .map(|(index, spec)| slice(&format!("slices[{index}]"), spec, base, models, method))
+        .map(|(index, spec)| slice(&format!("slices[{index}]"), spec, base, models, rules))
         .collect::<Result<_, _>>()?;
-    if slices.iter().map(|s| s.layers).sum::<usize>() > MAX_LAYERS {
+    let layers = slices.iter().map(|s| s.layers);
+    if layers.fold(0, usize::saturating_add) > MAX_LAYERS {
         return Err(RecipeError::new(
             "slices",
             format!("make more than {MAX_LAYERS} layers"),
@@ -38,7 +49,7 @@ fn slice(
     spec: &SliceSpec,
     base: Option<&ModelRef>,
     models: &[Model],
-    method: &Method,
+    Rules { method, on_deltas, mixed }: Rules<'_>,
 ) -> Result<Slice, RecipeError> {
     let mut sources: Vec<(Option<usize>, usize)> = Vec::new();
     let mut layers = None;
@@ -68,12 +79,15 @@ fn slice(
         sources.push((model, from));
     }
     let members = sources.iter().filter(|(model, _)| model.is_some()).count();
+    let has_base = members < sources.len();
     let wrong = match method {
+        Method::Passthrough if on_deltas => Some("passthrough of slices takes no sparsifier"),
         Method::Passthrough if sources.len() != 1 => Some("passthrough takes one source a slice"),
         Method::Slerp { .. } | Method::NuSlerp { .. } if members != 2 => Some("needs both models"),
         Method::ModelStock { .. } if members < 2 => Some("needs at least two models"),
         _ if members == 0 && !matches!(method, Method::Passthrough) => Some("needs one of the models"),
-        _ if method.needs_base() && members == sources.len() => Some("needs the base among its sources"),
+        _ if (method.needs_base() || on_deltas) && !has_base => Some("needs the base among its sources"),
+        _ if mixed && members < models.len() => Some("needs all models: each has its share"),
         _ => None,
     };
     match (wrong, layers) {

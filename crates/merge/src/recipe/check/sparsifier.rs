@@ -83,6 +83,9 @@ pub(super) fn sparsifier(
     }))
 }
 
+/// Below it nothing is kept of any tensor, and what is divided by it overflows.
+const LEAST_RETAINED: f64 = 1e-9;
+
 /// Ranges of a sparsifier's numbers.
 pub(super) fn amounts(
     field: &str,
@@ -102,10 +105,10 @@ pub(super) fn amounts(
             ("drop_rate", rate.numbers().map(|p| 1.0 - p).collect())
         }
         Amount::Retain(share) => {
-            if !share.numbers().all(|r| r > 0.0 && r <= 1.0) {
+            if !share.numbers().all(|r| r >= LEAST_RETAINED && r <= 1.0) {
                 return Err(RecipeError::new(
                     format!("{field}.retain"),
-                    "must be above 0 and at most 1",
+                    format!("must be at least {LEAST_RETAINED:e} and at most 1"),
                 ));
             }
             ("retain", share.numbers().collect())
