@@ -225,7 +225,9 @@ impl Resolution<'_> {
                 cache.lookup(&digest)?.ok_or_else(|| absent(&digest))?;
             }
             (Some(digest), Care::Verify(go_on)) => {
-                let (_, pin) = cache.verify_while(&digest, go_on)?.ok_or_else(|| absent(&digest))?;
+                let (_, pin) = cache
+                    .verify_while(&digest, go_on)?
+                    .ok_or_else(|| absent(&digest))?;
                 self.seen().pins.push(pin);
             }
         }

@@ -1,5 +1,5 @@
 //! Compiles the kernels with nvcc into one file each, which the crate embeds: machine code of the GPU that
-//! CUDA_COMPUTE_CAP names (90: H100, H200), and PTX of Ampere, which the driver compiles for any newer one.
+//! CUDA_COMPUTE_CAP names (90: H100, H200), and its PTX, which the driver compiles for any newer one.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -30,8 +30,10 @@ fn compile(name: &str, flags: &[&str], out: &Path) -> Result<(), String> {
     let nvcc = nvcc();
     let cap = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "90".to_owned());
     let run = Command::new(&nvcc)
-        .args(["--fatbin", "-O3", "-gencode=arch=compute_80,code=compute_80"])
-        .arg(format!("-gencode=arch=compute_{cap},code=sm_{cap}"))
+        .args(["--fatbin", "-O3"])
+        .arg(format!(
+            "-gencode=arch=compute_{cap},code=[sm_{cap},compute_{cap}]"
+        ))
         .args(flags)
         .arg("-o")
         .arg(out.join(format!("{name}.fatbin")))

@@ -97,12 +97,13 @@ impl Runner {
     fn merge(&self, job: &Job, progress: &Progress) -> Result<Merged, Outcome> {
         let recipe = Recipe::from_json(job.recipe.clone()).map_err(SourceError::from)?;
         // Held to the end: parents from the cache are whole, and stay.
-        let (parents, _held) = self.sources.open(&recipe, Care::Verify(&|| !progress.cancelled())).map_err(|e| {
-            match progress.cancelled() {
+        let (parents, _held) = self
+            .sources
+            .open(&recipe, Care::Verify(&|| !progress.cancelled()))
+            .map_err(|e| match progress.cancelled() {
                 true => Outcome::Cancelled,
                 false => e.into(),
-            }
-        })?;
+            })?;
         progress
             .total
             .store(parents.bytes_total(&recipe), Ordering::Relaxed);

@@ -233,7 +233,7 @@ async fn a_merge_keeps_its_cached_parents() {
         let recipe = json!({"method": "average", "models": [parent, "math"]});
         let recipe = Recipe::from_json(recipe).unwrap();
         let sources = app.app.sources.clone();
-        let open = move || sources.open(&recipe, Care::Verify).unwrap();
+        let open = move || sources.open(&recipe, Care::Verify(&|| true)).unwrap();
         let (_, held) = tokio::task::spawn_blocking(open).await.unwrap();
         app.delete(&format!("/checkpoints/{digest}"))
             .await

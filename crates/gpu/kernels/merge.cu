@@ -16,7 +16,7 @@ constexpr int TILE = 8192;
 constexpr uint32_t LEAST_INFINITE = 0x7f7f8000;
 
 enum Number : uint32_t { BF16, F16, F32 };
-enum Operation : uint32_t { WEIGHTED_SUM, DELTAS, TIES, SPARSE_SUM, BASE };
+enum Operation : uint32_t { WEIGHTED_SUM, DELTAS, TIES, SPARSE_SUM };
 enum Survivors : uint32_t { KEEP, DIVIDE, MULTIPLY };
 enum Mean : uint32_t { SUM, MEAN, MIXUP };
 
@@ -59,28 +59,17 @@ struct Pass {
     Member member[MOST_MEMBERS];
 };
 
-struct Raw {
-    uint32_t words[RUN];
-};
-
-__device__ __forceinline__ Raw read(const void* values, uint32_t number, unsigned long long at) {
-    Raw raw;
-    const uint4* from = static_cast<const uint4*>(values);
-    if (number == F32) {
-        const uint4 low = from[at / 4], high = from[at / 4 + 1];
-        raw = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    } else {
-        const uint4 all = from[at / 8];
-        raw = {all.x, all.y, all.z, all.w, 0, 0, 0, 0};
-    }
-    return raw;
+__device__ __forceinline__ float read(const void* values, uint32_t number, unsigned long long at) {
+    if (number == F32) return static_cast<const float*>(values)[at];
+    const uint16_t half = static_cast<const uint16_t*>(values)[at];
+    if (number == BF16) return __uint_as_float(static_cast<uint32_t>(half) << 16);
+    return __half2float(__ushort_as_half(half));
 }
 
-__device__ __forceinline__ float widen(const Raw& raw, uint32_t number, int i) {
-    if (number == F32) return __uint_as_float(raw.words[i]);
-    const uint32_t half = i % 2 ? raw.words[i / 2] >> 16 : raw.words[i / 2] & 0xffff;
-    if (number == BF16) return __uint_as_float(half << 16);
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(half)));
+// Number i of eight.
+__device__ __forceinline__ float of_bf16(const uint4& eight, int i) {
+    const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+    return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000 : words[i / 2] << 16);
 }
 
 // To nearest even; the bits of a 16-bit type lie below.
@@ -108,19 +97,21 @@ __device__ __forceinline__ float on_base(float base, float scaling, float change
     return change == 0.0f ? base : base + scaling * change;
 }
 
-// x / by, rounded to nearest, from the rounded reciprocal: Markstein's correction is exact for a divisor around 1 unless
-// numbers become subnormal or overflow on the way.
+// x / by, rounded to nearest, from the rounded reciprocal (0: none is to be used). The first step gives a neighbour of the
+// quotient, and from one the second gives the rounded quotient (Markstein 1990), unless numbers on the way are subnormal or
+// infinite, or all bits of the divisor's mantissa are set.
 __device__ __forceinline__ float divide(float x, float by, float reciprocal) {
     const float quotient = x * reciprocal;
     const float size = fabsf(x);
-    if (size > 1e-30f && size < 1e30f && by > 1e-4f && by < 1e4f) {
-        return fmaf(fmaf(-quotient, by, x), reciprocal, quotient);
+    if (size > 1e-30f && size < 1e30f && reciprocal != 0.0f) {
+        const float near = fmaf(fmaf(-quotient, by, x), reciprocal, quotient);
+        return fmaf(fmaf(-near, by, x), reciprocal, near);
     }
     return x / by;
 }
 
-__device__ __forceinline__ float sparse(const Member& member, float delta, uint8_t kept, int i, unsigned long long at) {
-    if (!(kept >> i & 1)) delta = 0.0f;
+__device__ __forceinline__ float sparse(const Member& member, float delta, bool kept, unsigned long long at) {
+    if (!kept) delta = 0.0f;
     if (member.between) {
         const uint32_t size = magnitude(delta);
         if (!member.low.is_below(size, at) || member.high.is_below(size, at)) delta = 0.0f;
@@ -175,79 +166,102 @@ __device__ __forceinline__ float ties(const Pass& pass, float (&deltas)[K]) {
     return divides && total != 0.0f ? sum / total : sum;
 }
 
-// The tiles of some tensors, block by block. With FAST all values are bfloat16, and there are just K parents.
-template <uint32_t OPERATION, int K, bool FAST, bool SPARSE>
-__device__ __forceinline__ void merge(const Pass* __restrict__ passes, const uint2* __restrict__ tiles, int count) {
+// What becomes of one element.
+template <uint32_t OPERATION, int K, bool ALL, bool SPARSE>
+__device__ __forceinline__ float merged(const Pass& pass, float theta0, float (&values)[K], const bool (&kept)[K],
+                                        unsigned long long at) {
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        const Member& member = pass.member[k];
+        if (OPERATION != WEIGHTED_SUM && (ALL || k < pass.members)) {
+            values[k] = values[k] - theta0;
+            if (SPARSE) values[k] = sparse(member, values[k], kept[k], at);
+            if (OPERATION == TIES && !member.trim.is_below(magnitude(values[k]), at)) values[k] = 0.0f;
+            if (OPERATION == SPARSE_SUM) values[k] = on_base(theta0, 1.0f, values[k]);
+        }
+    }
+    if (OPERATION == TIES) return on_base(theta0, pass.scaling, ties<K, ALL>(pass, values));
+    const float sum = weighted_sum<K, ALL>(pass, values);
+    return OPERATION == DELTAS ? on_base(theta0, pass.scaling, sum) : sum;
+}
+
+// The tiles of some tensors, block by block, where all values are bfloat16 and there are just K parents.
+template <uint32_t OPERATION, int K, bool SPARSE>
+__device__ __forceinline__ void merge_fast(const Pass* __restrict__ passes, const uint2* __restrict__ tiles, int count) {
     for (int t = blockIdx.x; t < count; t += gridDim.x) {
         const uint2 tile = tiles[t];
         const Pass& pass = passes[tile.x];
         const unsigned long long start = static_cast<unsigned long long>(tile.y) * TILE;
         const unsigned long long end = min(start + TILE, pass.length);
-        const uint32_t base_number = FAST ? BF16 : pass.base_number, out_number = FAST ? BF16 : pass.out_number;
-        bool finite = true;
         uint32_t largest = 0;
         for (unsigned long long at = start + threadIdx.x * RUN; at < end; at += blockDim.x * RUN) {
-            Raw base = {}, raw[K];
-            uint8_t kept[K];
-            if (OPERATION != WEIGHTED_SUM) base = read(pass.base, base_number, at);
+            uint4 base = {}, raw[K];
+            uint8_t bits[K];
+            if (OPERATION != WEIGHTED_SUM) base = static_cast<const uint4*>(pass.base)[at / RUN];
 #pragma unroll
             for (int k = 0; k < K; k++) {
                 const Member& member = pass.member[k];
-                const uint32_t number = FAST ? BF16 : member.number;
                 // A parent that adds nothing is not read.
-                const bool is_there = FAST || k < pass.members;
-                const bool reads = is_there && (OPERATION != WEIGHTED_SUM || member.factor != 0.0f);
-                raw[k] = reads ? read(member.values, number, at) : Raw{};
-                kept[k] = SPARSE && is_there && member.kept != nullptr ? member.kept[at / 8] : 0xff;
+                const bool reads = OPERATION != WEIGHTED_SUM || member.factor != 0.0f;
+                raw[k] = reads ? static_cast<const uint4*>(member.values)[at / RUN] : uint4{};
+                bits[k] = SPARSE && member.kept != nullptr ? member.kept[at / RUN] : 0xff;
             }
             uint32_t out[RUN];
 #pragma unroll
             for (int i = 0; i < RUN; i++) {
-                const float theta0 = OPERATION == WEIGHTED_SUM ? 0.0f : widen(base, base_number, i);
                 float values[K];
+                bool kept[K];
 #pragma unroll
                 for (int k = 0; k < K; k++) {
-                    const Member& member = pass.member[k];
-                    values[k] = widen(raw[k], FAST ? BF16 : member.number, i);
-                    if (OPERATION != WEIGHTED_SUM && (FAST || k < pass.members)) {
-                        values[k] = values[k] - theta0;
-                        if (SPARSE) values[k] = sparse(member, values[k], kept[k], i, at + i);
-                        if (OPERATION == TIES && !member.trim.is_below(magnitude(values[k]), at + i)) values[k] = 0.0f;
-                        if (OPERATION == SPARSE_SUM) values[k] = on_base(theta0, 1.0f, values[k]);
-                    }
+                    values[k] = of_bf16(raw[k], i);
+                    kept[k] = bits[k] >> i & 1;
                 }
-                float merged;
-                if (OPERATION == TIES) {
-                    merged = on_base(theta0, pass.scaling, ties<K, FAST>(pass, values));
-                } else {
-                    merged = weighted_sum<K, FAST>(pass, values);
-                    if (OPERATION == DELTAS) merged = on_base(theta0, pass.scaling, merged);
-                }
-                if (FAST) {
-                    // The largest magnitude tells whether any is not finite once it is rounded.
-                    const uint32_t bits = __float_as_uint(merged);
-                    largest = at + i < end ? max(largest, bits & 0x7fffffff) : largest;
-                    out[i] = bits + 0x7fff + (bits >> 16 & 1);
-                } else {
-                    bool good = true;
-                    out[i] = narrow(merged, out_number, good);
-                    finite &= good || at + i >= end;
-                }
+                const float value = merged<OPERATION, K, true, SPARSE>(pass, of_bf16(base, i), values, kept, at + i);
+                // The largest magnitude tells whether any is not finite once it is rounded.
+                const uint32_t all = __float_as_uint(value);
+                largest = at + i < end ? max(largest, all & 0x7fffffff) : largest;
+                out[i] = all + 0x7fff + (all >> 16 & 1);
             }
-            uint4* to = static_cast<uint4*>(pass.out);
-            if (FAST) {
-                // The upper halves of two words are one word.
-                to[at / 8] = make_uint4(__byte_perm(out[0], out[1], 0x7632), __byte_perm(out[2], out[3], 0x7632),
-                                        __byte_perm(out[4], out[5], 0x7632), __byte_perm(out[6], out[7], 0x7632));
-            } else if (out_number == F32) {
-                to[at / 4] = make_uint4(out[0], out[1], out[2], out[3]);
-                to[at / 4 + 1] = make_uint4(out[4], out[5], out[6], out[7]);
+            // The upper halves of two words are one word.
+            static_cast<uint4*>(pass.out)[at / RUN] =
+                make_uint4(__byte_perm(out[0], out[1], 0x7632), __byte_perm(out[2], out[3], 0x7632),
+                           __byte_perm(out[4], out[5], 0x7632), __byte_perm(out[6], out[7], 0x7632));
+        }
+        if (largest >= LEAST_INFINITE) atomicOr(pass.not_finite, 1u);
+    }
+}
+
+// As above, of any types and up to MOST_MEMBERS parents: an element a thread.
+template <uint32_t OPERATION>
+__device__ __forceinline__ void merge_any(const Pass* __restrict__ passes, const uint2* __restrict__ tiles, int count) {
+    for (int t = blockIdx.x; t < count; t += gridDim.x) {
+        const uint2 tile = tiles[t];
+        const Pass& pass = passes[tile.x];
+        const unsigned long long start = static_cast<unsigned long long>(tile.y) * TILE;
+        const unsigned long long end = min(start + TILE, pass.length);
+        bool finite = true;
+#pragma unroll 1
+        for (unsigned long long at = start + threadIdx.x; at < end; at += blockDim.x) {
+            const float theta0 = OPERATION == WEIGHTED_SUM ? 0.0f : read(pass.base, pass.base_number, at);
+            float values[MOST_MEMBERS];
+            bool kept[MOST_MEMBERS];
+#pragma unroll
+            for (int k = 0; k < MOST_MEMBERS; k++) {
+                const Member& member = pass.member[k];
+                const bool is_there = k < pass.members;
+                const bool reads = is_there && (OPERATION != WEIGHTED_SUM || member.factor != 0.0f);
+                values[k] = reads ? read(member.values, member.number, at) : 0.0f;
+                kept[k] = !is_there || member.kept == nullptr || (member.kept[at / 8] >> at % 8 & 1);
+            }
+            const float value = merged<OPERATION, MOST_MEMBERS, false, true>(pass, theta0, values, kept, at);
+            const uint32_t rounded = narrow(value, pass.out_number, finite);
+            if (pass.out_number == F32) {
+                static_cast<uint32_t*>(pass.out)[at] = rounded;
             } else {
-                to[at / 8] = make_uint4(out[0] | out[1] << 16, out[2] | out[3] << 16, out[4] | out[5] << 16,
-                                        out[6] | out[7] << 16);
+                static_cast<uint16_t*>(pass.out)[at] = static_cast<uint16_t>(rounded);
             }
         }
-        if (!finite || largest >= LEAST_INFINITE) atomicOr(pass.not_finite, 1u);
+        if (!finite) atomicOr(pass.not_finite, 1u);
     }
 }
 
@@ -267,24 +281,24 @@ __device__ __forceinline__ uint4 philox(unsigned long long counter, uint32_t key
 
 }  // namespace
 
-#define POINT(NAME, OPERATION, K, FAST, SPARSE)                                                       \
-    extern "C" __global__ void __launch_bounds__(256)                                                 \
-        NAME(const Pass* __restrict__ passes, const uint2* __restrict__ tiles, int count) {           \
-        merge<OPERATION, K, FAST, SPARSE>(passes, tiles, count);                                      \
+#define POINT(NAME, MERGE)                                                                           \
+    extern "C" __global__ void __launch_bounds__(256)                                                \
+        NAME(const Pass* __restrict__ passes, const uint2* __restrict__ tiles, int count) {          \
+        MERGE(passes, tiles, count);                                                                 \
     }
-#define OF_PARENTS(K)                                        \
-    POINT(weighted_sum_fast_##K, WEIGHTED_SUM, K, true, false) \
-    POINT(deltas_fast_##K, DELTAS, K, true, false)             \
-    POINT(deltas_fast_sparse_##K, DELTAS, K, true, true)       \
-    POINT(ties_fast_##K, TIES, K, true, false)                 \
-    POINT(ties_fast_sparse_##K, TIES, K, true, true)
+#define OF_PARENTS(K)                                                         \
+    POINT(weighted_sum_fast_##K, (merge_fast<WEIGHTED_SUM, K, false>))        \
+    POINT(deltas_fast_##K, (merge_fast<DELTAS, K, false>))                    \
+    POINT(deltas_fast_sparse_##K, (merge_fast<DELTAS, K, true>))              \
+    POINT(ties_fast_##K, (merge_fast<TIES, K, false>))                        \
+    POINT(ties_fast_sparse_##K, (merge_fast<TIES, K, true>))
 
 OF_PARENTS(2)
 OF_PARENTS(3)
-POINT(weighted_sum, WEIGHTED_SUM, MOST_MEMBERS, false, false)
-POINT(deltas, DELTAS, MOST_MEMBERS, false, true)
-POINT(ties, TIES, MOST_MEMBERS, false, true)
-POINT(sparse_sum, SPARSE_SUM, MOST_MEMBERS, false, true)
+POINT(weighted_sum, merge_any<WEIGHTED_SUM>)
+POINT(deltas, merge_any<DELTAS>)
+POINT(ties, merge_any<TIES>)
+POINT(sparse_sum, merge_any<SPARSE_SUM>)
 
 // Which of `length` elements stay: bit i is set where word i of the tensor's mask is not below the threshold. One word of
 // bits a thread.

@@ -151,7 +151,11 @@ impl Rows {
 
     fn is(&self, dtype: DType, width: usize) -> Result<u64> {
         if self.tensor.dtype() != dtype || self.width != width {
-            bail!("rows of {} {:?} where {width} {dtype:?} are due", self.width, self.tensor.dtype());
+            bail!(
+                "rows of {} {:?} where {width} {dtype:?} are due",
+                self.width,
+                self.tensor.dtype()
+            );
         }
         pointer(&self.tensor)
     }
@@ -175,7 +179,10 @@ impl Heads {
 
     pub fn check(&self) -> Result<()> {
         if self.size == 0 || self.size > 256 || !self.size.is_multiple_of(4) || self.keys == 0 {
-            bail!("heads of {} numbers; the GPU takes multiples of 4 up to 256", self.size);
+            bail!(
+                "heads of {} numbers; the GPU takes multiples of 4 up to 256",
+                self.size
+            );
         }
         Ok(())
     }
@@ -191,7 +198,11 @@ fn suffix(dtype: DType) -> Result<&'static str> {
 
 fn vector(tensor: &Tensor, len: usize) -> Result<u64> {
     if tensor.dtype() != DType::F32 || tensor.elem_count() != len {
-        bail!("{:?} {:?} where {len} f32 are due", tensor.shape(), tensor.dtype());
+        bail!(
+            "{:?} {:?} where {len} f32 are due",
+            tensor.shape(),
+            tensor.dtype()
+        );
     }
     pointer(tensor)
 }
@@ -279,9 +290,14 @@ impl Gpu {
         let name = format!("gate_{}", suffix(dtype)?);
         // SAFETY: a thread reads two numbers of a row and writes one.
         unsafe {
-            self.launch(&name, ((x.rows * width).div_ceil(THREADS), 1), THREADS, |launch| {
-                launch.arg(&from).arg(&to).arg(&length).arg(&columns).arg(&gelu);
-            })?;
+            self.launch(
+                &name,
+                ((x.rows * width).div_ceil(THREADS), 1),
+                THREADS,
+                |launch| {
+                    launch.arg(&from).arg(&to).arg(&length).arg(&columns).arg(&gelu);
+                },
+            )?;
         }
         Ok(out)
     }
@@ -298,7 +314,14 @@ impl Gpu {
         self.multiply(x, weight, 0..weight.dim(0)?, to, 1.0)
     }
 
-    fn multiply(&self, x: &Rows, weight: &Tensor, columns: Range<usize>, out: &Rows, beta: f32) -> Result<()> {
+    fn multiply(
+        &self,
+        x: &Rows,
+        weight: &Tensor,
+        columns: Range<usize>,
+        out: &Rows,
+        beta: f32,
+    ) -> Result<()> {
         let (all, inner) = weight.dims2()?;
         let dtype = weight.dtype();
         let (number, size) = match dtype {
@@ -320,7 +343,10 @@ impl Gpu {
         };
         let alpha = 1f32;
         for row in (0..x.rows).step_by(at_once.max(1)) {
-            let (b, c) = (b + (row * inner * size) as u64, c + (row * columns.len() * 4) as u64);
+            let (b, c) = (
+                b + (row * inner * size) as u64,
+                c + (row * columns.len() * 4) as u64,
+            );
             let (m, n, k) = (columns.len() as i32, at_once as i32, inner as i32);
             // Row-major x W^T is column-major W x^T.
             // SAFETY: W has `m` rows from `a` on; `x` and `out` have room for whole steps of rows.
@@ -605,7 +631,11 @@ impl Attention {
         let there = pages.keys.dim(0)?;
         let fits = self.heads_at_once == pages.heads.at_once() && self.dtype == pages.keys.dtype();
         if self.rows != rows || there < self.pages || !fits {
-            bail!("an attention of {} rows over {} pages does not fit", self.rows, self.pages);
+            bail!(
+                "an attention of {} rows over {} pages does not fit",
+                self.rows,
+                self.pages
+            );
         }
         Ok(())
     }

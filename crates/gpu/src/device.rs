@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaStream, DevicePtr, LaunchArgs, LaunchConfig};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaStream, DevicePtr, LaunchArgs, LaunchConfig,
+};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, DType, Device, Result, Shape, Storage, Tensor, bail};
@@ -62,7 +64,9 @@ pub struct Gpu {
 
 impl fmt::Debug for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Gpu").field("device", &self.cuda).finish_non_exhaustive()
+        f.debug_struct("Gpu")
+            .field("device", &self.cuda)
+            .finish_non_exhaustive()
     }
 }
 
@@ -86,7 +90,10 @@ impl Gpu {
         unsafe { cuda.disable_event_tracking() };
         let mut functions = HashMap::new();
         for (image, names) in [MERGE, DECODER] {
-            let module = stream.context().load_module(Ptx::from_binary(image.to_vec())).w()?;
+            let module = stream
+                .context()
+                .load_module(Ptx::from_binary(image.to_vec()))
+                .w()?;
             for name in names {
                 functions.insert(*name, module.load_function(name).w()?);
             }

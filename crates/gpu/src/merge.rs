@@ -252,8 +252,17 @@ impl Member<'_> {
             before: self.before,
             factor: self.factor,
             share: self.share,
-            reciprocal: 1.0 / by,
+            reciprocal: reciprocal(by),
         })
+    }
+}
+
+/// What the kernel divides by means of; 0 where that would not be exact.
+fn reciprocal(by: f32) -> f32 {
+    const MANTISSA: u32 = 0x7f_ffff;
+    match (1e-4..1e4).contains(&by) && by.to_bits() & MANTISSA != MANTISSA {
+        true => 1.0 / by,
+        false => 0.0,
     }
 }
 
@@ -290,7 +299,12 @@ impl Gpu {
         // SAFETY: the kernel writes one word for 32 elements, and there is room for them.
         unsafe {
             self.launch("keep_bits", (blocks, 1), THREADS, |launch| {
-                launch.arg(&at).arg(&length).arg(&key[0]).arg(&key[1]).arg(&threshold);
+                launch
+                    .arg(&at)
+                    .arg(&length)
+                    .arg(&key[0])
+                    .arg(&key[1])
+                    .arg(&threshold);
             })?;
         }
         Ok(bits)
@@ -339,7 +353,11 @@ impl Gpu {
             bail!("the flag is not a u32");
         }
         if passes.len() != plan.kernels.len() || outs.len() != passes.len() {
-            bail!("{} passes where {} were planned", passes.len(), plan.kernels.len());
+            bail!(
+                "{} passes where {} were planned",
+                passes.len(),
+                plan.kernels.len()
+            );
         }
         let flag = pointer(not_finite)?;
         let mut raw: Vec<RawPass> = Vec::with_capacity(passes.len());
@@ -351,7 +369,8 @@ impl Gpu {
             raw.push(pass.raw(out, flag)?);
         }
         // SAFETY: plain numbers without padding, looked at as bytes.
-        let bytes = unsafe { std::slice::from_raw_parts(raw.as_ptr().cast::<u8>(), size_of_val(raw.as_slice())) };
+        let bytes =
+            unsafe { std::slice::from_raw_parts(raw.as_ptr().cast::<u8>(), size_of_val(raw.as_slice())) };
         let there = Tensor::from_slice(bytes, bytes.len(), &self.device)?;
         let at = pointer(&there)?;
         for group in &plan.groups {
@@ -359,9 +378,14 @@ impl Gpu {
             // SAFETY: every tensor was found to hold its elements, and has room up to a whole run; the tiles are those of the
             // passes.
             unsafe {
-                self.launch(&group.kernel, (group.count.min(MOST_BLOCKS), 1), THREADS, |launch| {
-                    launch.arg(&at).arg(&tiles).arg(&count);
-                })?;
+                self.launch(
+                    &group.kernel,
+                    (group.count.min(MOST_BLOCKS), 1),
+                    THREADS,
+                    |launch| {
+                        launch.arg(&at).arg(&tiles).arg(&count);
+                    },
+                )?;
             }
         }
         Ok(())
@@ -388,9 +412,7 @@ impl Pass<'_> {
             && self.members.iter().all(|member| is_bf16(member.number));
         let is_sparse = |member: &Member<'_>| {
             let change = &member.change;
-            change.kept.is_some()
-                || change.between.is_some()
-                || !matches!(change.survivors, Survivors::Keep)
+            change.kept.is_some() || change.between.is_some() || !matches!(change.survivors, Survivors::Keep)
         };
         Ok(match (fast, self.members.iter().any(is_sparse)) {
             (false, _) => name.to_owned(),

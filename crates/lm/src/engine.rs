@@ -408,7 +408,14 @@ impl Engine {
                 false => Drawn::failed("the model gave no finite logit".to_owned(), None),
                 true => Drawn {
                     token: Ok(token),
-                    logprobs: top.map(|top| TokenLogprobs { token, logprob, ..scored }.with_top(top)),
+                    logprobs: top.map(|top| {
+                        TokenLogprobs {
+                            token,
+                            logprob,
+                            ..scored
+                        }
+                        .with_top(top)
+                    }),
                 },
             };
             self.take(id, drawn);

@@ -394,7 +394,10 @@ mod tests {
         assert_eq!(packed.rows(&[39, 0])?.to_vec2::<f32>()?, rows.to_vec2::<f32>()?);
         let product = x.matmul(&dense.t()?)?;
         let some = product.narrow(1, 16, 23)?;
-        for (a, b) in [(packed.times(&x)?, product), (packed.times_rows(&x, 16..39)?, some)] {
+        for (a, b) in [
+            (packed.times(&x)?, product),
+            (packed.times_rows(&x, 16..39)?, some),
+        ] {
             let difference = (a - b)?.abs()?.max_all()?.to_scalar::<f32>()?;
             assert!(difference < 1e-4, "{difference}");
         }

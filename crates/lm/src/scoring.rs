@@ -87,7 +87,11 @@ pub(crate) fn score_rows(
 const GPU_LOGITS: usize = 64 << 20;
 
 #[cfg(feature = "cuda")]
-fn score_on_gpu(decoder: &Decoder, hidden: &Tensor, targets: &[Target]) -> Result<Vec<TokenLogprobs>, LmError> {
+fn score_on_gpu(
+    decoder: &Decoder,
+    hidden: &Tensor,
+    targets: &[Target],
+) -> Result<Vec<TokenLogprobs>, LmError> {
     let mut scored = Vec::with_capacity(targets.len());
     let rows_at_once = (GPU_LOGITS / decoder.config().vocab_size).clamp(1, MAX_ROWS);
     for targets in targets.chunks(rows_at_once) {

@@ -38,7 +38,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for path in args {
         let recipe = Recipe::from_spec(&parse_recipe(&std::fs::read(&path)?)?, &mut || 0)?;
         let parents = Parents::open(&recipe, &Folder(models.clone().into()))?;
-        let name = Path::new(&path).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = Path::new(&path)
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         let start = Instant::now();
         let family = Family::prepare(&recipe, &parents, &Quiet)?;
         let prepared = start.elapsed().as_secs_f64();

@@ -307,7 +307,9 @@ impl<'a> Family<'a> {
                         parent: self.parents.label(source),
                     });
                 }
-                sums.iter_mut().zip(&values).for_each(|(s, v)| *s += f64::from(*v));
+                sums.iter_mut()
+                    .zip(&values)
+                    .for_each(|(s, v)| *s += f64::from(*v));
             }
         }
         let rows = rows.max(1) as f64;

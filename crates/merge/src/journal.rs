@@ -51,7 +51,8 @@ pub fn merge_key(recipe: &Recipe, parents: &Parents, options: &MergeOptions) -> 
 
 /// Whether a folder holds shards of an unfinished merge that another try can use.
 pub fn is_resumable(dir: &Path) -> bool {
-    File::open(dir.join(JOURNAL)).is_ok_and(|file| BufReader::new(file).lines().map_while(Result::ok).count() > 1)
+    File::open(dir.join(JOURNAL))
+        .is_ok_and(|file| BufReader::new(file).lines().map_while(Result::ok).count() > 1)
 }
 
 impl Journal {

@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use cauldron_checkpoint::{Checkpoint, LONGEST_ROW, ShardPlan, TensorPlan, has_whole_rows, is_float, row_len};
+use cauldron_checkpoint::{
+    Checkpoint, LONGEST_ROW, ShardPlan, TensorPlan, has_whole_rows, is_float, row_len,
+};
 
 use crate::RecipeError;
 use crate::parents::{Parent, Parents};
@@ -155,7 +157,10 @@ const MOST_COLUMNS: usize = 1 << 18;
 fn check_rows(recipe: &Recipe, tensor: &OutTensor) -> Result<(), RecipeError> {
     let shape = &tensor.plan.shape;
     if recipe.is_by_column() && shape.len() >= 2 && row_len(shape) > MOST_COLUMNS {
-        let detail = format!("tensor {} is {shape:?}: more than {MOST_COLUMNS} columns", tensor.plan.name);
+        let detail = format!(
+            "tensor {} is {shape:?}: more than {MOST_COLUMNS} columns",
+            tensor.plan.name
+        );
         return Err(RecipeError::new("granularity", detail));
     }
     if !recipe.is_by_row() || has_whole_rows(shape) {
@@ -199,7 +204,10 @@ pub(crate) fn layer_of(name: &str) -> Option<(&str, usize, &str)> {
 /// Number of decoder layers of a checkpoint.
 pub(crate) fn layer_count(checkpoint: &Checkpoint) -> usize {
     let layers = checkpoint.tensors().keys().filter_map(|name| layer_of(name));
-    layers.map(|(_, layer, _)| layer.saturating_add(1)).max().unwrap_or(0)
+    layers
+        .map(|(_, layer, _)| layer.saturating_add(1))
+        .max()
+        .unwrap_or(0)
 }
 
 fn plan_of(name: &str, checkpoint: &Checkpoint, source: &str) -> Option<TensorPlan> {

@@ -134,8 +134,15 @@ pub fn parse_mergekit(text: &[u8]) -> Result<RecipeSpec, RecipeError> {
         method: name,
         ..RecipeSpec::default()
     };
-    if let Some(unknown) = [&dtype, &out_dtype].into_iter().flatten().find(|name| !DTYPES.contains(&name.as_str())) {
-        return Err(RecipeError::new("dtype", format!("{unknown} is none of {}", DTYPES.join(", "))));
+    if let Some(unknown) = [&dtype, &out_dtype]
+        .into_iter()
+        .flatten()
+        .find(|name| !DTYPES.contains(&name.as_str()))
+    {
+        return Err(RecipeError::new(
+            "dtype",
+            format!("{unknown} is none of {}", DTYPES.join(", ")),
+        ));
     }
     spec.dtype = out_dtype.or(dtype);
     inputs.fill(&mut spec, base, &shared, known)?;
@@ -386,7 +393,8 @@ impl Inputs {
             }
             "passthrough" => {
                 if base.is_some() && at_base != Some(0) {
-                    let detail = "gives a passthrough its config and tokenizer here only if it is the first model";
+                    let detail =
+                        "gives a passthrough its config and tokenizer here only if it is the first model";
                     return Err(RecipeError::new("base_model", detail));
                 }
             }
@@ -415,7 +423,10 @@ impl Inputs {
                     .filter_map(|scope| scope.setting(key));
                 let setting: Option<Setting> = scopes.reduce(Setting::or);
                 let refuse = |detail: &str| {
-                    Err(RecipeError::new(format!("models[{index}].parameters.{key}"), detail))
+                    Err(RecipeError::new(
+                        format!("models[{index}].parameters.{key}"),
+                        detail,
+                    ))
                 };
                 match &setting {
                     Some(rules) if rules.is_too_long() => refuse("has too many rules over all slices"),
@@ -637,7 +648,10 @@ mod tests {
             "merge_method: linear\nbase_model: b\nmodels:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: {weight: 2}}\ntokenizer_source: a\n",
         );
         assert_eq!(found["models"][0], json!({"model": "b", "weight": 2.0}));
-        assert_eq!((&found["vocab"], &found["tokenizer"]), (&json!("align"), &json!("a")));
+        assert_eq!(
+            (&found["vocab"], &found["tokenizer"]),
+            (&json!("align"), &json!("a"))
+        );
     }
 
     #[test]

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, channel, sync_channel};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel, sync_channel};
 use std::sync::{Mutex, PoisonError};
 
 use cauldron_checkpoint::{
@@ -25,7 +25,7 @@ use crate::stream::{Chunk, WINDOW};
 use crate::{MergeError, Parents};
 
 /// Version of the arithmetic. It is part of every digest: change it when any bit of any result changes.
-pub const ARITHMETIC_VERSION: u32 = 2;
+pub const ARITHMETIC_VERSION: u32 = 3;
 /// Config entries that could run foreign code or name a local path.
 const DROPPED_CONFIG: &[&str] = &["auto_map", "_attn_implementation_internal", "_name_or_path"];
 

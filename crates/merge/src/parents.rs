@@ -262,7 +262,10 @@ impl Parents {
     pub(crate) fn check_unchanged(&self) -> Result<(), MergeError> {
         for (parent, before) in self.all().zip(&self.identities) {
             let name = parent.reference.to_string();
-            let now = parent.expert.identity().map_err(|e| MergeError::parent(&name, e))?;
+            let now = parent
+                .expert
+                .identity()
+                .map_err(|e| MergeError::parent(&name, e))?;
             if now != *before {
                 return Err(MergeError::ParentChanged { parent: name });
             }

@@ -490,7 +490,11 @@ fn measure(tile: &Tile, stats: &mut ChunkStats) {
     if let [a, b, ..] = tile.deltas.as_slice() {
         let (a, b) = (&a[..tile.len], &b[..tile.len]);
         let product = kernel::dot_f32(a, b);
-        stats.product += if product.is_finite() { product } else { kernel::dot(a, b) };
+        stats.product += if product.is_finite() {
+            product
+        } else {
+            kernel::dot(a, b)
+        };
     }
     stats.base_squares += squares(&tile.theta0[..tile.len]);
 }
@@ -498,7 +502,11 @@ fn measure(tile: &Tile, stats: &mut ChunkStats) {
 /// In f32 where they fit.
 fn squares(values: &[f32]) -> f64 {
     let sum = kernel::sum_squares(values);
-    if sum.is_finite() { sum } else { kernel::dot(values, values) }
+    if sum.is_finite() {
+        sum
+    } else {
+        kernel::dot(values, values)
+    }
 }
 
 /// As [`measure`], with what is kept and where signs conflict.

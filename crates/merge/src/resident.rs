@@ -5,7 +5,9 @@
 //! arithmetic, TIES, and methods on angles whose coefficients hold for a whole tensor; with DARE, magnitude and breadcrumbs.
 
 use cauldron_checkpoint::{Dtype, narrow};
-use cauldron_gpu::{Bytes, Change, Edge as GpuEdge, Gpu, Mean, Member, Number, Operation, Pass, Plan, Survivors as Gone};
+use cauldron_gpu::{
+    Bytes, Change, Edge as GpuEdge, Gpu, Mean, Member, Number, Operation, Pass, Plan, Survivors as Gone,
+};
 
 use crate::family::Family;
 use crate::layout::{Input, OutTensor, Role};
@@ -205,7 +207,10 @@ impl<'f, 'a> Resident<'f, 'a> {
         }
         match &self.plan {
             None => Ok(()),
-            Some(plan) => self.gpu.merge(plan, &passes, &mut outs, &to.not_finite).map_err(failed),
+            Some(plan) => self
+                .gpu
+                .merge(plan, &passes, &mut outs, &to.not_finite)
+                .map_err(failed),
         }
     }
 
@@ -228,7 +233,10 @@ impl<'f, 'a> Resident<'f, 'a> {
 
 fn check(family: &Family<'_>) -> Result<(), MergeError> {
     match family.recipe.method {
-        Method::Average { .. } | Method::TaskArithmetic { .. } | Method::Ties { .. } | Method::Passthrough => {}
+        Method::Average { .. }
+        | Method::TaskArithmetic { .. }
+        | Method::Ties { .. }
+        | Method::Passthrough => {}
         Method::Slerp { .. }
         | Method::NuSlerp { .. }
         | Method::MultiSlerp { .. }

@@ -372,7 +372,10 @@ impl Stream<'_> {
             start: range.start,
             len: range.len(),
         };
-        let work = Work { stream: self, factors };
+        let work = Work {
+            stream: self,
+            factors,
+        };
         work.load(scratch, chunk)?;
         scratch.tile.chunk = chunk.index;
         work.fill_tile(scratch, &work.reads(tensor), chunk, 0, chunk.len)?;

@@ -61,16 +61,21 @@ impl VocabMaps {
         if recipe.vocab == Vocab::Strict {
             return Ok(Self::default());
         }
-        let bad = |source: usize, detail: String| RecipeError::new("vocab", format!("{}: {detail}", label(source)));
+        let bad =
+            |source: usize, detail: String| RecipeError::new("vocab", format!("{}: {detail}", label(source)));
         let own: Vec<usize> = sources
             .iter()
             .enumerate()
             .map(|(index, source)| own_rows(source).map_err(|detail| bad(index, detail)))
             .collect::<Result<_, _>>()?;
         let tokens = |owner: usize| -> Result<Vec<Tokens>, RecipeError> {
-            let read = sources.iter().zip(&own).enumerate().map(|(index, (source, rows))| {
-                Tokens::read(source, *rows, index == owner).map_err(|detail| bad(index, detail))
-            });
+            let read = sources
+                .iter()
+                .zip(&own)
+                .enumerate()
+                .map(|(index, (source, rows))| {
+                    Tokens::read(source, *rows, index == owner).map_err(|detail| bad(index, detail))
+                });
             read.collect()
         };
         let mut maps = match recipe.vocab {
@@ -109,16 +114,24 @@ pub(crate) fn is_vocabulary(tensor: &str) -> bool {
 /// Rows of a model's vocabulary: those of each of its vocabulary tensors.
 fn own_rows(checkpoint: &Checkpoint) -> Result<usize, String> {
     let mut rows = None;
-    for (name, info) in checkpoint.tensors().iter().filter(|(name, _)| is_vocabulary(name)) {
+    for (name, info) in checkpoint
+        .tensors()
+        .iter()
+        .filter(|(name, _)| is_vocabulary(name))
+    {
         match info.shape[..] {
             [own, width] if (1..=MOST_ROWS).contains(&own) && width > 0 && is_float(info.dtype) => {
                 if *rows.get_or_insert(own) != own {
-                    return Err(format!("tensor {name} has {own} rows, another vocabulary tensor has not"));
+                    return Err(format!(
+                        "tensor {name} has {own} rows, another vocabulary tensor has not"
+                    ));
                 }
             }
             _ => {
                 let detail = format!("{:?} {:?}", info.shape, info.dtype);
-                return Err(format!("tensor {name} is {detail}, no matrix of floats with up to {MOST_ROWS} rows"));
+                return Err(format!(
+                    "tensor {name} is {detail}, no matrix of floats with up to {MOST_ROWS} rows"
+                ));
             }
         }
     }
@@ -230,14 +243,22 @@ fn by_text(texts: &[Option<String>], tokens: &[Tokens], own: &[usize], base: Opt
 }
 
 /// The owner's tokens keep their ids; tokens that only others have follow, in the order of the models and of their ids.
-fn union(tokens: &mut [Tokens], own: &[usize], owner: usize, base: Option<usize>) -> Result<VocabMaps, String> {
+fn union(
+    tokens: &mut [Tokens],
+    own: &[usize],
+    owner: usize,
+    base: Option<usize>,
+) -> Result<VocabMaps, String> {
     let mut merged = std::mem::take(&mut tokens[owner].json);
     let mut ids = AddedIds::read(&mut merged, own[owner])?;
     let mut texts = texts_of(&tokens[owner], own[owner]);
     let mut entries = Vec::new();
     let mut new: HashSet<&str> = HashSet::new();
     for other in tokens.iter() {
-        let missing = other.ids.iter().filter(|(text, _)| !tokens[owner].ids.contains_key(*text));
+        let missing = other
+            .ids
+            .iter()
+            .filter(|(text, _)| !tokens[owner].ids.contains_key(*text));
         let mut missing: Vec<(&str, u32)> = missing.map(|(text, id)| (text.as_str(), *id)).collect();
         missing.sort_by_key(|(_, id)| *id);
         for (text, _) in missing.into_iter().filter(|(text, _)| new.insert(text)) {
@@ -272,7 +293,9 @@ impl AddedIds {
         let vocab = json["model"]["vocab"].as_object().cloned().unwrap_or_default();
         let has_row = |id: &Value| id.as_u64().is_some_and(|id| id < rows as u64);
         if let Some((text, id)) = vocab.iter().find(|(_, id)| !has_row(id)) {
-            return Err(format!("{TOKENIZER}: token {text:?} has the id {id}, and the model {rows} rows"));
+            return Err(format!(
+                "{TOKENIZER}: token {text:?} has the id {id}, and the model {rows} rows"
+            ));
         }
         let mut ids = Self {
             vocab: vocab.len() as u64,

@@ -131,7 +131,13 @@ impl OnGpu {
             shape.scale,
             shape.softcap,
         )?;
-        hidden = self.add(hidden, &layer.attention_out, &attended, layer.attention_norm.as_ref(), eps)?;
+        hidden = self.add(
+            hidden,
+            &layer.attention_out,
+            &attended,
+            layer.attention_norm.as_ref(),
+            eps,
+        )?;
         let normed = gpu.rms_norm(&hidden, &layer.mlp_input_norm, eps, inputs)?;
         let both = self.linear(&layer.gate_up, &normed)?;
         let activation = match config.activation {

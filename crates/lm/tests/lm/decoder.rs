@@ -74,7 +74,9 @@ fn a_copied_block_goes_on_as_the_first_one_does() {
         blocks: &[4, 1, 3],
     };
     decoder.forward(&mut pool, &[first]).expect("hidden");
-    decoder.copy_block(&mut pool, 1, 5, 20 - BLOCK_TOKENS).expect("a copy");
+    decoder
+        .copy_block(&mut pool, 1, 5, 20 - BLOCK_TOKENS)
+        .expect("a copy");
     let second = Segment {
         tokens: &tokens[20..],
         position: 20,

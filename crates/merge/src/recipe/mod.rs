@@ -374,7 +374,10 @@ impl Recipe {
 /// Whether a method itself forms deltas from the base.
 fn on_deltas(method: &Method, has_base: bool) -> bool {
     match method {
-        Method::TaskArithmetic { .. } | Method::Ties { .. } | Method::Sce { .. } | Method::ModelStock { .. } => true,
+        Method::TaskArithmetic { .. }
+        | Method::Ties { .. }
+        | Method::Sce { .. }
+        | Method::ModelStock { .. } => true,
         Method::NuSlerp { .. } | Method::MultiSlerp { .. } => has_base,
         Method::Average { .. }
         | Method::Slerp { .. }

@@ -278,11 +278,18 @@ fn numbers_that_make_no_sense_for_some_tensor_are_refused() {
     let with = |sparsify: Value| json!({"method": "task_arithmetic", "base": "base", "models": ["a", "b"], "sparsify": sparsify});
     for (recipe, field) in [
         // 0.95 + 0.15 in the second layer.
-        (with(json!({"kind": "della", "retain": [1.0, 0.5], "epsilon": 0.15})), "sparsify.epsilon"),
+        (
+            with(json!({"kind": "della", "retain": [1.0, 0.5], "epsilon": 0.15})),
+            "sparsify.epsilon",
+        ),
         (with(json!({"kind": "dare", "retain": 1e-20})), "sparsify.retain"),
         (json!({"method": "slerp", "models": ["a", "b"], "t": 1e308}), "t"),
     ] {
-        assert_eq!(models.merge(recipe.clone()).err().unwrap().field(), field, "{recipe}");
+        assert_eq!(
+            models.merge(recipe.clone()).err().unwrap().field(),
+            field,
+            "{recipe}"
+        );
     }
 }
 
@@ -301,7 +308,10 @@ fn models_that_are_no_relatives_are_warned_of_whatever_the_method() {
     let models = Models::new();
     let base = noise(1, 4000);
     let near: Vec<f32> = base.iter().map(|v| v * 1.01).collect();
-    models.vector("base", &base).vector("near", &near).vector("far", &noise(9, 4000));
+    models
+        .vector("base", &base)
+        .vector("near", &near)
+        .vector("far", &noise(9, 4000));
     for recipe in [
         json!({"method": "average", "models": ["base", "far"]}),
         json!({"method": "slerp", "models": ["near", "far"], "t": 0.5}),
@@ -311,7 +321,10 @@ fn models_that_are_no_relatives_are_warned_of_whatever_the_method() {
     ] {
         let warnings = models.merge(recipe.clone()).unwrap().manifest.warnings;
         assert_eq!(warnings.len(), 1, "{recipe}: {warnings:?}");
-        assert!(warnings[0].starts_with("models[1]: ") && warnings[0].contains("cosine"), "{warnings:?}");
+        assert!(
+            warnings[0].starts_with("models[1]: ") && warnings[0].contains("cosine"),
+            "{warnings:?}"
+        );
     }
 }
 
@@ -319,7 +332,11 @@ fn models_that_are_no_relatives_are_warned_of_whatever_the_method() {
 fn rows_that_no_thread_can_hold_are_refused_by_methods_by_row() {
     let models = Models::new();
     for name in ["base", "a", "b"] {
-        models.add(name, Dtype::BF16, &[("experts", vec![2, (4 << 20) + 1], vec![0.5; (8 << 20) + 2])]);
+        models.add(
+            name,
+            Dtype::BF16,
+            &[("experts", vec![2, (4 << 20) + 1], vec![0.5; (8 << 20) + 2])],
+        );
     }
     let della = json!({"kind": "della", "retain": 0.5});
     for recipe in [
@@ -327,6 +344,10 @@ fn rows_that_no_thread_can_hold_are_refused_by_methods_by_row() {
         json!({"method": "model_stock", "base": "base", "models": ["a", "b"], "granularity": "row"}),
         json!({"method": "ties", "base": "base", "models": ["a", "b"], "sparsify": della}),
     ] {
-        assert_eq!(models.merge(recipe.clone()).err().unwrap().field(), "method", "{recipe}");
+        assert_eq!(
+            models.merge(recipe.clone()).err().unwrap().field(),
+            "method",
+            "{recipe}"
+        );
     }
 }

@@ -155,7 +155,10 @@ fn union_gives_new_tokens_the_ids_that_the_library_reads() {
     let tokenizer = fs::read_to_string(merged.dir.path().join("tokenizer.json")).unwrap();
     let tokenizer: Value = serde_json::from_str(&tokenizer).unwrap();
     let added = tokenizer["added_tokens"].as_array().unwrap();
-    let ids: Vec<_> = added.iter().map(|t| (t["content"].as_str().unwrap(), &t["id"])).collect();
+    let ids: Vec<_> = added
+        .iter()
+        .map(|t| (t["content"].as_str().unwrap(), &t["id"]))
+        .collect();
     assert_eq!(ids, [("c", &json!(2)), ("<pad>", &json!(3))]);
     // Both have the row of the only owner.
     assert_eq!(merged.values(EMBED)[4..], [11.0, -1.0, 12.0, -2.0]);
@@ -172,7 +175,8 @@ fn align_finds_rows_by_the_text_of_one_tokenizer() {
     let recipe = json!({"method": "average", "base": "base", "models": ["wide", "other"], "vocab": "align"});
     // a, b: rows 0 and 2 of wide, 0 and 1 of other.
     assert_eq!(embedding(recipe).0, [15.0, 0.0, 16.5, -1.5]);
-    let recipe = json!({"method": "average", "models": ["wide", "other"], "vocab": "align", "tokenizer": "other"});
+    let recipe =
+        json!({"method": "average", "models": ["wide", "other"], "vocab": "align", "tokenizer": "other"});
     let merged = models().merge(recipe).unwrap();
     let found = merged.values(EMBED);
     // a, b, d (wide has none, so it takes that of other), c.
@@ -201,7 +205,8 @@ fn a_vocabulary_that_is_none_is_refused_before_memory_is_taken_for_it() {
         let refused = add(&shapes).merge(policy(&["evil"])).err().unwrap();
         assert_eq!(refused.field(), "vocab", "{shapes:?}");
     }
-    let recipe = json!({"method": "average", "models": ["base", "wide"], "vocab": "union", "tokenizer": "wide"});
+    let recipe =
+        json!({"method": "average", "models": ["base", "wide"], "vocab": "union", "tokenizer": "wide"});
     assert_eq!(models().merge(recipe).err().unwrap().field(), "tokenizer");
 }
 
@@ -238,16 +243,32 @@ fn slices_need_what_their_method_needs() {
     let dare = json!({"kind": "dare", "drop_rate": 0.5});
     for (recipe, field) in [
         // Deltas without the base.
-        (json!({"method": "average", "base": "base", "models": ["a", "biased"], "sparsify": dare,
-                "slices": both("a", "biased")}), "slices[0].sources"),
-        (json!({"method": "passthrough", "base": "base", "models": ["a"], "sparsify": dare,
-                "slices": [{"sources": [source("a", [0, 2])]}]}), "slices[0].sources"),
+        (
+            json!({"method": "average", "base": "base", "models": ["a", "biased"], "sparsify": dare,
+                "slices": both("a", "biased")}),
+            "slices[0].sources",
+        ),
+        (
+            json!({"method": "passthrough", "base": "base", "models": ["a"], "sparsify": dare,
+                "slices": [{"sources": [source("a", [0, 2])]}]}),
+            "slices[0].sources",
+        ),
         // A share of a whole that is not there.
-        (json!({"method": "average", "models": ["a", "base"], "mixup": {"lambda": 0.3},
-                "slices": [{"sources": [source("a", [0, 2])]}]}), "slices[0].sources"),
+        (
+            json!({"method": "average", "models": ["a", "base"], "mixup": {"lambda": 0.3},
+                "slices": [{"sources": [source("a", [0, 2])]}]}),
+            "slices[0].sources",
+        ),
         // A bias that one of them has.
-        (json!({"method": "average", "models": ["a", "biased"], "slices": both("a", "biased")}), "slices[0].sources[1]"),
+        (
+            json!({"method": "average", "models": ["a", "biased"], "slices": both("a", "biased")}),
+            "slices[0].sources[1]",
+        ),
     ] {
-        assert_eq!(models.merge(recipe.clone()).err().unwrap().field(), field, "{recipe}");
+        assert_eq!(
+            models.merge(recipe.clone()).err().unwrap().field(),
+            field,
+            "{recipe}"
+        );
     }
 }

@@ -85,7 +85,10 @@ fn damage_is_found() {
     fs::write(&weights, &bytes).unwrap();
     assert!(verify_folder(merged.dir.path()).is_ok());
     assert_eq!(
-        verify_folder_full(merged.dir.path(), &|| true).err().unwrap().slug(),
+        verify_folder_full(merged.dir.path(), &|| true)
+            .err()
+            .unwrap()
+            .slug(),
         "corrupt-checkpoint"
     );
     fs::write(&weights, &bytes[..last]).unwrap();

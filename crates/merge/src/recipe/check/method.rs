@@ -109,7 +109,10 @@ fn slerp_share(spec: &RecipeSpec) -> Result<Setting, RecipeError> {
             "t and mixup exclude each other: t is 1 - lambda",
         )),
         (Some(t), None) if t.numbers().all(|t| t.abs() <= MOST_T) => Ok(t.clone()),
-        (Some(_), None) => Err(RecipeError::new("t", format!("must be from -{MOST_T} to {MOST_T}"))),
+        (Some(_), None) => Err(RecipeError::new(
+            "t",
+            format!("must be from -{MOST_T} to {MOST_T}"),
+        )),
         // Replaced by 1 - lambda.
         (None, Some(_)) => Ok(0.5.into()),
         (None, None) => Err(RecipeError::new("t", "is required")),

@@ -49,7 +49,11 @@ fn slice(
     spec: &SliceSpec,
     base: Option<&ModelRef>,
     models: &[Model],
-    Rules { method, on_deltas, mixed }: Rules<'_>,
+    Rules {
+        method,
+        on_deltas,
+        mixed,
+    }: Rules<'_>,
 ) -> Result<Slice, RecipeError> {
     let mut sources: Vec<(Option<usize>, usize)> = Vec::new();
     let mut layers = None;
