@@ -26,7 +26,9 @@ async fn a_recipe_becomes_a_checkpoint() {
     assert!(done["progress"]["bytes_total"].as_u64().unwrap() > 0);
     assert!(done["created_at"].as_str().unwrap() <= done["finished_at"].as_str().unwrap());
     assert_eq!(done["error"], Value::Null);
-    assert_eq!(done["warnings"], json!([]));
+    // These two are random, and no relatives.
+    let warning = done["warnings"][0].as_str().unwrap_or_default();
+    assert!(warning.starts_with("models[1]: its delta has "), "{warning}");
     assert!(done["stats"]["parameters"].as_u64().unwrap() > 0, "{done}");
     let digest = done["digest"].as_str().unwrap();
     let folder = app.data_dir().join("checkpoints").join(digest);
