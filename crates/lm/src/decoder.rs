@@ -249,6 +249,8 @@ impl Decoder {
     fn run(&self, pool: &mut KvPool, segments: &[Segment<'_>]) -> Result<Tensor, LmError> {
         #[cfg(feature = "cuda")]
         let blocks = pool.blocks();
+        // One pattern without feature `cuda`.
+        #[allow(clippy::infallible_destructuring_match)]
         let layers = match &mut pool.store {
             Store::Host(layers) => layers,
             #[cfg(feature = "cuda")]

@@ -105,7 +105,7 @@ pub(super) fn amounts(
             ("drop_rate", rate.numbers().map(|p| 1.0 - p).collect())
         }
         Amount::Retain(share) => {
-            if !share.numbers().all(|r| r >= LEAST_RETAINED && r <= 1.0) {
+            if !share.numbers().all(|r| (LEAST_RETAINED..=1.0).contains(&r)) {
                 return Err(RecipeError::new(
                     format!("{field}.retain"),
                     format!("must be at least {LEAST_RETAINED:e} and at most 1"),
