@@ -444,7 +444,7 @@ impl Inputs {
                 let field = || format!("models[{index}].parameters.weight");
                 match &weight {
                     None => return Err(RecipeError::new(field(), "is required")),
-                    Some(rules) if !rules.covers(self.slices.len()) => {
+                    Some(rules) if !rules.covers(slices_of(&self.slices, &model)) => {
                         return Err(RecipeError::new(field(), "is required for what no filter fits"));
                     }
                     Some(_) => {}
@@ -473,7 +473,7 @@ impl Inputs {
                 Some(rules) if rules.is_too_long() => {
                     return Err(RecipeError::new(field(), "has too many rules over all slices"));
                 }
-                Some(rules) if key == "t" && !rules.covers(slices) => {
+                Some(rules) if key == "t" && !rules.covers(0..slices.max(1)) => {
                     return Err(RecipeError::new(field(), "is required for what no filter fits"));
                 }
                 _ => {}
@@ -485,6 +485,15 @@ impl Inputs {
         }
         Ok(())
     }
+}
+
+/// The slices that a model takes part in; without slices there is one.
+fn slices_of(slices: &[SliceSpec], model: &str) -> Vec<usize> {
+    if slices.is_empty() {
+        return vec![0];
+    }
+    let named = |slice: &SliceSpec| slice.sources.iter().any(|source| source.model == model);
+    (0..slices.len()).filter(|index| named(&slices[*index])).collect()
 }
 
 impl Parameters {

@@ -75,16 +75,16 @@ impl Setting {
         self.0.iter().flat_map(|rule| rule.values.iter().copied())
     }
 
-    /// Whether some rule fits every tensor, of each of so many slices.
-    pub(crate) fn covers(&self, slices: usize) -> bool {
+    /// Whether some rule fits every tensor of each of these slices.
+    pub(crate) fn covers(&self, slices: impl IntoIterator<Item = usize>) -> bool {
         let open = |slice: usize| {
-            let fits = |rule: &&Rule| {
+            let fits = |rule: &Rule| {
                 let anywhere = rule.filter.is_none() && rule.layers.is_none();
                 anywhere && rule.slice.is_none_or(|of| of == slice)
             };
-            self.0.iter().any(|rule| fits(&rule))
+            self.0.iter().any(fits)
         };
-        (0..slices.max(1)).all(open)
+        slices.into_iter().all(open)
     }
 
     /// Whether a rule looks at the number of a layer in a tensor's name.
