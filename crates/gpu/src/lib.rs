@@ -5,10 +5,12 @@
 
 #![cfg(feature = "cuda")]
 
+mod attention;
 mod decoder;
 mod device;
 mod merge;
 
-pub use decoder::{Attention, Gate, Heads, Pages, Rotation, Rows, Span, Summary};
+pub use attention::{Attention, Heads, Pages, Rotation, Span};
+pub use decoder::{Gate, Rows, Summary};
 pub use device::{Gpu, is_available};
 pub use merge::{Bytes, Change, Edge, Mean, Member, Number, Operation, Pass, Plan, Survivors};

@@ -275,6 +275,15 @@ impl Decoder {
     }
 }
 
+/// Each segment with its first row in the batch.
+fn with_first_rows<'s, 'a>(segments: &'s [Segment<'a>]) -> impl Iterator<Item = (usize, &'s Segment<'a>)> {
+    segments.iter().scan(0, |row, segment| {
+        let first = *row;
+        *row += segment.tokens.len();
+        Some((first, segment))
+    })
+}
+
 /// Tokens and positions of a batch, row by row.
 fn rows_of(segments: &[Segment<'_>]) -> (Vec<u32>, Vec<usize>) {
     let mut tokens = Vec::new();
@@ -443,18 +452,12 @@ impl Layer {
                 layer.write(block, slot, &row[keys_at..values_at], &row[values_at..]);
             }
         }
-        let mut row = 0;
-        let spans: Vec<Span<'_>> = segments
-            .iter()
-            .map(|segment| {
-                let span = Span {
-                    row,
-                    rows: segment.tokens.len(),
-                    position: segment.position,
-                    blocks: segment.blocks,
-                };
-                row += span.rows;
-                span
+        let spans: Vec<Span<'_>> = with_first_rows(segments)
+            .map(|(row, segment)| Span {
+                row,
+                rows: segment.tokens.len(),
+                position: segment.position,
+                blocks: segment.blocks,
             })
             .collect();
         attend(self.shape, qkv, stride, &spans, layer)

@@ -9,7 +9,7 @@ use cauldron_checkpoint::{TensorInfo, dtype_size, row_len, widen};
 use crate::geometry::Gram;
 use crate::layout::{OutTensor, Role};
 use crate::masks::{self, Mask};
-use crate::recipe::{Drops, Method, Recipe, Rescale, Trim};
+use crate::recipe::{Method, Recipe, Rescale, Trim};
 use crate::sparsify::{Drop, Edge, Survivors};
 use crate::stream::{Cut, Needs, Pool, RowMeans, Scratch, Stream, Tile, WINDOW};
 use crate::{MergeError, Observer, Parents};
@@ -94,24 +94,13 @@ impl<'a> Family<'a> {
         window: usize,
         obs: &dyn Observer,
     ) -> Result<Self, MergeError> {
-        let by_row = matches!(
-            recipe.method,
-            Method::ArceeFusion
-                | Method::NuSlerp {
-                    granularity: crate::recipe::Granularity::Row
-                }
-                | Method::ModelStock {
-                    granularity: crate::recipe::Granularity::Row
-                }
-        );
-        let della = recipe.sparsify.as_ref().is_some_and(|s| s.drops == Drops::Della);
         let mut family = Self {
             prepared: vec![Prepared::default(); parents.layout.tensors.len()],
             majority: 0,
             recipe,
             parents,
             means: RowMeans::new(),
-            cut: match by_row || della {
+            cut: match recipe.is_by_row() {
                 true => Cut::Rows,
                 false => Cut::Elements,
             },

@@ -61,18 +61,12 @@ impl OnGpu {
     ) -> Result<Tensor, LmError> {
         let (gpu, config) = (&self.gpu, &decoder.config);
         let (tokens, positions) = super::rows_of(segments);
-        let mut row = 0;
-        let spans: Vec<Span<'_>> = segments
-            .iter()
-            .map(|segment| {
-                let span = Span {
-                    row,
-                    rows: segment.tokens.len(),
-                    position: segment.position,
-                    pages: segment.blocks,
-                };
-                row += span.rows;
-                span
+        let spans: Vec<Span<'_>> = super::with_first_rows(segments)
+            .map(|(row, segment)| Span {
+                row,
+                rows: segment.tokens.len(),
+                position: segment.position,
+                pages: segment.blocks,
             })
             .collect();
         let batch = Batch {

@@ -339,7 +339,7 @@ impl Recipe {
         let method = match &self.method {
             Method::ArceeFusion => true,
             Method::NuSlerp { granularity } | Method::ModelStock { granularity } => {
-                *granularity != Granularity::Tensor
+                *granularity == Granularity::Row
             }
             _ => false,
         };
