@@ -80,6 +80,14 @@ pub(crate) fn read_small(dir: &Path, name: &str, cap: u64) -> Result<Option<Vec<
     Ok(Some(bytes))
 }
 
+/// Whether the byte at `offset` can be read without waiting for the disk.
+pub(crate) fn is_cached(file: &File, offset: u64) -> bool {
+    let mut byte = [0u8];
+    let mut parts = [std::io::IoSliceMut::new(&mut byte)];
+    let now = rustix::io::ReadWriteFlags::NOWAIT;
+    rustix::io::preadv2(file, &mut parts, offset, now).is_ok_and(|read| read == 1)
+}
+
 /// pread of exactly `buf.len()` bytes; a file cut since it was opened is `Truncated`, not a signal.
 pub(crate) fn read_exact_at(file: &File, name: &str, buf: &mut [u8], at: u64) -> Result<(), CheckpointError> {
     file.read_exact_at(buf, at).map_err(|e| match e.kind() {

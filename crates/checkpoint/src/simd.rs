@@ -108,6 +108,17 @@ fn compact<W: Word, const INDICES: bool>(
         list.copy_within(at..at + rest_inside, inside);
         return (below + rest_below, inside + rest_inside);
     }
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("popcnt") {
+        let (vectors, rest) = values.as_chunks::<8>();
+        let at = vectors.len() * 8;
+        // SAFETY: the machine has the features; `list` has a place for every value, and a `Word` has 32 bits.
+        let (below, inside) = unsafe { compact_avx2::<W, INDICES>(vectors, low, span, list) };
+        let (rest_below, rest_inside) =
+            compact_scalar::<W, INDICES>(rest, at as u32, low, span, &mut list[at..]);
+        list.copy_within(at..at + rest_inside, inside);
+        return (below + rest_below, inside + rest_inside);
+    }
     compact_scalar::<W, INDICES>(values, 0, low, span, list)
 }
 
@@ -170,12 +181,79 @@ unsafe fn compact_avx512<W: Word, const INDICES: bool>(
     (below, inside)
 }
 
+/// For each set of lanes of a vector of eight, these lanes in order; what follows them does not matter.
+#[cfg(target_arch = "x86_64")]
+static LANES_OF: [[u8; 8]; 256] = {
+    let mut table = [[0u8; 8]; 256];
+    let mut set = 0;
+    while set < 256 {
+        let (mut lane, mut at) = (0, 0);
+        while lane < 8 {
+            if set & (1 << lane) != 0 {
+                table[set][at] = lane;
+                at += 1;
+            }
+            lane += 1;
+        }
+        set += 1;
+    }
+    table
+};
+
+/// # Safety
+/// `list` has at least 8 places for each vector, and `W` has 32 bits.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,popcnt")]
+unsafe fn compact_avx2<W: Word, const INDICES: bool>(
+    vectors: &[[W; 8]],
+    low: u32,
+    span: u32,
+    list: &mut [u32],
+) -> (u64, usize) {
+    use std::arch::x86_64::{
+        _mm_cvtsi64_si128, _mm256_add_epi32, _mm256_and_si256, _mm256_castsi256_ps, _mm256_cmpeq_epi32,
+        _mm256_cvtepu8_epi32, _mm256_loadu_si256, _mm256_min_epu32, _mm256_movemask_ps,
+        _mm256_permutevar8x32_epi32, _mm256_set1_epi32, _mm256_setr_epi32, _mm256_storeu_si256,
+        _mm256_sub_epi32,
+    };
+    let all = |word: u32| _mm256_set1_epi32(word.cast_signed());
+    let (mask, lows, spans) = (all(W::MASK), all(low), all(span));
+    let mut indices = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    let lanes = |equal| _mm256_movemask_ps(_mm256_castsi256_ps(equal)).cast_unsigned();
+    let (mut reached, mut inside) = (0u64, 0usize);
+    for vector in vectors {
+        // SAFETY: 8 words are 32 bytes.
+        let words = unsafe { _mm256_loadu_si256(vector.as_ptr().cast()) };
+        let words = _mm256_and_si256(words, mask);
+        let offsets = _mm256_sub_epi32(words, lows);
+        // There are no unsigned comparisons: the smaller of two is the one, or is not.
+        let hit = lanes(_mm256_cmpeq_epi32(_mm256_min_epu32(offsets, spans), offsets));
+        reached += u64::from(lanes(_mm256_cmpeq_epi32(_mm256_min_epu32(words, lows), lows)).count_ones());
+        let listed = if INDICES { indices } else { offsets };
+        let order = _mm_cvtsi64_si128(i64::from_le_bytes(LANES_OF[hit as usize]));
+        // SAFETY: at most 8 places for each of the vectors before are filled.
+        unsafe {
+            let place = list.as_mut_ptr().add(inside);
+            let packed = _mm256_permutevar8x32_epi32(listed, _mm256_cvtepu8_epi32(order));
+            _mm256_storeu_si256(place.cast(), packed);
+        }
+        inside += hit.count_ones() as usize;
+        indices = _mm256_add_epi32(indices, all(8));
+    }
+    (vectors.len() as u64 * 8 - reached, inside)
+}
+
 /// Appends a word for 32 values each: bit i is set where value i is not 0.
 pub fn nonzero(values: &[[f32; 32]], bits: &mut Vec<u32>) {
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
         // SAFETY: the machine has the feature.
         return unsafe { nonzero_avx512(values, bits) };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the machine has the feature.
+        return unsafe { nonzero_avx2(values, bits) };
     }
     nonzero_scalar(values, bits);
 }
@@ -200,6 +278,23 @@ fn nonzero_avx512(values: &[[f32; 32]], bits: &mut Vec<u32>) {
             u32::from(_mm512_test_epi32_mask(half, magnitudes))
         });
         bits.push(low | high << 16);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn nonzero_avx2(values: &[[f32; 32]], bits: &mut Vec<u32>) {
+    use std::arch::x86_64::{
+        _CMP_NEQ_UQ, _mm256_cmp_ps, _mm256_loadu_ps, _mm256_movemask_ps, _mm256_setzero_ps,
+    };
+    for values in values {
+        let marks = [0, 8, 16, 24].map(|at| {
+            // SAFETY: 8 of the 32 values are 32 bytes.
+            let eight = unsafe { _mm256_loadu_ps(values[at..at + 8].as_ptr()) };
+            let marked = _mm256_cmp_ps::<_CMP_NEQ_UQ>(eight, _mm256_setzero_ps());
+            _mm256_movemask_ps(marked).cast_unsigned() << at
+        });
+        bits.push(marks.into_iter().fold(0, |word, marks| word | marks));
     }
 }
 

@@ -7,6 +7,13 @@ use crate::simd::{Loop, widest};
 
 /// The bits of an f32's exponent: all set in infinities and NaN.
 const EXPONENT: u32 = 0x7f80_0000;
+const MAGNITUDE: u32 = 0x7fff_ffff;
+const MAGNITUDE16: u16 = 0x7fff;
+const BF16_INFINITY: u16 = 0x7f80;
+const F16_INFINITY: u16 = 0x7c00;
+/// Magnitudes from here on round to an infinity, or are none.
+const BF16_OVERFLOW: u32 = 0x7f7f_8000;
+const F16_OVERFLOW: u32 = 0x477f_f000;
 
 /// Widens little-endian elements of `dtype` (BF16, F16 or F32) into `out`; exact for every finite value. Returns false if
 /// any is NaN or infinite.
@@ -17,11 +24,11 @@ pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
     match dtype {
         Dtype::BF16 => {
             assert_eq!(bytes.len(), out.len() * 2);
-            widest(Widen16(bytes, out, bf16_to_f32))
+            widest(Widen16(bytes, out, bf16_to_f32, BF16_INFINITY))
         }
         Dtype::F16 => {
             assert_eq!(bytes.len(), out.len() * 2);
-            widest(Widen16(bytes, out, f16_to_f32))
+            widest(Widen16(bytes, out, f16_to_f32, F16_INFINITY))
         }
         Dtype::F32 => {
             assert_eq!(bytes.len(), out.len() * 4);
@@ -40,11 +47,11 @@ pub fn widen_difference(dtype: Dtype, bytes: &[u8], base: &[f32], out: &mut [f32
     match dtype {
         Dtype::BF16 => {
             assert_eq!(bytes.len(), out.len() * 2);
-            widest(Difference16(bytes, base, out, bf16_to_f32))
+            widest(Difference16(bytes, base, out, bf16_to_f32, BF16_INFINITY))
         }
         Dtype::F16 => {
             assert_eq!(bytes.len(), out.len() * 2);
-            widest(Difference16(bytes, base, out, f16_to_f32))
+            widest(Difference16(bytes, base, out, f16_to_f32, F16_INFINITY))
         }
         other => {
             let finite = widen(other, bytes, out);
@@ -63,11 +70,11 @@ pub fn narrow(dtype: Dtype, values: &[f32], out: &mut [u8]) -> bool {
     match dtype {
         Dtype::BF16 => {
             assert_eq!(out.len(), values.len() * 2);
-            widest(Narrow16(values, out, f32_to_bf16, 0x7f80))
+            widest(Narrow16(values, out, f32_to_bf16, BF16_OVERFLOW))
         }
         Dtype::F16 => {
             assert_eq!(out.len(), values.len() * 2);
-            widest(Narrow16(values, out, f32_to_f16, 0x7c00))
+            widest(Narrow16(values, out, f32_to_f16, F16_OVERFLOW))
         }
         Dtype::F32 => {
             assert_eq!(out.len(), values.len() * 4);
@@ -86,38 +93,40 @@ pub fn narrow_one_is_finite(dtype: Dtype, value: f32) -> bool {
     }
 }
 
-struct Widen16<'a, F: Fn(u16) -> f32>(&'a [u8], &'a mut [f32], F);
+/// The last field is the magnitude of an infinity.
+struct Widen16<'a, F: Fn(u16) -> f32>(&'a [u8], &'a mut [f32], F, u16);
 
 impl<F: Fn(u16) -> f32> Loop for Widen16<'_, F> {
     type Output = bool;
 
     #[inline(always)]
     fn run(self) -> bool {
-        let mut bad = 0u32;
+        let mut largest = 0u16;
         for (o, b) in self.1.iter_mut().zip(self.0.as_chunks::<2>().0) {
-            let value = (self.2)(u16::from_le_bytes(*b));
-            bad |= u32::from(value.to_bits() & EXPONENT == EXPONENT);
-            *o = value;
+            let bits = u16::from_le_bytes(*b);
+            largest = largest.max(bits & MAGNITUDE16);
+            *o = (self.2)(bits);
         }
-        bad == 0
+        largest < self.3
     }
 }
 
-struct Difference16<'a, F: Fn(u16) -> f32>(&'a [u8], &'a [f32], &'a mut [f32], F);
+/// As [`Widen16`].
+struct Difference16<'a, F: Fn(u16) -> f32>(&'a [u8], &'a [f32], &'a mut [f32], F, u16);
 
 impl<F: Fn(u16) -> f32> Loop for Difference16<'_, F> {
     type Output = bool;
 
     #[inline(always)]
     fn run(self) -> bool {
-        let mut bad = 0u32;
+        let mut largest = 0u16;
         let pairs = self.2.iter_mut().zip(self.1);
         for ((o, base), b) in pairs.zip(self.0.as_chunks::<2>().0) {
-            let value = (self.3)(u16::from_le_bytes(*b));
-            bad |= u32::from(value.to_bits() & EXPONENT == EXPONENT);
-            *o = value - *base;
+            let bits = u16::from_le_bytes(*b);
+            largest = largest.max(bits & MAGNITUDE16);
+            *o = (self.3)(bits) - *base;
         }
-        bad == 0
+        largest < self.4
     }
 }
 
@@ -141,32 +150,31 @@ impl Loop for Widen32<'_> {
 
     #[inline(always)]
     fn run(self) -> bool {
-        let mut bad = 0u32;
+        let mut largest = 0u32;
         for (o, b) in self.1.iter_mut().zip(self.0.as_chunks::<4>().0) {
             let bits = u32::from_le_bytes(*b);
-            bad |= u32::from(bits & EXPONENT == EXPONENT);
+            largest = largest.max(bits & MAGNITUDE);
             *o = f32::from_bits(bits);
         }
-        bad == 0
+        largest < EXPONENT
     }
 }
 
-/// The last field masks the exponent of the narrow type.
-struct Narrow16<'a, F: Fn(u32) -> u16>(&'a [f32], &'a mut [u8], F, u16);
+/// The last field is the first magnitude that overflows the narrow type.
+struct Narrow16<'a, F: Fn(u32) -> u16>(&'a [f32], &'a mut [u8], F, u32);
 
 impl<F: Fn(u32) -> u16> Loop for Narrow16<'_, F> {
     type Output = bool;
 
     #[inline(always)]
     fn run(self) -> bool {
-        let mut bad = 0u32;
+        let mut largest = 0u32;
         for (o, v) in self.1.as_chunks_mut::<2>().0.iter_mut().zip(self.0) {
             let bits = v.to_bits();
-            let rounded = (self.2)(bits);
-            bad |= u32::from(rounded & self.3 == self.3) | u32::from(bits & EXPONENT == EXPONENT);
-            *o = rounded.to_le_bytes();
+            largest = largest.max(bits & MAGNITUDE);
+            *o = (self.2)(bits).to_le_bytes();
         }
-        bad == 0
+        largest < self.3
     }
 }
 
@@ -177,12 +185,12 @@ impl Loop for Narrow32<'_> {
 
     #[inline(always)]
     fn run(self) -> bool {
-        let mut bad = 0u32;
+        let mut largest = 0u32;
         for (o, v) in self.1.as_chunks_mut::<4>().0.iter_mut().zip(self.0) {
-            bad |= u32::from(v.to_bits() & EXPONENT == EXPONENT);
+            largest = largest.max(v.to_bits() & MAGNITUDE);
             *o = v.to_le_bytes();
         }
-        bad == 0
+        largest < EXPONENT
     }
 }
 

@@ -297,11 +297,22 @@ fn create(dir: &Path, name: &str) -> Result<File, CheckpointError> {
 }
 
 /// Takes the blocks now, so that a full disk is found before the work is done. A file system that cannot is
-/// left alone.
+/// left alone. One in memory would fill every page with zeros first, while all wait: it is asked for its room only.
 fn preallocate(file: &File, name: &str, bytes: u64) -> Result<(), CheckpointError> {
     use rustix::io::Errno;
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
     if bytes == 0 {
         return Ok(());
+    }
+    if let Ok(about) = rustix::fs::fstatfs(file)
+        && about.f_type as u64 == TMPFS_MAGIC
+    {
+        // Without a limit of its own it says that it has no blocks at all.
+        let room = about.f_bavail.saturating_mul(about.f_bsize as u64);
+        return match about.f_blocks > 0 && room < bytes {
+            true => Err(CheckpointError::io(name, Errno::NOSPC.into())),
+            false => Ok(()),
+        };
     }
     match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
         Err(errno @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) => {

@@ -227,8 +227,9 @@ impl<'a> Family<'a> {
             let delta = &mut tile.deltas[member];
             match known {
                 Some(bits) => {
-                    masks::apply(bits, delta);
-                    drop.survivors().apply(delta);
+                    let (factor, rest) = drop.survivors().as_factor();
+                    masks::apply(bits, factor, delta);
+                    rest.apply(delta);
                 }
                 None => drop.apply(tile.start, delta, &mut tile.drops),
             }

@@ -4,7 +4,7 @@
 //!
 //! Source: DELLA arXiv 2406.11617 and declare-lab/della.
 
-use crate::kernel::{count_below_and_equal, indices_within, magnitude_bits, wide};
+use crate::kernel::{count_below_and_equal, indices_within, keep_if, magnitude_bits, wide};
 use crate::rng::drop_threshold;
 use crate::sparsify::drop_by_words;
 
@@ -85,7 +85,7 @@ impl RowScratch {
             let stays = word >= self.chances.thresholds[doubled];
             words[index] = if stays { u32::MAX } else { 0 };
         }
-        drop_by_words(words, u64::from(highest), delta);
+        drop_by_words(words, u64::from(highest), 1.0, delta);
     }
 
     /// A doubled rank that says whether an element stays, and whether that is sure: because all ranks of its bucket say the
@@ -229,7 +229,7 @@ wide! {
         let last = thresholds.len() - 1;
         for ((d, word), rank) in delta.iter_mut().zip(words).zip(ranks) {
             let threshold = thresholds[(*rank as usize).min(last)];
-            *d = if *word < threshold { 0.0 } else { *d };
+            *d = keep_if(*word >= threshold, *d);
         }
     }
 

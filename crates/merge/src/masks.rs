@@ -38,11 +38,11 @@ pub(crate) fn note(values: &[f32], bits: &mut Vec<u32>) {
 }
 
 wide! {
-    /// Zeroes the values whose bit is not set.
-    pub(crate) fn apply<'a>(bits: &'a [u32], values: &'a mut [f32]) {
+    /// Zeroes the values whose bit is not set, and multiplies the others.
+    pub(crate) fn apply<'a>(bits: &'a [u32], factor: f32, values: &'a mut [f32]) {
         for (values, word) in values.chunks_mut(32).zip(bits) {
             for (i, v) in values.iter_mut().enumerate() {
-                *v = if word & (1 << i) != 0 { *v } else { 0.0 };
+                *v = if word & (1 << i) != 0 { *v * factor } else { 0.0 };
             }
         }
     }
@@ -62,7 +62,7 @@ mod tests {
             note(&values, &mut bits);
             assert_eq!(bits.len(), len.div_ceil(32));
             let mut all: Vec<f32> = (0..len).map(|i| i as f32).collect();
-            apply(&bits, &mut all);
+            apply(&bits, 1.0, &mut all);
             assert_eq!(all, values);
         }
     }

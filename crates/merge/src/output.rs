@@ -284,14 +284,18 @@ fn add(total: &mut ChunkStats, part: ChunkStats) {
     }
     sum(&mut total.kept, &part.kept);
     sum(&mut total.delta_squares, &part.delta_squares);
+    total.observed += part.observed;
     total.conflicting += part.conflicting;
     total.base_squares += part.base_squares;
     total.product += part.product;
 }
 
-/// Statistics of the members become lists over all models; one that takes no part has zeros.
+/// Statistics of the members become lists over all models; one that takes no part has zeros. What was seen of a part of the
+/// tensor stands for the rest of it.
 fn tensor_stats(tensor: &OutTensor, models: usize, total: ChunkStats) -> TensorStats {
-    let share = |count: u64| count as f64 / tensor.plan.numel().max(1) as f64;
+    let observed = total.observed.max(1) as f64;
+    let share = |count: u64| count as f64 / observed;
+    let whole = tensor.plan.numel() as f64 / observed;
     let by_model = |values: Vec<f64>| match values.is_empty() {
         true => Vec::new(),
         false => {
@@ -314,9 +318,9 @@ fn tensor_stats(tensor: &OutTensor, models: usize, total: ChunkStats) -> TensorS
         .to_owned(),
         kept: by_model(total.kept.iter().map(|k| share(*k)).collect()),
         conflicting: share(total.conflicting),
-        delta_norm: by_model(total.delta_squares.iter().map(|s| s.sqrt()).collect()),
-        base_norm: total.base_squares.sqrt(),
-        delta_product: total.product,
+        delta_norm: by_model(total.delta_squares.iter().map(|s| (s * whole).sqrt()).collect()),
+        base_norm: (total.base_squares * whole).sqrt(),
+        delta_product: total.product * whole,
     }
 }
 

@@ -31,9 +31,11 @@ pub(crate) struct Combination {
     t: f32,
 }
 
-/// What was seen while one chunk was merged. Lists follow the members of its tensor.
+/// What was seen of the observed tiles while one chunk was merged. Lists follow the members of its tensor.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ChunkStats {
+    /// Elements of the tiles that were looked at.
+    pub observed: u64,
     /// Elements whose delta went into the result.
     pub kept: Vec<u64>,
     /// Elements where kept deltas of both signs met.
@@ -245,7 +247,9 @@ impl Point<'_, '_> {
         match &family.recipe.method {
             Method::Ties { trim, normalize, .. } => {
                 family.form_trimmed(index, tile);
-                measure(tile, stats);
+                if tile.observed {
+                    measure(tile, stats);
+                }
                 self.ties(tensor, tile, combination, trim, *normalize, stats);
                 kernel::add_to_base(&tile.theta0, combination.scaling, &mut tile.merged);
             }
@@ -313,7 +317,11 @@ impl Point<'_, '_> {
     ) {
         let (mean, majority) = self.ties_mean(combination, trim, normalize);
         let deltas = &mut tile.deltas[..tensor.members.len()];
-        let counts = kernel::ties(deltas, majority, mean, &mut tile.merged, &mut tile.ties);
+        let observed = tile.observed;
+        let counts = kernel::ties(deltas, majority, mean, observed, &mut tile.merged, &mut tile.ties);
+        if !observed {
+            return;
+        }
         stats.kept.resize(counts.kept.len(), 0);
         stats.kept.iter_mut().zip(&counts.kept).for_each(|(s, k)| *s += k);
         stats.conflicting += counts.conflicting;
@@ -467,6 +475,7 @@ fn sce(tile: &mut Tile, weights: &[f32]) {
 /// Norms of what the method starts from.
 fn measure(tile: &Tile, stats: &mut ChunkStats) {
     let count = tile.deltas.len();
+    stats.observed += tile.len as u64;
     stats.delta_squares.resize(count, 0.0);
     if let [a, b] = tile.deltas.as_slice() {
         let (a, b) = (&a[..tile.len], &b[..tile.len]);
@@ -511,6 +520,9 @@ fn squares(values: &[f32]) -> f64 {
 
 /// As [`measure`], with what is kept and where signs conflict.
 fn observe(tile: &Tile, stats: &mut ChunkStats) {
+    if !tile.observed {
+        return;
+    }
     measure(tile, stats);
     stats.kept.resize(tile.deltas.len(), 0);
     for (kept, delta) in stats.kept.iter_mut().zip(&tile.deltas) {

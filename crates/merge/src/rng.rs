@@ -71,6 +71,12 @@ wide! {
     /// a multiplication of 32 bits by 32 needs no shuffles.
     fn philox_blocks<'a>(key: [u32; 2], first: u64, words: &'a mut [u32]) {
         const LOW: u64 = 0xffff_ffff;
+        let mut k = key;
+        let keys: [[u64; 2]; 10] = std::array::from_fn(|_| {
+            let now = k.map(u64::from);
+            k = [k[0].wrapping_add(W0), k[1].wrapping_add(W1)];
+            now
+        });
         for (group, out) in words.as_chunks_mut::<{ LANES * 4 }>().0.iter_mut().enumerate() {
             let start = first + (group * LANES) as u64;
             let (mut c0, mut c1, mut c2, mut c3) = ([0u64; LANES], [0u64; LANES], [0u64; LANES], [0u64; LANES]);
@@ -78,9 +84,7 @@ wide! {
                 c0[lane] = start + lane as u64;
                 c1[lane] = (start + lane as u64) >> 32;
             }
-            let mut k = key;
-            for _ in 0..10 {
-                let (k0, k1) = (u64::from(k[0]), u64::from(k[1]));
+            for [k0, k1] in keys {
                 for lane in 0..LANES {
                     let p0 = u64::from(M0) * (c0[lane] & LOW);
                     let p1 = u64::from(M1) * (c2[lane] & LOW);
@@ -89,10 +93,10 @@ wide! {
                     c2[lane] = (p0 >> 32) ^ c3[lane] ^ k1;
                     c3[lane] = p0;
                 }
-                k = [k[0].wrapping_add(W0), k[1].wrapping_add(W1)];
             }
             for (lane, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                *out = [c0[lane] as u32, c1[lane] as u32, c2[lane] as u32, c3[lane] as u32];
+                let (low, high) = (c0[lane] & LOW | c1[lane] << 32, c2[lane] & LOW | c3[lane] << 32);
+                *out = [low as u32, (low >> 32) as u32, high as u32, (high >> 32) as u32];
             }
         }
     }

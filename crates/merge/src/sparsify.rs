@@ -119,8 +119,9 @@ impl Drop {
             } => {
                 let skip = words.fill(start, delta.len(), &mut scratch.words);
                 let words = &scratch.words[skip..skip + delta.len()];
-                drop_by_words(words, threshold, delta);
-                survivors.apply(delta);
+                let (factor, rest) = survivors.as_factor();
+                drop_by_words(words, threshold, factor, delta);
+                rest.apply(delta);
             }
             Self::Between { low, high, survivors } => {
                 keep(low, high, start, delta);
@@ -147,6 +148,20 @@ impl Drop {
 }
 
 impl Survivors {
+    /// A factor, and what is left to be done after it: a division by a power of two is a multiplication, to the same bits.
+    pub fn as_factor(self) -> (f32, Self) {
+        match self {
+            Self::Keep => (1.0, Self::Keep),
+            Self::Multiply(by) => (by, Self::Keep),
+            Self::Divide(by)
+                if by.to_bits() & 0x007f_ffff == 0 && by.is_normal() && by.recip().is_normal() =>
+            {
+                (by.recip(), Self::Keep)
+            }
+            Self::Divide(_) => (1.0, self),
+        }
+    }
+
     pub fn apply(self, delta: &mut [f32]) {
         match self {
             Self::Keep => {}
@@ -185,12 +200,12 @@ fn keep(low: Edge, high: Edge, start: usize, delta: &mut [f32]) {
 }
 
 wide! {
-    /// Zeroes the elements whose word lies below the threshold.
-    pub(crate) fn drop_by_words<'a>(words: &'a [u32], threshold: u64, delta: &'a mut [f32]) {
+    /// Zeroes the elements whose word lies below the threshold, and multiplies the others.
+    pub(crate) fn drop_by_words<'a>(words: &'a [u32], threshold: u64, factor: f32, delta: &'a mut [f32]) {
         // A threshold of 2^32 cannot be: rates are below 1, but may round to it.
         let threshold = if threshold > 0xffff_ffff { 0xffff_ffff } else { threshold as u32 };
         for (d, word) in delta.iter_mut().zip(words) {
-            *d = if *word < threshold { 0.0 } else { *d };
+            *d = if *word < threshold { 0.0 } else { *d * factor };
         }
     }
 }

@@ -21,6 +21,10 @@ use crate::{MergeError, Observer};
 
 /// Elements of a tile: eight buffers of f32 fit in a first-level cache, or nearly.
 pub(crate) const TILE: usize = 1024;
+/// Statistics are made of one tile in so many,
+const OBSERVED: usize = 8;
+/// but of all where a tensor has no more elements than this.
+const OBSERVED_WHOLE: usize = 64 << 10;
 /// Output elements of a window, unless another number is asked for.
 pub(crate) const WINDOW: usize = 8 << 20;
 
@@ -72,6 +76,8 @@ pub(crate) struct Tile {
     /// Index of its first element in the flattened tensor.
     pub start: usize,
     pub len: usize,
+    /// Whether it counts in the statistics of the merge.
+    pub observed: bool,
     /// The chunk it is of, and where its bits start in a mask of that chunk.
     pub chunk: usize,
     pub word: usize,
@@ -415,8 +421,10 @@ impl Work<'_> {
         };
         scratch.tile.chunk = chunk.index;
         let reads = self.reads(chunk.tensor);
+        let whole = self.stream.tensors[chunk.tensor].plan.numel() <= OBSERVED_WHOLE;
         for (index, from) in (0..chunk.len).step_by(step).enumerate() {
             scratch.tile.word = index * step.div_ceil(32);
+            scratch.tile.observed = whole || index % OBSERVED == 0;
             self.fill_tile(scratch, &reads, chunk, from, step.min(chunk.len - from))?;
             run(&mut scratch.tile)?;
         }

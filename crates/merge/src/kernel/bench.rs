@@ -112,6 +112,11 @@ impl Local {
     }
 }
 
+/// As the merge has it.
+fn observed(at: usize) -> bool {
+    (at / TILE).is_multiple_of(8)
+}
+
 /// What is done to one tile: its place, its bytes of the inputs, its bytes of the output.
 type Kernel = fn(&mut Local, usize, &[&[u8]; 3], &mut [u8]);
 
@@ -122,24 +127,29 @@ const KERNELS: &[(&str, usize, Kernel)] = &[
         weighted_sum(&[0.6, 0.4], &local.theta[1..], &mut local.merged);
         local.finish(out);
     }),
-    ("task_arithmetic", 8, |local, _, parts, out| {
+    ("task_arithmetic", 8, |local, at, parts, out| {
         local.form_deltas(parts);
-        black_box(moments(&local.deltas[0], &local.deltas[1], &local.theta[0]));
+        if observed(at) {
+            black_box(moments(&local.deltas[0], &local.deltas[1], &local.theta[0]));
+        }
         weighted_sum(&[0.6, 0.4], &local.deltas, &mut local.merged);
         add_to_base(&local.theta[0], 1.0, &mut local.merged);
         local.finish(out);
     }),
-    ("ties", 8, |local, _, parts, out| {
+    ("ties", 8, |local, at, parts, out| {
         local.form_deltas(parts);
         for delta in &mut local.deltas {
             keep_between(0.001f32.to_bits(), u32::MAX, delta);
         }
-        black_box(moments(&local.deltas[0], &local.deltas[1], &local.theta[0]));
+        if observed(at) {
+            black_box(moments(&local.deltas[0], &local.deltas[1], &local.theta[0]));
+        }
         let mean = TiesMean::Weighted(&[0.6, 0.4]);
         black_box(ties(
             &mut local.deltas,
             1,
             mean,
+            observed(at),
             &mut local.merged,
             &mut local.ties,
         ));
@@ -163,24 +173,25 @@ const KERNELS: &[(&str, usize, Kernel)] = &[
             &mut local.deltas,
             1,
             mean,
+            observed(at),
             &mut local.merged,
             &mut local.ties,
         ));
         add_to_base(&local.theta[0], 1.0, &mut local.merged);
         local.finish(out);
     }),
-    ("della_ties from masks", 8, |local, _, parts, out| {
+    ("della_ties from masks", 8, |local, at, parts, out| {
         local.form_deltas(parts);
         local.bits.resize(TILE / 32, 0x5a5a_5a5a);
         for delta in &mut local.deltas {
-            masks::apply(&local.bits, delta);
-            Survivors::Multiply(1.5).apply(delta);
+            masks::apply(&local.bits, 1.5, delta);
         }
         let mean = TiesMean::Premultiplied(&[0.6, 0.4]);
         black_box(ties(
             &mut local.deltas,
             1,
             mean,
+            observed(at),
             &mut local.merged,
             &mut local.ties,
         ));
@@ -293,4 +304,138 @@ fn kernels_beside_a_copy() {
     let result = json!({"elements": ELEMENTS, "dtype": "BF16", "threads": threads,
         "memcpy_gb_per_s": copied, "stream_scale_gb_per_s": scaled, "kernels": rows});
     println!("JSON {result}");
+}
+
+/// The loops alone, over one tile that stays in the first-level cache: nanoseconds an element.
+#[test]
+#[ignore = "a benchmark: bench/kernels.sh"]
+fn loops_in_cache() {
+    let arrays = Arrays::new();
+    let parts = arrays.inputs.each_ref().map(|input| &input[..TILE * 2]);
+    let mut local = Local::new();
+    local.form_deltas(&parts);
+    local.widen(&[0, 1, 2], &parts);
+    let mut out = vec![0u8; TILE * 2];
+    let mut words = Vec::new();
+    MaskWords::new(1, 0, "bench").fill(0, TILE, &mut words);
+    let mut bits = vec![0x5a5a_5a5au32; TILE / 32];
+    let time = |name: &str, run: &mut dyn FnMut()| {
+        let mut best = f64::INFINITY;
+        for _ in 0..30 {
+            let start = Instant::now();
+            (0..200).for_each(|_| run());
+            best = best.min(start.elapsed().as_secs_f64() / (200 * TILE) as f64);
+        }
+        println!("{name:28} {:.3} ns", best * 1e9);
+    };
+    let Local {
+        theta,
+        deltas,
+        merged,
+        ties: scratch,
+        ..
+    } = &mut local;
+    time("widen", &mut || {
+        black_box(widen(Dtype::BF16, black_box(parts[0]), &mut theta[0]));
+    });
+    time("widen_difference", &mut || {
+        black_box(widen_difference(
+            Dtype::BF16,
+            black_box(parts[1]),
+            &theta[0],
+            &mut deltas[0],
+        ));
+    });
+    time("weighted_sum", &mut || {
+        weighted_sum(black_box(&[0.6, 0.4]), deltas, merged)
+    });
+    time("add_to_base", &mut || {
+        add_to_base(&theta[0], black_box(1.0), merged)
+    });
+    time("moments", &mut || {
+        black_box(moments(&deltas[0], &deltas[1], &theta[0]));
+    });
+    time("count_nonzero", &mut || {
+        black_box(count_nonzero(&deltas[0]));
+    });
+    time("conflicting", &mut || {
+        black_box(conflicting(deltas, TILE));
+    });
+    time("keep_between", &mut || {
+        keep_between(black_box(0.0001f32.to_bits()), u32::MAX, &mut deltas[0])
+    });
+    time("ties weighted", &mut || {
+        black_box(ties(
+            deltas,
+            1,
+            TiesMean::Weighted(&[0.6, 0.4]),
+            false,
+            merged,
+            scratch,
+        ));
+    });
+    time("ties premultiplied", &mut || {
+        black_box(ties(
+            deltas,
+            1,
+            TiesMean::Premultiplied(&[0.6, 0.4]),
+            false,
+            merged,
+            scratch,
+        ));
+    });
+    time("narrow", &mut || {
+        black_box(narrow(Dtype::BF16, black_box(merged), &mut out));
+    });
+    time("sum_magnitudes", &mut || {
+        black_box(sum_magnitudes(&deltas[0]));
+    });
+    time("philox", &mut || {
+        black_box(MaskWords::new(1, 0, "bench").fill(0, TILE, &mut words));
+    });
+    time("drop_by_words", &mut || {
+        crate::sparsify::drop_by_words(&words, black_box(1 << 10), black_box(1.0), &mut deltas[0])
+    });
+    time("divide", &mut || divide(&mut deltas[0], black_box(1.0000001)));
+    time("masks::note", &mut || {
+        bits.clear();
+        masks::note(&deltas[0], &mut bits);
+    });
+    time("masks::apply", &mut || {
+        masks::apply(&bits, black_box(1.0), &mut deltas[0])
+    });
+    local.form_deltas(&parts);
+    let mut offsets = vec![0; TILE];
+    time("within, few", &mut || {
+        black_box(within(
+            &local.deltas[0],
+            0.000_9f32.to_bits(),
+            1 << 10,
+            &mut offsets,
+        ));
+    });
+    time("within, many", &mut || {
+        black_box(within(
+            &local.deltas[0],
+            0.000_9f32.to_bits(),
+            1 << 30,
+            &mut offsets,
+        ));
+    });
+    let mut counter = Counter::default();
+    let bracket = Bracket::new(0.000_9f32.to_bits(), 0.000_91f32.to_bits());
+    time("Counter::count", &mut || counter.count(bracket, &local.deltas[0]));
+    let original = local.deltas[0].clone();
+    let drop = Drop::Della {
+        words: MaskWords::new(1, 0, "bench"),
+        retain: 0.5,
+        epsilon: 0.15,
+        row: TILE,
+        divide: false,
+        survivors: Survivors::Keep,
+    };
+    time("DELLA", &mut || {
+        local.deltas[0].copy_from_slice(&original);
+        drop.apply(0, &mut local.deltas[0], &mut local.drops)
+    });
 }

@@ -170,7 +170,7 @@ wide! {
     pub(crate) fn keep_between<'a>(low: u32, high: u32, values: &'a mut [f32]) {
         for v in values {
             let magnitude = magnitude_bits(*v);
-            *v = if magnitude >= low && magnitude <= high { *v } else { 0.0 };
+            *v = keep_if((magnitude >= low) & (magnitude <= high), *v);
         }
     }
 
@@ -270,6 +270,12 @@ wide! {
 #[inline(always)]
 pub(crate) fn magnitude_bits(x: f32) -> u32 {
     x.to_bits() & 0x7fff_ffff
+}
+
+/// `value`, or 0: without a choice, which compilers make a store under a mask of, slow on many machines.
+#[inline(always)]
+pub(crate) fn keep_if(stays: bool, value: f32) -> f32 {
+    f32::from_bits(value.to_bits() & 0u32.wrapping_sub(u32::from(stays)))
 }
 
 /// Elements where deltas of both signs meet.

@@ -78,11 +78,13 @@ pub(crate) fn elected_signs(deltas: &[Vec<f32>], len: usize, scratch: &mut TiesS
 }
 
 /// One slice of the merged delta, before scaling, from the parents' trimmed deltas: 0 where trimmed. `majority` is the sign
-/// of elements whose deltas sum to 0; 0 drops them. The deltas may come back multiplied.
+/// of elements whose deltas sum to 0; 0 drops them. The deltas may come back multiplied. Unless `counted`, what is returned
+/// means nothing.
 pub(crate) fn ties(
     deltas: &mut [Vec<f32>],
     majority: i8,
     mean: TiesMean<'_>,
+    counted: bool,
     out: &mut [f32],
     scratch: &mut TiesScratch,
 ) -> TiesCounts {
@@ -96,6 +98,7 @@ pub(crate) fn ties(
             share: [of_a.2, of_b.2],
             divide: matches!(mean, TiesMean::Weighted(_) | TiesMean::PremultipliedMean(_)),
             keep_single: matches!(mean, TiesMean::Mixup(_)),
+            counted,
             majority,
         };
         return ties_of_two(&a[..len], &b[..len], two, out);
@@ -153,6 +156,7 @@ struct OfTwo {
     share: [f32; 2],
     divide: bool,
     keep_single: bool,
+    counted: bool,
     majority: f32,
 }
 
@@ -175,7 +179,7 @@ fn vote(deltas: &[Vec<f32>], len: usize, sums: &mut Vec<f32>) {
 }
 
 #[inline(always)]
-fn join_two_as<const DIVIDE: bool, const KEEP_SINGLE: bool>(
+fn join_two_as<const DIVIDE: bool, const KEEP_SINGLE: bool, const COUNTED: bool>(
     a: &[f32],
     b: &[f32],
     two: OfTwo,
@@ -197,9 +201,11 @@ fn join_two_as<const DIVIDE: bool, const KEEP_SINGLE: bool>(
         let sign = f32::from_bits(elected.to_bits() & 0x8000_0000 | 0x3f80_0000);
         let sign = if elected == 0.0 { 0.0 } else { sign };
         let (agrees_a, agrees_b) = (a * sign > 0.0, b * sign > 0.0);
-        kept_a += u32::from(agrees_a);
-        kept_b += u32::from(agrees_b);
-        conflicting += u32::from((a != 0.0) & (b != 0.0)) & ((a.to_bits() ^ b.to_bits()) >> 31);
+        if COUNTED {
+            kept_a += u32::from(agrees_a);
+            kept_b += u32::from(agrees_b);
+            conflicting += u32::from((a != 0.0) & (b != 0.0)) & ((a.to_bits() ^ b.to_bits()) >> 31);
+        }
         let merged_a = if agrees_a { after[0] * a } else { 0.0 };
         let merged_b = if agrees_b { after[1] * b } else { 0.0 };
         let mut merged = merged_a + merged_b;
@@ -221,10 +227,13 @@ fn join_two_as<const DIVIDE: bool, const KEEP_SINGLE: bool>(
 
 wide! {
     fn join_two<'a>(a: &'a [f32], b: &'a [f32], two: OfTwo, out: &'a mut [f32]) -> ([u32; 2], u32) {
-        match (two.divide, two.keep_single) {
-            (true, _) => join_two_as::<true, false>(a, b, two, out),
-            (false, true) => join_two_as::<false, true>(a, b, two, out),
-            (false, false) => join_two_as::<false, false>(a, b, two, out),
+        match (two.divide, two.keep_single, two.counted) {
+            (true, _, true) => join_two_as::<true, false, true>(a, b, two, out),
+            (true, _, false) => join_two_as::<true, false, false>(a, b, two, out),
+            (false, true, true) => join_two_as::<false, true, true>(a, b, two, out),
+            (false, true, false) => join_two_as::<false, true, false>(a, b, two, out),
+            (false, false, true) => join_two_as::<false, false, true>(a, b, two, out),
+            (false, false, false) => join_two_as::<false, false, false>(a, b, two, out),
         }
     }
 
