@@ -1,7 +1,7 @@
 //! What handlers and workers share, and how it is put together.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,13 +11,16 @@ use cauldron_lm::Arithmetic;
 use cauldron_merge::MergeOptions;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::cache::{Cache, KnownContents, sync_folder};
 use crate::config::{ApiKeys, Config, ModelName};
-use crate::jobs::{Intake, Job, JobStore, Runner, SqliteJobs, Worker};
+use crate::jobs::{Intake, Job, JobStore, Keeper, PostgresJobs, Runner, SqliteJobs, Worker};
 use crate::serving::{self, LoadRequest, Served, Serving, ServingError, ServingLimits, check_model};
 use crate::sources::ModelSources;
+
+/// How often the queue and the cache are looked after.
+const UPKEEP: Duration = Duration::from_secs(600);
 
 /// The state of every handler.
 #[derive(Debug, Clone)]
@@ -30,6 +33,7 @@ pub struct App {
     pub keys: ApiKeys,
     pub jobs: Arc<dyn JobStore>,
     pub cache: Cache,
+    pub keeper: Keeper,
     pub sources: Arc<ModelSources>,
     pub intake: Intake,
     pub worker: Arc<Worker>,
@@ -55,7 +59,8 @@ impl App {
         }
         let lock = lock(&data_dir)?;
         let jobs = open_jobs(&config, &data_dir).await?;
-        let recovered = jobs.recover().await?;
+        let node = node_name(&data_dir).context("naming this node in --data-dir")?;
+        let recovered = jobs.recover(&node).await?;
         if recovered > 0 {
             info!(jobs = recovered, "jobs of the last run are back in the queue");
         }
@@ -78,9 +83,15 @@ impl App {
             fixed_shapes: config.engine.deterministic,
         };
         let serving = Serving::start(cache.clone(), device, limits).context("starting the engine thread")?;
+        let keeper = Keeper {
+            cache: cache.clone(),
+            sources: sources.clone(),
+            budget: config.storage.cache_budget,
+        };
         let runner = Runner {
             sources: sources.clone(),
             cache: cache.clone(),
+            keeper: keeper.clone(),
             known: KnownContents::open(&data_dir).context("opening the contents in --data-dir")?,
             options: MergeOptions {
                 max_shard_bytes: config.storage.max_shard_bytes,
@@ -93,18 +104,20 @@ impl App {
                 load_result(&to_load, &from, job, &name, posted(job));
             }
         });
-        let worker = Arc::new(Worker::new(jobs.clone(), runner, on_success));
+        let worker = Arc::new(Worker::new(&node, jobs.clone(), runner, on_success));
         let intake = Intake {
             store: jobs.clone(),
             sources: sources.clone(),
             cache: cache.clone(),
             max_queued: config.storage.max_queued_jobs,
+            cache_budget: config.storage.cache_budget,
         };
         Ok(Arc::new(Self {
             config,
             keys,
             jobs,
             cache,
+            keeper,
             sources,
             intake,
             worker,
@@ -117,6 +130,35 @@ impl App {
     /// Starts the worker; it ends when `shutdown` is cancelled.
     pub fn start_worker(self: &Arc<Self>) -> tokio::task::JoinHandle<()> {
         tokio::spawn(self.worker.clone().run(self.shutdown.clone()))
+    }
+
+    /// Looks after the queue and the cache until `shutdown`: old jobs are forgotten, and the cache kept within its budget.
+    pub fn start_upkeep(self: &Arc<Self>) -> tokio::task::JoinHandle<()> {
+        let app = self.clone();
+        tokio::spawn(async move {
+            let mut tick = tokio::time::interval(UPKEEP);
+            loop {
+                tokio::select! {
+                    _ = tick.tick() => app.upkeep().await,
+                    () = app.shutdown.cancelled() => return,
+                }
+            }
+        })
+    }
+
+    async fn upkeep(&self) {
+        let age = Duration::from_hours(24 * u64::from(self.config.storage.job_retention_days));
+        match self.jobs.forget(age).await {
+            Ok(0) => {}
+            Ok(jobs) => info!(jobs, "old jobs are forgotten"),
+            Err(e) => warn!(error = %e, "old jobs cannot be forgotten"),
+        }
+        let keeper = self.keeper.clone();
+        match tokio::task::spawn_blocking(move || keeper.make_room(0)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(e)) => warn!(error = %e, "the cache cannot be kept within its budget"),
+            Err(e) => warn!(error = %e, "the cache was not looked after"),
+        }
     }
 
     /// Loads the result of a job that is done under a name.
@@ -185,6 +227,20 @@ fn load_result(serving: &Arc<Serving>, cache: &Cache, job: &Job, name: &str, ask
     }
 }
 
+/// What this data folder is called among the nodes of a queue: made once.
+fn node_name(data_dir: &Path) -> std::io::Result<String> {
+    let path = data_dir.join("node");
+    match std::fs::read_to_string(&path) {
+        Ok(text) if uuid::Uuid::try_parse(text.trim()).is_ok() => return Ok(text.trim().to_owned()),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let name = uuid::Uuid::new_v4().to_string();
+    std::fs::write(&path, format!("{name}\n"))?;
+    File::open(&path)?.sync_all()?;
+    Ok(name)
+}
+
 /// One process a data folder: two would clean up each other's drafts.
 fn lock(data_dir: &Path) -> anyhow::Result<File> {
     let file = File::options()
@@ -201,13 +257,21 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
 }
 
 async fn open_jobs(config: &Config, data_dir: &Path) -> anyhow::Result<Arc<dyn JobStore>> {
-    let jobs = match &config.storage.database_url {
+    let failed = "opening the job database";
+    let lease = config.storage.lease();
+    let sqlite = |opened: SqliteJobs| -> Arc<dyn JobStore> { Arc::new(opened.with_lease(lease)) };
+    match config.storage.database_url.as_deref() {
         None => {
-            let path: PathBuf = data_dir.join("cauldron.db");
-            SqliteJobs::open(&path).await
+            let opened = SqliteJobs::open(&data_dir.join("cauldron.db")).await;
+            opened.map(sqlite).context(failed)
         }
-        Some(url) if url.starts_with("sqlite:") => SqliteJobs::open_url(url).await,
-        Some(_) => anyhow::bail!("--database-url: only sqlite: is supported"),
-    };
-    Ok(Arc::new(jobs.context("opening the job database")?))
+        Some(url) if url.starts_with("sqlite:") => {
+            SqliteJobs::open_url(url).await.map(sqlite).context(failed)
+        }
+        Some(url) if url.starts_with("postgres:") || url.starts_with("postgresql:") => {
+            let opened = PostgresJobs::open_url(url).await.context(failed)?;
+            Ok(Arc::new(opened.with_lease(lease)))
+        }
+        Some(_) => anyhow::bail!("--database-url: takes sqlite: and postgres: URLs"),
+    }
 }

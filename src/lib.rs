@@ -3,11 +3,15 @@
 //! This package is the service: HTTP, jobs, cache, serving. Tensor arithmetic is in `cauldron-merge`, the decoder in
 //! `cauldron-lm`, files in `cauldron-checkpoint`. docs/ARCHITECTURE.md has the house on one page.
 
+// jobs/sql/queries.rs is compiled for each database.
+#![allow(clippy::duplicate_mod)]
+
 pub mod api;
 pub mod app;
 pub mod cache;
 pub mod cli;
 pub mod config;
+mod failpoint;
 pub mod jobs;
 pub mod server;
 pub mod serving;

@@ -1,6 +1,7 @@
 //! What a model reference means: a folder under the models directory, a finished job's result, or a cached checkpoint.
 //! The only place where a name from a request becomes a path, and only through typed names.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -147,19 +148,51 @@ impl ModelSources {
         }
     }
 
+    /// Entries of the cache that jobs name which wait or run.
+    pub fn live_references(&self) -> Result<HashSet<Digest>, Outage> {
+        let recipes = self.runtime.block_on(self.jobs.live())?;
+        let mut digests = HashSet::new();
+        for recipe in recipes {
+            // It was checked when it was accepted.
+            let Ok(recipe) = Recipe::from_json(recipe) else {
+                continue;
+            };
+            let references = recipe.references().map(|(_, reference)| reference);
+            for part in references
+                .flat_map(|r| [Some(&r.source), r.adapter.as_ref()])
+                .flatten()
+            {
+                match self.cached_digest(part) {
+                    Ok(Some(digest)) => _ = digests.insert(digest),
+                    Err(Miss::Outage(outage)) => return Err(outage),
+                    Ok(None) | Err(Miss::Detail(_)) => {}
+                }
+            }
+        }
+        Ok(digests)
+    }
+
     /// The folder of one part, and the cache entry it should be.
     fn find(&self, name: &str) -> Result<(PathBuf, Option<Digest>), Miss> {
-        let digest = if let Some(digest) = name.strip_prefix("checkpoint:") {
-            digest
-                .parse()
-                .map_err(|_| "checkpoint: takes 64 lower-case hex digits".to_owned())?
-        } else if let Some(id) = name.strip_prefix("merge:") {
-            let id: Uuid = id.parse().map_err(|_| "merge: takes a job id".to_owned())?;
-            self.result_of(id)?
-        } else {
-            return Ok((self.model_folder(name)?, None));
+        match self.cached_digest(name)? {
+            Some(digest) => Ok((self.cache.path(&digest), Some(digest))),
+            None => Ok((self.model_folder(name)?, None)),
+        }
+    }
+
+    /// The cache entry that a part names, if it names one.
+    fn cached_digest(&self, name: &str) -> Result<Option<Digest>, Miss> {
+        if let Some(digest) = name.strip_prefix("checkpoint:") {
+            let digest = digest.parse();
+            return Ok(Some(
+                digest.map_err(|_| "checkpoint: takes 64 lower-case hex digits".to_owned())?,
+            ));
+        }
+        let Some(id) = name.strip_prefix("merge:") else {
+            return Ok(None);
         };
-        Ok((self.cache.path(&digest), Some(digest)))
+        let id: Uuid = id.parse().map_err(|_| "merge: takes a job id".to_owned())?;
+        self.result_of(id).map(Some)
     }
 
     /// One folder directly under the models directory. A link may lead elsewhere only inside that directory.

@@ -18,6 +18,14 @@ pub const E2E_LATENCY: &str = "cauldron_e2e_request_latency_seconds";
 pub const HTTP_REQUESTS: &str = "cauldron_http_requests_total";
 pub const MERGES: &str = "cauldron_merges_total";
 pub const JOBS: &str = "cauldron_jobs";
+/// Merges whose lease another worker took, or that ended otherwise while they ran.
+pub const LEASES_LOST: &str = "cauldron_leases_lost_total";
+/// Merges whose result was in the cache, and those that had to be made.
+pub const CACHE_HITS: &str = "cauldron_cache_hits_total";
+pub const CACHE_MISSES: &str = "cauldron_cache_misses_total";
+/// Entries that gave way to the budget, and what was taken out because it was damaged.
+pub const CACHE_EVICTIONS: &str = "cauldron_cache_evictions_total";
+pub const CACHE_DAMAGED: &str = "cauldron_cache_damaged_total";
 pub const CACHE_ENTRIES: &str = "cauldron_cache_entries";
 pub const CACHE_BYTES: &str = "cauldron_cache_bytes";
 pub const MODELS: &str = "cauldron_models";

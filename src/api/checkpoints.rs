@@ -1,5 +1,8 @@
 //! /checkpoints: the cache of merged checkpoints, and downloads from it.
 
+use std::collections::{BTreeMap, HashMap};
+use std::time::SystemTime;
+
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State};
@@ -12,14 +15,19 @@ use serde_json::Value;
 use tokio_util::io::ReaderStream;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::extract::{FromSegment, Segment};
+use super::extract::{FromSegment, JsonBytes, Segment, json_object};
 use super::problem::Problem;
 use crate::app::AppState;
+use crate::cache::CacheError;
+use crate::jobs::{Evicted, KeeperError};
 
 pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(list_checkpoints))
+        .routes(routes!(collect_garbage))
         .routes(routes!(get_checkpoint, delete_checkpoint))
+        .routes(routes!(pin_checkpoint, unpin_checkpoint))
+        .routes(routes!(verify_checkpoint))
         .routes(routes!(download_file))
 }
 
@@ -31,9 +39,38 @@ struct CheckpointView {
     lambda: Option<f64>,
     /// Bytes of all files.
     bytes: u64,
+    /// Whether an operator keeps it.
+    pinned: bool,
+    /// When it was last published, verified, loaded or downloaded; RFC 3339.
+    used_at: Option<String>,
     #[schema(value_type = Object)]
     recipe: Value,
     files: Vec<FileView>,
+}
+
+/// What a check found.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct Verified {
+    whole: bool,
+}
+
+/// What was taken out of the cache.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct Collected {
+    #[schema(value_type = Vec<String>)]
+    evicted: Vec<Digest>,
+    bytes: u64,
+}
+
+/// What may stay.
+#[derive(Debug, utoipa::ToSchema)]
+struct Gc {
+    /// Bytes; default: the server's --cache-budget.
+    #[expect(
+        dead_code,
+        reason = "only the shape: the body is read strictly, field by field"
+    )]
+    budget: Option<u64>,
 }
 
 #[derive(Debug, Serialize, utoipa::ToSchema)]
@@ -54,9 +91,24 @@ struct CheckpointList {
 #[utoipa::path(get, path = "/checkpoints", tag = "checkpoints", responses((status = 200, body = CheckpointList)))]
 async fn list_checkpoints(State(AppState(app)): State<AppState>) -> Result<Json<CheckpointList>, Problem> {
     let cache = app.cache.clone();
-    let manifests = blocking(move || cache.list()).await??;
+    let listed = blocking(move || -> Result<_, CacheError> {
+        let used: HashMap<Digest, SystemTime> = cache
+            .by_last_use()?
+            .into_iter()
+            .map(|entry| (entry.digest, entry.used))
+            .collect();
+        let mut listed = Vec::new();
+        for manifest in cache.list()? {
+            let (pinned, used) = (
+                cache.is_pinned(&manifest.digest)?,
+                used.get(&manifest.digest).copied(),
+            );
+            listed.push(view(manifest, pinned, used));
+        }
+        Ok(listed)
+    });
     Ok(Json(CheckpointList {
-        checkpoints: manifests.into_iter().map(view).collect(),
+        checkpoints: listed.await??,
     }))
 }
 
@@ -76,7 +128,7 @@ async fn get_checkpoint(
 
 /// Delete a merged checkpoint
 ///
-/// Refused while it is loaded for serving, being downloaded, or a parent of the merge that runs.
+/// Refused while it is loaded for serving, being downloaded, pinned, or named by a merge that waits or runs.
 #[utoipa::path(delete, path = "/checkpoints/{digest}", tag = "checkpoints", params(("digest" = String, Path)),
     responses((status = 204), (status = 404, body = Problem, content_type = "application/problem+json"),
         (status = 409, body = Problem, content_type = "application/problem+json")))]
@@ -84,9 +136,92 @@ async fn delete_checkpoint(
     State(AppState(app)): State<AppState>,
     Segment(digest): Segment<Digest>,
 ) -> Result<StatusCode, Problem> {
-    let cache = app.cache.clone();
-    blocking(move || cache.delete(&digest)).await??;
+    let keeper = app.keeper.clone();
+    blocking(move || keeper.delete(&digest)).await??;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Keep a merged checkpoint
+///
+/// A pinned checkpoint is neither evicted nor deleted until it is unpinned, whatever the budget of the cache.
+#[utoipa::path(put, path = "/checkpoints/{digest}/pin", tag = "checkpoints", params(("digest" = String, Path)),
+    responses((status = 204), (status = 404, body = Problem, content_type = "application/problem+json")))]
+async fn pin_checkpoint(
+    State(AppState(app)): State<AppState>,
+    Segment(digest): Segment<Digest>,
+) -> Result<StatusCode, Problem> {
+    let cache = app.cache.clone();
+    blocking(move || cache.set_pinned(&digest, true)).await??;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// No longer keep a merged checkpoint
+#[utoipa::path(delete, path = "/checkpoints/{digest}/pin", tag = "checkpoints", params(("digest" = String, Path)),
+    responses((status = 204), (status = 404, body = Problem, content_type = "application/problem+json")))]
+async fn unpin_checkpoint(
+    State(AppState(app)): State<AppState>,
+    Segment(digest): Segment<Digest>,
+) -> Result<StatusCode, Problem> {
+    let cache = app.cache.clone();
+    blocking(move || cache.set_pinned(&digest, false)).await??;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Read every byte of a merged checkpoint again
+///
+/// One whose bytes are not what its manifest says is taken out of the cache: the next merge of its recipe makes it again.
+#[utoipa::path(post, path = "/checkpoints/{digest}/verify", tag = "checkpoints", params(("digest" = String, Path)),
+    request_body(content = Object, description = "An empty object"),
+    responses((status = 200, body = Verified), (status = 404, body = Problem, content_type = "application/problem+json")))]
+async fn verify_checkpoint(
+    State(AppState(app)): State<AppState>,
+    Segment(digest): Segment<Digest>,
+    JsonBytes(body): JsonBytes,
+) -> Result<Json<Verified>, Problem> {
+    refuse_fields(&json_object(&body)?)?;
+    let cache = app.cache.clone();
+    let whole = blocking(move || -> Result<_, CacheError> {
+        if !cache.contains(&digest)? {
+            return Err(CacheError::Unknown);
+        }
+        Ok(cache.verify_again(&digest)?.is_some())
+    });
+    Ok(Json(Verified { whole: whole.await?? }))
+}
+
+/// Free space in the cache
+///
+/// Removes what interrupted merges left and what was found damaged; with `budget`, or the server's own, also the least
+/// recently used checkpoints until the rest is within it. What is loaded, pinned, being read or named by a merge that
+/// waits stays.
+#[utoipa::path(post, path = "/checkpoints/gc", tag = "checkpoints",
+    request_body = Gc, responses((status = 200, body = Collected), (status = 422, body = Problem, content_type = "application/problem+json"),
+        (status = 507, body = Problem, content_type = "application/problem+json", description = "What is in use is more than the budget")))]
+async fn collect_garbage(
+    State(AppState(app)): State<AppState>,
+    JsonBytes(body): JsonBytes,
+) -> Result<Json<Collected>, Problem> {
+    let mut fields = json_object(&body)?;
+    let budget = match fields.remove("budget") {
+        None | Some(Value::Null) => None,
+        Some(value) => Some(value.as_u64().ok_or_else(|| {
+            Problem::unprocessable("invalid-request", "budget", "must be a number of bytes")
+        })?),
+    };
+    refuse_fields(&fields)?;
+    let keeper = app.keeper.clone();
+    let evicted = blocking(move || -> Result<_, KeeperError> {
+        keeper.cache.remove_waiting_drafts().map_err(CacheError::from)?;
+        match budget.or(keeper.budget) {
+            Some(budget) => keeper.shrink(budget, 0),
+            None => Ok(Evicted::default()),
+        }
+    });
+    let evicted = evicted.await??;
+    Ok(Json(Collected {
+        evicted: evicted.digests,
+        bytes: evicted.bytes,
+    }))
 }
 
 /// Download a file of a merged checkpoint
@@ -136,10 +271,13 @@ impl tokio::io::AsyncRead for Pinned {
     }
 }
 
-fn view(manifest: Manifest) -> CheckpointView {
+fn view(manifest: Manifest, pinned: bool, used: Option<SystemTime>) -> CheckpointView {
     let digest = manifest.digest;
+    let used = used.and_then(|used| jiff::Timestamp::try_from(used).ok());
     CheckpointView {
         digest,
+        pinned,
+        used_at: used.map(|used| format!("{used:.3}")),
         lambda: manifest.lambda,
         bytes: manifest.total_bytes(),
         recipe: manifest.recipe,
@@ -153,6 +291,16 @@ fn view(manifest: Manifest) -> CheckpointView {
                 blake3: file.blake3,
             })
             .collect(),
+    }
+}
+
+fn refuse_fields(left: &BTreeMap<String, Value>) -> Result<(), Problem> {
+    match left.keys().next() {
+        None => Ok(()),
+        Some(field) => {
+            let field: String = field.chars().take(100).collect();
+            Err(Problem::unprocessable("invalid-request", &field, "unknown field"))
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use tracing::error;
 
 use crate::cache::CacheError;
-use crate::jobs::{IntakeError, StoreError};
+use crate::jobs::{IntakeError, KeeperError, StoreError};
 use crate::sources::Outage;
 
 /// A refusal.
@@ -120,7 +120,9 @@ impl From<IntakeError> for Problem {
         match error {
             IntakeError::Recipe(e) => e.into(),
             IntakeError::Outage(e) => e.into(),
-            IntakeError::Storage { .. } => insufficient_storage(error.to_string()),
+            IntakeError::Storage { .. } | IntakeError::Budget { .. } => {
+                insufficient_storage(error.to_string())
+            }
             IntakeError::Interrupted => Self::internal("intake", &error),
         }
     }
@@ -147,11 +149,25 @@ impl From<CacheError> for Problem {
         match error {
             CacheError::Unknown => Self::not_found(error.to_string()),
             CacheError::InUse => Self::conflict("checkpoint-in-use", error.to_string()),
+            CacheError::Pinned => Self::conflict("checkpoint-pinned", error.to_string()),
             CacheError::Cancelled => Self::unavailable("cache-unavailable", "cancelled; try again"),
             CacheError::Io(cause) => {
                 error!(cause = %cause, "the cache failed");
                 Self::unavailable("cache-unavailable", "the cache does not answer; try again")
             }
+        }
+    }
+}
+
+impl From<KeeperError> for Problem {
+    fn from(error: KeeperError) -> Self {
+        match error {
+            KeeperError::TooLarge { .. } | KeeperError::AllInUse { .. } => {
+                insufficient_storage(error.to_string())
+            }
+            KeeperError::Needed => Self::conflict("checkpoint-in-use", error.to_string()),
+            KeeperError::Cache(e) => e.into(),
+            KeeperError::Outage(e) => e.into(),
         }
     }
 }

@@ -5,9 +5,11 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::SystemTime;
 
 use cauldron_checkpoint::Digest;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
+use tracing::warn;
 
 /// Makes what was created, renamed or removed in a folder survive a power cut.
 pub fn sync_folder(dir: &Path) -> io::Result<()> {
@@ -48,6 +50,23 @@ pub(super) fn identity(dir: &Path) -> io::Result<Option<String>> {
     }
     lines.sort();
     Ok(Some(lines.join("\n")))
+}
+
+/// Notes that a folder is used now. Only the order in which entries are evicted depends on it.
+pub(super) fn touch(dir: &Path) {
+    let touched = fs::File::open(dir).and_then(|dir| dir.set_modified(SystemTime::now()));
+    if let Err(e) = touched {
+        warn!(error = %e, "the use of a checkpoint is not noted");
+    }
+}
+
+/// When a folder was last used; None if it is gone.
+pub(super) fn last_use(dir: &Path) -> io::Result<Option<SystemTime>> {
+    match fs::metadata(dir).and_then(|metadata| metadata.modified()) {
+        Ok(used) => Ok(Some(used)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
 }
 
 /// Digests that have a folder.

@@ -13,8 +13,11 @@ use std::time::{Duration, SystemTime};
 
 use cauldron_checkpoint::Digest;
 use cauldron_merge::{Manifest, MergeError, is_resumable, verify_folder, verify_folder_full};
+use tokio::sync::{OwnedRwLockReadGuard, RwLock, RwLockWriteGuard};
 use tracing::{error, warn};
 use uuid::Uuid;
+
+use crate::{failpoint, telemetry};
 
 pub use contents::KnownContents;
 pub use disk::sync_folder;
@@ -31,6 +34,19 @@ pub struct Cache {
     checked: Arc<Mutex<HashMap<Digest, Checked>>>,
     /// Held while an entry's bytes are read, so that equal checks do not run side by side.
     hashing: Arc<Mutex<()>>,
+    /// Written while entries are evicted, read by who must not lose one that it has just seen.
+    eviction: Arc<RwLock<()>>,
+    /// Files named by the digests that an operator keeps.
+    pinned: PathBuf,
+}
+
+/// An entry on disk, unopened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub digest: Digest,
+    pub bytes: u64,
+    /// Published, verified, loaded or read.
+    pub used: SystemTime,
 }
 
 type Pins = Arc<Mutex<HashMap<Digest, usize>>>;
@@ -52,6 +68,8 @@ pub enum CacheError {
     Unknown,
     #[error("the checkpoint is in use")]
     InUse,
+    #[error("the checkpoint is pinned")]
+    Pinned,
     #[error("cancelled")]
     Cancelled,
 }
@@ -75,9 +93,9 @@ impl Drop for Pin {
     }
 }
 
-/// How long a draft waits for a try that goes on with it.
 /// How folders begin whose entry was found damaged.
 const DAMAGED: &str = "damaged-";
+/// How long a draft waits for a try that goes on with it.
 const DRAFT_AGE: Duration = Duration::from_hours(24);
 
 /// A folder that is being filled; gone with this value unless it is published or kept.
@@ -139,8 +157,10 @@ impl Cache {
     pub fn open(data_dir: &Path) -> io::Result<Self> {
         let root = data_dir.join("checkpoints");
         let temp = data_dir.join("tmp");
-        fs::create_dir_all(&root)?;
-        fs::create_dir_all(&temp)?;
+        let pinned = data_dir.join("pins");
+        for folder in [&root, &temp, &pinned] {
+            fs::create_dir_all(folder)?;
+        }
         for entry in fs::read_dir(&temp)? {
             let left = entry?.path();
             if left.is_dir() && !is_waiting(&left) {
@@ -158,7 +178,14 @@ impl Cache {
             drafting: Arc::default(),
             checked: Arc::default(),
             hashing: Arc::default(),
+            eviction: Arc::default(),
+            pinned,
         })
+    }
+
+    /// Whether there is an entry, in whatever state.
+    pub fn contains(&self, digest: &Digest) -> io::Result<bool> {
+        self.path(digest).try_exists()
     }
 
     /// Where an entry lies, whether it exists or not.
@@ -220,6 +247,7 @@ impl Cache {
             Ok(manifest) if manifest.digest == *digest => {
                 if full.is_some() {
                     self.note(digest, identity, true);
+                    disk::touch(&dir);
                 }
                 Ok(Some(manifest))
             }
@@ -228,6 +256,12 @@ impl Cache {
             Err(MergeError::Unreadable { source, .. }) => Err(source.into()),
             Err(e) => self.damaged(digest, identity, own, &e.to_string()),
         }
+    }
+
+    /// As [`Self::verify`], with every byte read again.
+    pub fn verify_again(&self, digest: &Digest) -> Result<Option<(Manifest, Pin)>, CacheError> {
+        locked(&self.checked).remove(digest);
+        self.verify(digest)
     }
 
     fn finding(&self, digest: &Digest, identity: &str) -> Option<bool> {
@@ -261,6 +295,7 @@ impl Cache {
         warn!(%digest, reason, "a damaged checkpoint is taken out of the cache");
         let aside = self.temp.join(format!("{DAMAGED}{}", Uuid::now_v7()));
         fs::rename(self.path(digest), aside)?;
+        metrics::counter!(telemetry::CACHE_DAMAGED).increment(1);
         locked(&self.checked).remove(digest);
         Ok(None)
     }
@@ -273,6 +308,52 @@ impl Cache {
             .iter()
             .filter_map(|digest| self.lookup(digest).transpose())
             .collect()
+    }
+
+    /// All entries, the least recently used first. None is opened or judged.
+    pub fn by_last_use(&self) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for digest in disk::entries(&self.root)? {
+            let dir = self.path(&digest);
+            let Some(used) = disk::last_use(&dir)? else {
+                continue;
+            };
+            let bytes = disk::folder_bytes(&dir)?;
+            entries.push(Entry { digest, bytes, used });
+        }
+        entries.sort_by_key(|entry| (entry.used, entry.digest));
+        Ok(entries)
+    }
+
+    /// While this lives, nothing is evicted.
+    pub async fn no_eviction(&self) -> OwnedRwLockReadGuard<()> {
+        self.eviction.clone().read_owned().await
+    }
+
+    /// Waits until nobody minds an eviction; blocks.
+    pub fn evicting(&self) -> RwLockWriteGuard<'_, ()> {
+        self.eviction.blocking_write()
+    }
+
+    /// Whether an operator keeps an entry.
+    pub fn is_pinned(&self, digest: &Digest) -> io::Result<bool> {
+        self.pinned.join(digest.to_string()).try_exists()
+    }
+
+    /// Keeps an entry until it is released, beyond a restart; or releases it.
+    pub fn set_pinned(&self, digest: &Digest, pinned: bool) -> Result<(), CacheError> {
+        if pinned && self.lookup(digest)?.is_none() {
+            return Err(CacheError::Unknown);
+        }
+        let mark = self.pinned.join(digest.to_string());
+        match pinned {
+            true => fs::File::create(&mark)?.sync_all()?,
+            false => match fs::remove_file(&mark) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e.into()),
+                _ => {}
+            },
+        }
+        Ok(sync_folder(&self.pinned)?)
     }
 
     /// Entries and the bytes of their files, as the file system counts them: no entry is opened or judged.
@@ -321,6 +402,8 @@ impl Cache {
     /// way at once, whoever uses it: the bytes that belong there are these.
     pub fn publish(&self, draft: Draft, digest: &Digest) -> Result<(), CacheError> {
         let to = self.path(digest);
+        failpoint::reach("publish");
+        disk::touch(draft.dir());
         if let Err(e) = fs::rename(draft.dir(), &to) {
             if self.verify(digest)?.is_some() {
                 return Ok(());
@@ -331,7 +414,9 @@ impl Cache {
                 false => fs::rename(draft.dir(), &to).map_err(|_| e)?,
             }
         }
+        failpoint::reach("published");
         sync_folder(&self.root)?;
+        failpoint::reach("publish-synced");
         Ok(())
     }
 
@@ -349,6 +434,9 @@ impl Cache {
         let pins = locked(&self.pins);
         if pins.contains_key(digest) {
             return Err(CacheError::InUse);
+        }
+        if self.is_pinned(digest)? {
+            return Err(CacheError::Pinned);
         }
         let aside = self.temp.join(Uuid::now_v7().to_string());
         match fs::rename(self.path(digest), &aside) {

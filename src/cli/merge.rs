@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::app::App;
 use crate::config::{Config, LogConfig, StorageConfig};
-use crate::jobs::{Job, JobStatus, RecipeBody, Submission};
+use crate::jobs::{Job, JobStatus, RecipeBody, Submission, Submit};
 use crate::telemetry;
 
 #[derive(Debug, Args)]
@@ -49,7 +49,7 @@ pub fn run(args: MergeArgs) -> anyhow::Result<()> {
 
 async fn merge(args: MergeArgs, body: RecipeBody) -> anyhow::Result<()> {
     let app = App::open(Config::for_storage(args.storage, args.log)).await?;
-    let taken = app.intake.submit(body, None).await?;
+    let taken = app.intake.submit(body, Submit::default()).await?;
     let id = match taken.submission {
         Submission::Created(job) | Submission::Existing(job) | Submission::Replayed(job) => job.id,
         Submission::QueueFull => bail!("the queue is full"),

@@ -1,6 +1,7 @@
-//! The command line: serve, merge, openapi.
+//! The command line: serve, merge, jobs, checkpoints, openapi.
 
 mod merge;
+mod ops;
 pub mod render_template;
 mod serve;
 
@@ -23,6 +24,10 @@ enum Command {
     Serve(Box<Config>),
     /// Run one recipe without a server, into the same cache.
     Merge(merge::MergeArgs),
+    /// Look at the queue and cancel jobs.
+    Jobs(Box<ops::JobsArgs>),
+    /// Look at the cache; pin, verify and delete checkpoints, and free space.
+    Checkpoints(Box<ops::CheckpointsArgs>),
     /// Print the OpenAPI document.
     Openapi,
     /// Render a chat template, standard input to standard output, under limits; `serve` starts it for each conversation.
@@ -35,6 +40,8 @@ impl Cli {
         match self.command {
             Command::Serve(config) => serve::run(*config),
             Command::Merge(args) => merge::run(args),
+            Command::Jobs(args) => ops::jobs(*args),
+            Command::Checkpoints(args) => ops::checkpoints(*args),
             Command::Openapi => {
                 print!("{}", api::openapi()?);
                 Ok(())

@@ -21,6 +21,15 @@ pub struct Intake {
     pub sources: Arc<ModelSources>,
     pub cache: Cache,
     pub max_queued: u32,
+    pub cache_budget: Option<u64>,
+}
+
+/// What a request says beside its recipe.
+#[derive(Debug, Clone, Default)]
+pub struct Submit {
+    pub idempotency_key: Option<String>,
+    /// Higher first among what waits.
+    pub priority: i64,
 }
 
 /// What became of a request.
@@ -40,6 +49,8 @@ pub enum IntakeError {
     Outage(#[from] Outage),
     #[error("the result needs {needed} bytes and {free} are free")]
     Storage { needed: u64, free: u64 },
+    #[error("the result has {needed} bytes and the cache keeps {budget} (--cache-budget)")]
+    Budget { needed: u64, budget: u64 },
     #[error("the check of the recipe was interrupted")]
     Interrupted,
 }
@@ -69,12 +80,10 @@ impl RecipeBody {
 
 impl Intake {
     /// Checks a recipe against its models and queues it, or finds the job that does the same.
-    pub async fn submit(
-        &self,
-        body: RecipeBody,
-        idempotency_key: Option<String>,
-    ) -> Result<Taken, IntakeError> {
-        let idempotency = idempotency_key.map(|key| (key, Digest::of(body.bytes()).to_string()));
+    pub async fn submit(&self, body: RecipeBody, options: Submit) -> Result<Taken, IntakeError> {
+        let idempotency = options
+            .idempotency_key
+            .map(|key| (key, Digest::of(body.bytes()).to_string()));
         // First of all: what was accepted once is answered the same, even if its models have gone since.
         if let Some((key, body)) = &idempotency
             && let Some(submission) = self.store.recall(key, body).await?
@@ -85,8 +94,11 @@ impl Intake {
             });
         }
         let this = self.clone();
+        // Nothing that the recipe names is evicted before its job says that it is needed.
+        let _no_eviction = self.cache.no_eviction().await;
         let mut job = blocking(move || this.check(&body)).await?;
         job.idempotency = idempotency;
+        job.priority = options.priority;
         for _ in 0..3 {
             let submission = self.store.submit(job.clone()).await?;
             match &submission {
@@ -124,7 +136,16 @@ impl Intake {
         })?;
         let needed = parents.output_bytes() + DISK_RESERVE;
         let free = self.cache.free_bytes().unwrap_or(u64::MAX);
-        if free < needed {
+        if let Some(budget) = self.cache_budget
+            && parents.output_bytes() > budget
+        {
+            return Err(IntakeError::Budget {
+                needed: parents.output_bytes(),
+                budget,
+            });
+        }
+        // With a budget the cache gives way when the merge runs.
+        if self.cache_budget.is_none() && free < needed {
             return Err(IntakeError::Storage { needed, free });
         }
         let key = format!("{}\n{identity}", recipe.canonical());
@@ -133,6 +154,7 @@ impl Intake {
             lambda: recipe.lambda(),
             dedupe_key: Digest::of(key.as_bytes()).to_string(),
             bytes_total: parents.bytes_total(&recipe),
+            priority: 0,
             serve_as: recipe.serve_as().map(str::to_owned),
             idempotency: None,
             max_queued: self.max_queued,

@@ -1,8 +1,9 @@
 //! The durable queue of merges: what a job is, where it is kept, and the worker that runs it. Knows nothing of HTTP.
 
 mod intake;
+mod keeper;
 mod runner;
-mod sqlite;
+mod sql;
 mod store;
 mod worker;
 
@@ -11,12 +12,13 @@ use cauldron_merge::Summary;
 use serde_json::Value;
 use uuid::Uuid;
 
-pub use intake::{Intake, IntakeError, RecipeBody, Taken};
-pub use runner::{Progress, Runner};
-pub use sqlite::SqliteJobs;
+pub use intake::{Intake, IntakeError, RecipeBody, Submit, Taken};
+pub use keeper::{Evicted, Keeper, KeeperError};
+pub use runner::{Progress, Runner, StillHeld};
+pub use sql::{BACKOFF, Clock, LEASE, MachineClock, PostgresJobs, SqliteJobs};
 pub use store::{
     Beat, BoxFuture, Cancelled, JobPage, JobStore, Lease, Merged, NewJob, Outcome, StoreError, Submission,
-    Submitted,
+    Submitted, Timings,
 };
 pub use worker::Worker;
 
@@ -80,9 +82,15 @@ pub struct Job {
     /// Of the result, once there is one.
     pub stats: Option<Summary>,
     pub warnings: Vec<String>,
+    /// Where its time went, once it succeeded.
+    pub timings: Option<Timings>,
     pub cancel_requested: bool,
+    /// Higher first among what waits.
+    pub priority: i64,
     pub attempt: i64,
     pub epoch: i64,
+    /// Who runs it.
+    pub owner: Option<String>,
     pub created_at: i64,
     pub started_at: Option<i64>,
     pub finished_at: Option<i64>,

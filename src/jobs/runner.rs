@@ -2,15 +2,19 @@
 
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
 
 use cauldron_checkpoint::Digest;
 use cauldron_merge::{MergeError, MergeOptions, Observer, Recipe, merge_digest, merge_key, merge_to_folder};
 use uuid::Uuid;
 
-use super::{Job, JobError, Merged, Outcome};
+use super::keeper::{Keeper, KeeperError};
+use super::{Job, JobError, Merged, Outcome, Timings};
 use crate::cache::{Cache, CacheError, Draft, KnownContents};
+use crate::failpoint;
 use crate::sources::{Care, ModelSources, SourceError};
+use crate::telemetry;
 
 /// Space that a merge leaves free on the disk.
 pub const DISK_RESERVE: u64 = 256 << 20;
@@ -24,7 +28,11 @@ pub struct Progress {
     stop: AtomicBool,
     paused: AtomicBool,
     digest: OnceLock<Digest>,
+    timings: Mutex<Timings>,
 }
+
+/// Whether the job still belongs to this worker. Blocks while that cannot be found out.
+pub type StillHeld<'a> = &'a (dyn Fn() -> bool + Sync);
 
 impl Progress {
     pub fn new(job: Uuid, total: u64) -> Self {
@@ -35,7 +43,22 @@ impl Progress {
             stop: AtomicBool::new(false),
             paused: AtomicBool::new(false),
             digest: OnceLock::new(),
+            timings: Mutex::default(),
         }
+    }
+
+    /// Of the phases that are done.
+    pub fn timings(&self) -> Timings {
+        *self.timings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs a phase and notes how long it took.
+    fn phase<T>(&self, place: impl FnOnce(&mut Timings) -> &mut u64, run: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = run();
+        let mut timings = self.timings.lock().unwrap_or_else(PoisonError::into_inner);
+        *place(&mut timings) = start.elapsed().as_millis() as u64;
+        result
     }
 
     /// Bytes done and bytes in all.
@@ -59,6 +82,10 @@ impl Progress {
         self.stop();
     }
 
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
     fn is_paused(&self) -> bool {
         self.paused.load(Ordering::Relaxed)
     }
@@ -70,7 +97,11 @@ impl Observer for Progress {
     }
 
     fn cancelled(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+        self.is_stopped()
+    }
+
+    fn reached(&self, step: &'static str) {
+        failpoint::reach(step);
     }
 }
 
@@ -81,12 +112,13 @@ pub struct Runner {
     pub cache: Cache,
     pub options: MergeOptions,
     pub known: KnownContents,
+    pub keeper: Keeper,
 }
 
 impl Runner {
     /// The outcome of a job; never panics through: a fault of one merge is that merge's failure.
-    pub fn run(&self, job: &Job, progress: &Progress) -> Outcome {
-        let attempt = std::panic::AssertUnwindSafe(|| self.merge(job, progress));
+    pub fn run(&self, job: &Job, progress: &Progress, still_held: StillHeld<'_>) -> Outcome {
+        let attempt = std::panic::AssertUnwindSafe(|| self.merge(job, progress, still_held));
         match std::panic::catch_unwind(attempt) {
             Ok(Ok(merged)) => Outcome::Succeeded(merged),
             Ok(Err(outcome)) => outcome,
@@ -94,31 +126,47 @@ impl Runner {
         }
     }
 
-    fn merge(&self, job: &Job, progress: &Progress) -> Result<Merged, Outcome> {
+    fn merge(&self, job: &Job, progress: &Progress, still_held: StillHeld<'_>) -> Result<Merged, Outcome> {
+        failpoint::reach("merge-started");
         let recipe = Recipe::from_json(job.recipe.clone()).map_err(SourceError::from)?;
         // Held to the end: parents from the cache are whole, and stay.
-        let (parents, _held) = self
-            .sources
-            .open(&recipe, Care::Verify(&|| !progress.cancelled()))
-            .map_err(|e| match progress.cancelled() {
-                true => Outcome::Cancelled,
-                false => e.into(),
-            })?;
+        let opened = progress.phase(
+            |timings| &mut timings.open_ms,
+            || {
+                self.sources
+                    .open(&recipe, Care::Verify(&|| !progress.cancelled()))
+            },
+        );
+        let (parents, _held) = opened.map_err(|e| match progress.cancelled() {
+            true => Outcome::Cancelled,
+            false => e.into(),
+        })?;
         progress
             .total
             .store(parents.bytes_total(&recipe), Ordering::Relaxed);
         if parents.adopt_contents(&|identity| self.known.get(identity)) {
-            let digest = merge_digest(&recipe, &parents, progress)?;
-            let _ = progress.digest.set(digest);
-            if let Some((manifest, _)) = self.cache.verify_while(&digest, &|| !progress.cancelled())? {
-                return Ok(manifest.into());
+            let found = progress.phase(
+                |timings| &mut timings.lookup_ms,
+                || -> Result<_, Outcome> {
+                    let digest = merge_digest(&recipe, &parents, progress)?;
+                    let _ = progress.digest.set(digest);
+                    Ok(self.cache.verify_while(&digest, &|| !progress.cancelled())?)
+                },
+            )?;
+            if let Some((manifest, _)) = found {
+                metrics::counter!(telemetry::CACHE_HITS).increment(1);
+                return Ok(Merged::new(manifest, progress.timings()));
             }
         }
+        metrics::counter!(telemetry::CACHE_MISSES).increment(1);
         let key = merge_key(&recipe, &parents, &self.options)?;
         let draft = self.cache.draft(&key).map_err(CacheError::from)?;
-        self.check_space(parents.output_bytes(), &draft)?;
+        self.make_space(parents.output_bytes(), &draft)?;
         // New parents are read once: their digests, and with them the result's, are known when the merge is done.
-        let merged = merge_to_folder(&recipe, &parents, draft.dir(), &self.options, progress);
+        let merged = progress.phase(
+            |timings| &mut timings.merge_ms,
+            || merge_to_folder(&recipe, &parents, draft.dir(), &self.options, progress),
+        );
         let manifest = match merged {
             Err(MergeError::Cancelled) if progress.is_paused() => {
                 draft.keep();
@@ -126,20 +174,25 @@ impl Runner {
             }
             merged => merged?,
         };
-        if progress.cancelled() {
-            return Err(Outcome::Cancelled);
-        }
+        failpoint::reach("merged");
         let _ = progress.digest.set(manifest.digest);
         for (identity, digest) in parents.contents_to_keep() {
             self.known.put(identity, digest);
         }
-        self.cache.publish(draft, &manifest.digest)?;
-        Ok(manifest.into())
+        if progress.cancelled() || !still_held() {
+            return Err(Outcome::Cancelled);
+        }
+        progress.phase(
+            |timings| &mut timings.publish_ms,
+            || self.cache.publish(draft, &manifest.digest),
+        )?;
+        Ok(Merged::new(manifest, progress.timings()))
     }
 
-    /// Refuses a result that does not fit on the disk beside what its draft has already.
-    fn check_space(&self, result: u64, draft: &Draft) -> Result<(), Outcome> {
+    /// Makes room in the cache, and refuses a result that does not fit on the disk beside what its draft has already.
+    fn make_space(&self, result: u64, draft: &Draft) -> Result<(), Outcome> {
         let there = draft.bytes().map_err(CacheError::from)?;
+        self.keeper.make_room(result)?;
         let needed = (result + DISK_RESERVE).saturating_sub(there);
         let free = || self.cache.free_bytes().map_err(CacheError::from);
         if free()? < needed {
@@ -184,6 +237,18 @@ impl From<MergeError> for Outcome {
         match error {
             MergeError::Cancelled => Self::Cancelled,
             error => failed(error.slug(), error.to_string()),
+        }
+    }
+}
+
+impl From<KeeperError> for Outcome {
+    fn from(error: KeeperError) -> Self {
+        match error {
+            KeeperError::TooLarge { .. } | KeeperError::AllInUse { .. } | KeeperError::Needed => {
+                failed("insufficient-storage", error.to_string())
+            }
+            KeeperError::Cache(e) => e.into(),
+            KeeperError::Outage(e) => retry("unavailable", &e),
         }
     }
 }

@@ -2,9 +2,11 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::time::Duration;
 
 use cauldron_checkpoint::Digest;
 use cauldron_merge::{Manifest, Summary};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -31,6 +33,7 @@ pub struct NewJob {
     pub lambda: Option<f64>,
     pub dedupe_key: String,
     pub bytes_total: u64,
+    pub priority: i64,
     pub serve_as: Option<String>,
     /// Idempotency-Key of the request and the digest of its body.
     pub idempotency: Option<(String, String)>,
@@ -77,16 +80,31 @@ pub struct Merged {
     pub digest: Digest,
     pub stats: Box<Summary>,
     pub warnings: Vec<String>,
+    pub timings: Timings,
 }
 
-impl From<Manifest> for Merged {
-    fn from(manifest: Manifest) -> Self {
+impl Merged {
+    pub fn new(manifest: Manifest, timings: Timings) -> Self {
         Self {
             digest: manifest.digest,
             stats: Box::new(manifest.summary),
             warnings: manifest.warnings,
+            timings,
         }
     }
+}
+
+/// Milliseconds of the phases of the attempt that succeeded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Timings {
+    /// Finding and opening the parents; those from the cache are verified.
+    pub open_ms: u64,
+    /// Looking for the result in the cache, where the parents' digests were known.
+    pub lookup_ms: u64,
+    /// Merging, writing and syncing; 0 where the result was in the cache.
+    pub merge_ms: u64,
+    /// Putting the result in its place.
+    pub publish_ms: u64,
 }
 
 /// How a worker leaves a job.
@@ -177,9 +195,16 @@ pub trait JobStore: Send + Sync + std::fmt::Debug {
     /// Frees the key of a succeeded job whose result is gone.
     fn retire(&self, id: Uuid) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// Puts running jobs back. Only for a store that one process uses at a time: then they are a dead process's.
-    fn recover(&self) -> BoxFuture<'_, Result<u64, StoreError>>;
+    /// Puts the running jobs of a node back. It has just started, so whoever had them is dead. Owners are named
+    /// `NODE/PROCESS`.
+    fn recover<'a>(&'a self, node: &'a str) -> BoxFuture<'a, Result<u64, StoreError>>;
 
     /// Jobs by state.
     fn counts(&self) -> BoxFuture<'_, Result<Vec<(JobStatus, u64)>, StoreError>>;
+
+    /// Deletes jobs that ended longer ago than this, with their idempotency keys. Returns how many.
+    fn forget(&self, age: Duration) -> BoxFuture<'_, Result<u64, StoreError>>;
+
+    /// The recipes of the jobs that wait or run.
+    fn live(&self) -> BoxFuture<'_, Result<Vec<Value>, StoreError>>;
 }

@@ -1,22 +1,29 @@
 //! The worker of this process's device: claims jobs one at a time, keeps their lease alive, and hands results on.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{Instrument, error, info, info_span, warn};
 use uuid::Uuid;
 
 use super::Job;
 use super::runner::{Progress, Runner};
 use super::store::{Beat, JobStore, Lease, Outcome};
-use crate::telemetry;
+use crate::{failpoint, telemetry};
 
 /// How often the lease is renewed and a cancellation noticed.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How often an idle worker looks by itself.
 const POLL: Duration = Duration::from_secs(2);
+
+/// How soon an outcome that could not be recorded is tried again, and how often once the service drains.
+const RECORD_AGAIN: Duration = Duration::from_millis(500);
+const DRAINING_TRIES: u32 = 10;
 
 /// Called with a job that succeeded and the names to load it under.
 pub type OnSuccess = Box<dyn Fn(&Job, Vec<String>) + Send + Sync>;
@@ -41,11 +48,12 @@ impl std::fmt::Debug for Worker {
 }
 
 impl Worker {
-    pub fn new(store: Arc<dyn JobStore>, runner: Runner, on_success: OnSuccess) -> Self {
+    /// `node` is the name under which this node's jobs are recovered when it starts again.
+    pub fn new(node: &str, store: Arc<dyn JobStore>, runner: Runner, on_success: OnSuccess) -> Self {
         Self {
             store,
             runner,
-            owner: format!("{}-{}", std::process::id(), Uuid::now_v7()),
+            owner: format!("{node}/{}", Uuid::now_v7()),
             wake: Notify::new(),
             running: Mutex::new(None),
             on_success,
@@ -75,7 +83,8 @@ impl Worker {
         while !shutdown.is_cancelled() {
             match self.store.claim(&self.owner).await {
                 Ok(Some((job, lease))) => {
-                    if self.work(job, lease, &shutdown).await {
+                    let span = info_span!("job", id = %job.id);
+                    if self.work(job, lease, &shutdown).instrument(span).await {
                         self.idle(&shutdown, POLL).await;
                     }
                 }
@@ -98,13 +107,14 @@ impl Worker {
 
     /// Whether something is wrong that time may mend.
     async fn work(&self, job: Job, lease: Lease, shutdown: &CancellationToken) -> bool {
-        info!(job = %job.id, attempt = job.attempt, "merge starts");
+        info!(attempt = job.attempt, "merge starts");
         let progress = Arc::new(Progress::new(job.id, job.bytes_total));
         self.set_running(Some(progress.clone()));
         let outcome = self.supervise(&job, &lease, progress.clone(), shutdown).await;
         let retry = matches!(outcome, Some(Outcome::Retry(_)));
-        if let Some(outcome) = outcome {
-            self.leave(job, &lease, outcome).await;
+        match outcome {
+            Some(outcome) => self.leave(job, &lease, outcome, shutdown).await,
+            None => metrics::counter!(telemetry::LEASES_LOST).increment(1),
         }
         self.set_running(None);
         retry
@@ -118,10 +128,27 @@ impl Worker {
         progress: Arc<Progress>,
         shutdown: &CancellationToken,
     ) -> Option<Outcome> {
-        let (runner, owned, seen) = (self.runner.clone(), job.clone(), progress.clone());
-        let mut merge = tokio::task::spawn_blocking(move || runner.run(&owned, &seen));
+        let lost = Arc::new(AtomicBool::new(false));
+        let hold = Hold {
+            store: self.store.clone(),
+            lease: lease.clone(),
+            progress: progress.clone(),
+            lost: lost.clone(),
+        };
+        let (runner, owned, seen, span) = (
+            self.runner.clone(),
+            job.clone(),
+            progress.clone(),
+            tracing::Span::current(),
+        );
+        let (held, runtime) = (hold.clone(), Handle::current());
+        let mut merge = tokio::task::spawn_blocking(move || {
+            let _in_job = span.enter();
+            runner.run(&owned, &seen, &|| runtime.block_on(held.sure()))
+        });
         let mut tick = tokio::time::interval(HEARTBEAT);
-        let (mut lost, mut draining) = (false, false);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut draining = false;
         let outcome = loop {
             tokio::select! {
                 done = &mut merge => break done,
@@ -130,21 +157,11 @@ impl Worker {
                     progress.pause();
                 }
                 _ = tick.tick() => {
-                    let (done, total) = progress.bytes();
-                    match self.store.heartbeat(lease, done, total, progress.digest()).await {
-                        Ok(Beat::Held) => {}
-                        Ok(Beat::CancelRequested) => progress.stop(),
-                        Ok(Beat::Lost) => {
-                            warn!(job = %job.id, "the lease was lost");
-                            lost = true;
-                            progress.stop();
-                        }
-                        Err(e) => warn!(job = %job.id, error = %e, "heartbeat failed"),
-                    }
+                    hold.beat().await;
                 }
             }
         };
-        if lost {
+        if lost.load(Ordering::Acquire) {
             return None;
         }
         match outcome {
@@ -154,22 +171,28 @@ impl Worker {
         }
     }
 
-    /// Records the outcome; the database may be away for a while.
-    async fn leave(&self, job: Job, lease: &Lease, outcome: Outcome) {
-        for _ in 0..20 {
+    /// Records the outcome, however long the database is away; a service that drains does not wait for it.
+    async fn leave(&self, job: Job, lease: &Lease, outcome: Outcome, shutdown: &CancellationToken) {
+        let mut tries_left = DRAINING_TRIES;
+        while tries_left > 0 {
             match self.store.finish(lease, outcome.clone()).await {
-                Ok(true) => return self.announce(job, outcome).await,
+                Ok(true) => {
+                    failpoint::reach("finished");
+                    return self.announce(job, outcome).await;
+                }
                 Ok(false) => {
-                    warn!(job = %job.id, "the lease was lost before the outcome was recorded");
+                    metrics::counter!(telemetry::LEASES_LOST).increment(1);
+                    warn!("the lease was lost before the outcome was recorded");
                     return;
                 }
                 Err(e) => {
-                    warn!(job = %job.id, error = %e, "the outcome cannot be recorded; trying again");
-                    tokio::time::sleep(Duration::from_millis(500)).await;
+                    warn!(error = %e, "the outcome cannot be recorded; trying again");
+                    tokio::time::sleep(RECORD_AGAIN).await;
                 }
             }
+            tries_left -= u32::from(shutdown.is_cancelled());
         }
-        error!(job = %job.id, "the outcome was not recorded; the job will be run again");
+        error!("the outcome was not recorded; the job will be run again");
     }
 
     async fn announce(&self, mut job: Job, outcome: Outcome) {
@@ -177,27 +200,78 @@ impl Worker {
         metrics::counter!(telemetry::MERGES, "status" => status.as_str()).increment(1);
         match outcome {
             Outcome::Succeeded(merged) => {
-                info!(job = %job.id, digest = %merged.digest, "merge succeeded");
+                info!(digest = %merged.digest, "merge succeeded");
                 job.digest = Some(merged.digest);
                 job.status = status;
                 match self.store.names(job.id).await {
                     Ok(names) => (self.on_success)(&job, names),
-                    Err(e) => error!(job = %job.id, error = %e, "the names to serve it under cannot be read"),
+                    Err(e) => error!(error = %e, "the names to serve it under cannot be read"),
                 }
             }
             Outcome::Failed(error) => {
-                warn!(job = %job.id, kind = error.kind, error = error.detail, "merge failed")
+                warn!(kind = error.kind, error = error.detail, "merge failed")
             }
             Outcome::Retry(error) => {
-                warn!(job = %job.id, kind = error.kind, error = error.detail, "merge will be tried again")
+                warn!(
+                    kind = error.kind,
+                    error = error.detail,
+                    "merge will be tried again"
+                )
             }
             Outcome::Cancelled | Outcome::Released => {
-                info!(job = %job.id, status = status.as_str(), "merge stopped")
+                info!(status = status.as_str(), "merge stopped")
             }
         }
     }
 
     fn set_running(&self, progress: Option<Arc<Progress>>) {
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+    }
+}
+
+/// A worker's hold on the job that it runs.
+#[derive(Debug, Clone)]
+struct Hold {
+    store: Arc<dyn JobStore>,
+    lease: Lease,
+    progress: Arc<Progress>,
+    /// Once another worker has the job, or may have it.
+    lost: Arc<AtomicBool>,
+}
+
+impl Hold {
+    /// Renews the lease, records progress and hears of a cancellation. None if the database did not answer.
+    async fn beat(&self) -> Option<Beat> {
+        let (done, total) = self.progress.bytes();
+        let beat = self
+            .store
+            .heartbeat(&self.lease, done, total, self.progress.digest())
+            .await;
+        match beat {
+            Ok(Beat::Held) => {}
+            Ok(Beat::CancelRequested) => self.progress.stop(),
+            Ok(Beat::Lost) => {
+                if !self.lost.swap(true, Ordering::AcqRel) {
+                    warn!("the lease was lost");
+                }
+                self.progress.stop();
+            }
+            Err(e) => {
+                warn!(error = %e, "heartbeat failed");
+                return None;
+            }
+        }
+        beat.ok()
+    }
+
+    /// Whether the job is this worker's: asks until there is an answer or the merge is to stop.
+    async fn sure(&self) -> bool {
+        loop {
+            match self.beat().await {
+                Some(beat) => return beat == Beat::Held,
+                None if self.progress.is_stopped() => return false,
+                None => tokio::time::sleep(RECORD_AGAIN).await,
+            }
+        }
     }
 }

@@ -3,25 +3,11 @@
 use std::sync::Arc;
 
 use cauldron::cache::KnownContents;
-use cauldron::jobs::{
-    Beat, JobError, JobStatus, JobStore, NewJob, Outcome, Progress, Runner, SqliteJobs, Submission,
-};
+use cauldron::jobs::{Outcome, Progress, Runner, SqliteJobs};
 use cauldron::sources::ModelSources;
 use serde_json::json;
 
 use crate::common::{TestApp, average, names_in};
-
-fn job(key: &str) -> NewJob {
-    NewJob {
-        recipe: json!({}),
-        lambda: None,
-        dedupe_key: key.into(),
-        bytes_total: 10,
-        serve_as: None,
-        idempotency: None,
-        max_queued: 2,
-    }
-}
 
 async fn store() -> (tempfile::TempDir, SqliteJobs) {
     let dir = tempfile::tempdir().unwrap();
@@ -73,99 +59,10 @@ async fn a_full_queue_refuses() {
 }
 
 #[tokio::test]
-async fn equal_keys_are_one_job_until_it_ends_badly() {
-    let (_dir, store) = store().await;
-    let Submission::Created(first) = store.submit(job("a")).await.unwrap() else {
-        panic!()
-    };
-    assert!(matches!(store.submit(job("a")).await.unwrap(), Submission::Existing(j) if j.id == first.id));
-    assert!(matches!(
-        store.submit(job("b")).await.unwrap(),
-        Submission::Created(_)
-    ));
-    assert_eq!(store.submit(job("c")).await.unwrap(), Submission::QueueFull);
-    let (claimed, lease) = store.claim("w").await.unwrap().unwrap();
-    assert_eq!(claimed.id, first.id);
-    assert!(store.finish(&lease, Outcome::Cancelled).await.unwrap());
-    assert!(matches!(store.submit(job("a")).await.unwrap(), Submission::Created(j) if j.id != first.id));
-}
-
-#[tokio::test]
-async fn a_worker_that_lost_its_lease_writes_nothing() {
-    let (_dir, store) = store().await;
-    store.submit(job("a")).await.unwrap();
-    let (job, old) = store.claim("old").await.unwrap().unwrap();
-    assert_eq!(store.heartbeat(&old, 1, 10, None).await.unwrap(), Beat::Held);
-    assert!(store.claim("new").await.unwrap().is_none(), "the lease holds");
-    store.recover().await.unwrap();
-    let (_, new) = store.claim("new").await.unwrap().unwrap();
-    assert_eq!(store.heartbeat(&old, 2, 10, None).await.unwrap(), Beat::Lost);
-    assert!(!store.finish(&old, Outcome::Cancelled).await.unwrap());
-    assert_eq!(
-        store.get(job.id).await.unwrap().unwrap().status,
-        JobStatus::Running
-    );
-    assert!(store.finish(&new, Outcome::Cancelled).await.unwrap());
-}
-
-#[tokio::test]
-async fn a_job_that_kills_its_workers_is_given_up() {
-    let (_dir, store) = store().await;
-    store.submit(job("poison")).await.unwrap();
-    let mut id = None;
-    for attempt in 1..=3 {
-        let (job, _) = store.claim("w").await.unwrap().unwrap();
-        assert_eq!(job.attempt, attempt);
-        id = Some(job.id);
-        store.recover().await.unwrap();
-    }
-    assert!(store.claim("w").await.unwrap().is_none());
-    let job = store.get(id.unwrap()).await.unwrap().unwrap();
-    assert_eq!(job.status, JobStatus::Failed);
-    assert_eq!(job.error.unwrap().kind, "too-many-attempts");
-}
-
-#[tokio::test]
-async fn a_drained_job_goes_back_uncounted() {
-    let (_dir, store) = store().await;
-    store.submit(job("a")).await.unwrap();
-    for _ in 0..5 {
-        let (job, lease) = store.claim("w").await.unwrap().unwrap();
-        assert_eq!(job.attempt, 1);
-        assert!(store.finish(&lease, Outcome::Released).await.unwrap());
-    }
-}
-
-#[tokio::test]
 async fn one_process_at_a_time_uses_a_data_folder() {
     let app = TestApp::start().await;
     let refused = cauldron::app::App::open(app.app.config.clone()).await;
     assert!(refused.err().unwrap().to_string().contains("in use"));
-}
-
-#[tokio::test]
-async fn a_cause_that_may_pass_is_tried_again_a_bounded_number_of_times() {
-    let (_dir, store) = store().await;
-    store.submit(job("a")).await.unwrap();
-    let error = JobError {
-        kind: "unavailable".into(),
-        detail: "no descriptors".into(),
-    };
-    let mut id = None;
-    for attempt in 1..=3 {
-        let (job, lease) = store.claim("w").await.unwrap().unwrap();
-        assert_eq!(job.attempt, attempt);
-        id = Some(job.id);
-        let left = store.finish(&lease, Outcome::Retry(error.clone())).await;
-        assert!(left.unwrap());
-        let waiting = store.get(job.id).await.unwrap().unwrap();
-        assert_eq!((waiting.status, waiting.finished_at), (JobStatus::Queued, None));
-        assert_eq!(waiting.error, Some(error.clone()));
-    }
-    assert!(store.claim("w").await.unwrap().is_none());
-    let job = store.get(id.unwrap()).await.unwrap().unwrap();
-    assert_eq!(job.status, JobStatus::Failed);
-    assert!(job.error.unwrap().detail.contains("no descriptors"));
 }
 
 /// A database whose jobs cannot be read.
@@ -219,10 +116,11 @@ async fn a_database_that_is_away_sends_a_running_job_back() {
             tokio::runtime::Handle::current(),
         )),
         cache: app.app.cache.clone(),
+        keeper: app.app.keeper.clone(),
         options: Default::default(),
         known: KnownContents::open(&app.data_dir()).unwrap(),
     };
-    let run = move || runner.run(&job, &Progress::new(job.id, 0));
+    let run = move || runner.run(&job, &Progress::new(job.id, 0), &|| true);
     let outcome = tokio::task::spawn_blocking(run).await.unwrap();
     assert!(matches!(outcome, Outcome::Retry(_)), "{outcome:?}");
 }

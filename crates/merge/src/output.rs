@@ -37,6 +37,10 @@ pub trait Observer: Sync {
     /// `bytes` more of the parents have been read and dealt with.
     fn advance(&self, bytes: u64);
     fn cancelled(&self) -> bool;
+
+    /// A step is done after which a crash would leave something else: `merge-first-shard`, `merge-weights-written` or
+    /// `merge-manifest-written`. For tests of crashes.
+    fn reached(&self, _step: &'static str) {}
 }
 
 /// Choices about the files that change no tensor.
@@ -87,6 +91,7 @@ pub fn merge_to_folder(
     warnings.extend(family.unrelated(obs)?);
     let shards = ShardPlan::new(parents.layout.plans(), options.max_shard_bytes);
     let (mut files, tensors) = write_weights(family, &shards, out, &mut journal, finished, obs)?;
+    obs.reached("merge-weights-written");
     files.extend(write_sidecars(recipe, parents, out).map_err(MergeError::output)?);
 
     let digest = merge_digest(recipe, parents, obs)?;
@@ -121,6 +126,7 @@ pub fn merge_to_folder(
     pretty(MANIFEST_FILE, &manifest)
         .and_then(|bytes| write_small(out, MANIFEST_FILE, &bytes))
         .map_err(MergeError::output)?;
+    obs.reached("merge-manifest-written");
     // Until then another try finds the shards.
     journal.remove().map_err(MergeError::output)?;
     sync_folder(out).map_err(MergeError::output)?;
@@ -192,6 +198,7 @@ fn write_weights(
                         tensors: stats_of(shards.shard(shard)),
                     };
                     journal.note(&shard)?;
+                    obs.reached("merge-first-shard");
                     rest.push(shard.tensors);
                 }
             }

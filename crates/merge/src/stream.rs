@@ -161,24 +161,28 @@ impl Stream<'_> {
         mut consume: impl FnMut(Chunk, T),
     ) -> Result<(), MergeError> {
         self.windows(which, |window, next| {
-            self.prefetch(next);
             let factors = self.factors(window)?;
             let work = Work {
                 stream: self,
                 factors: &factors,
             };
-            let results: Vec<T> = window
-                .par_iter()
-                .map(|&chunk| {
-                    if obs.cancelled() {
-                        return Err(MergeError::Cancelled);
-                    }
-                    self.scratches.with(Scratch::default, |scratch| {
-                        work.load(scratch, chunk)?;
-                        compute(&work, scratch, chunk)
-                    })
+            let run = |chunk: Chunk| {
+                if obs.cancelled() {
+                    return Err(MergeError::Cancelled);
+                }
+                self.scratches.with(Scratch::default, |scratch| {
+                    work.load(scratch, chunk)?;
+                    compute(&work, scratch, chunk)
                 })
-                .collect::<Result<_, _>>()?;
+            };
+            let computed = || {
+                window
+                    .par_iter()
+                    .map(|chunk| run(*chunk))
+                    .collect::<Result<_, _>>()
+            };
+            let ((), results) = rayon::join(|| self.prefetch(next), computed);
+            let results: Vec<T> = results?;
             window
                 .iter()
                 .zip(results)
@@ -198,7 +202,6 @@ impl Stream<'_> {
         mut consume: impl FnMut(&[Chunk], Vec<T>, Vec<u8>) -> Result<(), MergeError>,
     ) -> Result<(), MergeError> {
         self.windows(which, |window, next| {
-            self.prefetch(next);
             let factors = self.factors(window)?;
             let work = Work {
                 stream: self,
@@ -214,25 +217,22 @@ impl Stream<'_> {
                 jobs.push((*chunk, part));
                 rest = later;
             }
-            let results: Vec<T> = jobs
-                .into_par_iter()
-                .map(|(chunk, out)| {
-                    if obs.cancelled() {
-                        return Err(MergeError::Cancelled);
+            let run = |(chunk, out): (Chunk, &mut [u8])| {
+                if obs.cancelled() {
+                    return Err(MergeError::Cancelled);
+                }
+                let result = self.scratches.with(Scratch::default, |scratch| {
+                    if self.tensors[chunk.tensor].role != Role::Copied {
+                        work.load(scratch, chunk)?;
                     }
-                    let result = self.scratches.with(Scratch::default, |scratch| {
-                        if self.tensors[chunk.tensor].role != Role::Copied {
-                            work.load(scratch, chunk)?;
-                        }
-                        compute(&work, scratch, chunk, out)
-                    })?;
-                    obs.advance(
-                        self.parents.bytes_per_element(&self.tensors[chunk.tensor]) * chunk.len as u64,
-                    );
-                    Ok(result)
-                })
-                .collect::<Result<_, _>>()?;
-            consume(window, results, bytes)
+                    compute(&work, scratch, chunk, out)
+                })?;
+                obs.advance(self.parents.bytes_per_element(&self.tensors[chunk.tensor]) * chunk.len as u64);
+                Ok(result)
+            };
+            let computed = || jobs.into_par_iter().map(run).collect::<Result<_, _>>();
+            let ((), results) = rayon::join(|| self.prefetch(next), computed);
+            consume(window, results?, bytes)
         })
     }
 

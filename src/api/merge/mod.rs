@@ -5,7 +5,7 @@ mod query;
 mod view;
 
 use axum::Json;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -15,8 +15,8 @@ use uuid::Uuid;
 use super::extract::{FromSegment, Segment};
 use super::problem::Problem;
 use crate::app::{App, AppState};
-use crate::jobs::{Cancelled, Job, JobStatus, RecipeBody, Submission, Taken};
-use query::ListQuery;
+use crate::jobs::{Cancelled, Job, JobStatus, RecipeBody, Submission, Submit, Taken};
+use query::{ListQuery, PairsOfQuery};
 use view::{JobView, view};
 
 const MAX_RECIPE_BYTES: usize = 1 << 20;
@@ -43,17 +43,22 @@ struct JobList {
 #[utoipa::path(post, path = "/merge", tag = "merge",
     request_body(description = "A recipe; or a mergekit 0.1.5 configuration as YAML", content(
         (cauldron_merge::RecipeSpec = "application/json"), (String = "application/yaml"))),
-    params(("Idempotency-Key" = Option<String>, Header, description = "Repeating a request with its key gives the first one's job")),
+    params(("Idempotency-Key" = Option<String>, Header, description = "Repeating a request with its key gives the first one's job"),
+        ("priority" = Option<i64>, Query, minimum = -100, maximum = 100, description = "Higher first among what waits; default 0")),
     responses((status = 202, body = JobView, headers(("Location" = String, description = "The job"))),
         (status = 200, body = JobView, headers(("Location" = String, description = "The job"))), (status = 422, body = Problem, content_type = "application/problem+json"),
         (status = 429, body = Problem, content_type = "application/problem+json"), (status = 507, body = Problem, content_type = "application/problem+json")))]
 async fn post_merge(
     State(AppState(app)): State<AppState>,
     headers: HeaderMap,
+    query: PairsOfQuery,
     body: RecipeBody,
 ) -> Result<Response, Problem> {
-    let key = idempotency_key(&headers)?;
-    let taken = app.intake.submit(body, key).await?;
+    let options = Submit {
+        idempotency_key: idempotency_key(&headers)?,
+        priority: query::priority(query)?,
+    };
+    let taken = app.intake.submit(body, options).await?;
     answer(&app, taken)
 }
 
@@ -61,10 +66,9 @@ async fn post_merge(
 #[utoipa::path(get, path = "/merge", tag = "merge", params(ListQuery), responses((status = 200, body = JobList)))]
 async fn list_merges(
     State(AppState(app)): State<AppState>,
-    query: Result<Query<Vec<(String, String)>>, axum::extract::rejection::QueryRejection>,
+    query: PairsOfQuery,
 ) -> Result<Json<JobList>, Problem> {
-    let Query(query) = query.map_err(|e| Problem::unprocessable("invalid-query", "query", e.body_text()))?;
-    let (status, after, limit) = ListQuery::read(query)?.check()?;
+    let (status, after, limit) = ListQuery::read(query::pairs(query)?)?.check()?;
     let page = app.jobs.list(status, after, limit).await?;
     let jobs = page.jobs.into_iter().map(|job| view(&app, job)).collect();
     Ok(Json(JobList {

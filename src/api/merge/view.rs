@@ -7,7 +7,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use crate::app::App;
-use crate::jobs::{Job, JobError, JobStatus};
+use crate::jobs::{Job, JobError, JobStatus, Timings};
 
 /// One merge.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
@@ -28,8 +28,12 @@ pub struct JobView {
     stats: Option<Summary>,
     /// What the user of the result should know.
     warnings: Vec<String>,
+    /// Higher first among what waits.
+    priority: i64,
     /// Claims so far.
     attempt: i64,
+    /// Milliseconds by phase; of a running merge, of the phases that are done.
+    timings: TimingsView,
     /// RFC 3339.
     created_at: String,
     started_at: Option<String>,
@@ -45,6 +49,16 @@ pub struct ProgressView {
     /// Bytes of the parents that have been dealt with, over all passes.
     pub bytes_done: u64,
     pub bytes_total: u64,
+}
+
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct TimingsView {
+    /// From the request to the first claim.
+    queued_ms: Option<i64>,
+    /// From the first claim to the end.
+    running_ms: Option<i64>,
+    #[serde(flatten)]
+    phases: Option<Timings>,
 }
 
 #[derive(Debug, Serialize, utoipa::ToSchema)]
@@ -65,6 +79,7 @@ pub fn view(app: &App, job: Job) -> JobView {
     let (bytes_done, bytes_total) = live
         .as_ref()
         .map_or((job.bytes_done, job.bytes_total), |progress| progress.bytes());
+    let phases = job.timings.or(live.as_ref().map(|progress| progress.timings()));
     let digest = job.digest.or(live.and_then(|progress| progress.digest()));
     let checkpoint = digest.filter(|_| job.status == JobStatus::Succeeded);
     JobView {
@@ -84,7 +99,16 @@ pub fn view(app: &App, job: Job) -> JobView {
         error: job.error,
         stats: job.stats,
         warnings: job.warnings,
+        priority: job.priority,
         attempt: job.attempt,
+        timings: TimingsView {
+            queued_ms: job.started_at.map(|start| start - job.created_at),
+            running_ms: job
+                .finished_at
+                .zip(job.started_at)
+                .map(|(end, start)| end - start),
+            phases,
+        },
         created_at: rfc3339(job.created_at),
         started_at: job.started_at.map(rfc3339),
         finished_at: job.finished_at.map(rfc3339),

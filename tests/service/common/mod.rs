@@ -1,6 +1,9 @@
 //! A throw-away service over tiny random models.
 
+pub mod invariants;
 mod models;
+pub mod postgres;
+pub mod program;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -100,6 +103,9 @@ impl TestApp {
             models_dir: dirs.path().join("models"),
             database_url: None,
             max_shard_bytes: 5_000_000_000,
+            cache_budget: None,
+            job_retention_days: 30,
+            lease_seconds: 30,
             max_queued_jobs: 1000,
         };
         let log = LogConfig {
