@@ -83,7 +83,7 @@ impl Worker {
         while !shutdown.is_cancelled() {
             match self.store.claim(&self.owner).await {
                 Ok(Some((job, lease))) => {
-                    let span = info_span!("job", id = %job.id);
+                    let span = info_span!("merge", job = %job.id);
                     if self.work(job, lease, &shutdown).instrument(span).await {
                         self.idle(&shutdown, POLL).await;
                     }

@@ -275,7 +275,10 @@ impl SmallDisk {
         let stat = rustix::fs::statvfs(&self.0).unwrap();
         let file = self.0.join("filler");
         let zeros = vec![0u8; (stat.f_bavail * stat.f_frsize).saturating_sub(but) as usize];
-        fs::write(&file, zeros).unwrap();
+        // Another writer may have taken some of it meanwhile: then it is full too.
+        if let Err(e) = fs::write(&file, zeros) {
+            assert_eq!(e.kind(), std::io::ErrorKind::StorageFull);
+        }
         file
     }
 }

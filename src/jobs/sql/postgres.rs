@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Pool, Transaction};
 
 use super::Clock;
 use crate::jobs::StoreError;
@@ -21,20 +20,11 @@ type Db = sqlx::Postgres;
 const NOW: &str = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)";
 /// Two nodes that claim at once take two jobs.
 const SKIP_LOCKED: &str = "FOR UPDATE SKIP LOCKED";
-/// Any number that nothing else in the database locks by.
-const SUBMISSIONS: i64 = 0x6361_756c_6472_6f6e;
+/// One submission at a time, so that none comes between another's look at the queue and its row. The number is that of no
+/// other lock.
+const BEGIN: &str = "BEGIN; SELECT pg_advisory_xact_lock(7161133427206184815)";
 /// How long a request waits for a connection, so that it is answered while the database is away.
 const ACQUIRE: Duration = Duration::from_secs(5);
-
-/// One submission at a time, so that none comes between another's look at the queue and its row.
-async fn begin(pool: &Pool<Db>) -> Result<Transaction<'static, Db>, sqlx::Error> {
-    let mut transaction = pool.begin().await?;
-    sqlx::query("SELECT pg_advisory_xact_lock($1)")
-        .bind(SUBMISSIONS)
-        .execute(&mut *transaction)
-        .await?;
-    Ok(transaction)
-}
 
 impl PostgresJobs {
     /// Connects to a `postgres:` URL and brings the schema up to date; nodes that start together wait for each other.

@@ -1,5 +1,5 @@
 //! The statements of the queue. Compiled once for each database, as a module of the file that names it: `Db`, `NOW`,
-//! `SKIP_LOCKED` and `begin` are its. Parameters are numbered; both databases take them as `$1`.
+//! `SKIP_LOCKED` and `BEGIN` are its. Parameters are numbered; both databases take them as `$1`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,11 +7,12 @@ use std::time::Duration;
 use cauldron_checkpoint::Digest;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use sqlx::pool::PoolConnection;
 use sqlx::{Database, Pool, Row};
 use uuid::Uuid;
 
 use super::super::{BACKOFF_MS, Clock, LEASE, LONGEST_LEASES, Now, sql};
-use super::{Db, NOW, SKIP_LOCKED, begin};
+use super::{BEGIN, Db, NOW, SKIP_LOCKED};
 use crate::jobs::store::{
     Beat, BoxFuture, Cancelled, JobPage, JobStore, Lease, NewJob, Outcome, StoreError, Submission, Submitted,
 };
@@ -23,6 +24,38 @@ const COLUMNS: &str = "id, status, recipe, lambda, digest, bytes_done, bytes_tot
 
 type DbRow = <Db as Database>::Row;
 type Connection = <Db as Database>::Connection;
+
+/// A transaction. One that did not end well takes its connection with it: a database that is full may have rolled it back
+/// already, and nobody knows what state the connection is in.
+struct Transaction {
+    connection: PoolConnection<Db>,
+    ended: bool,
+}
+
+impl Transaction {
+    async fn begin(pool: &Pool<Db>) -> Result<Self, sqlx::Error> {
+        let mut begun = Self {
+            connection: pool.acquire().await?,
+            ended: false,
+        };
+        sqlx::raw_sql(BEGIN).execute(&mut *begun.connection).await?;
+        Ok(begun)
+    }
+
+    async fn end(mut self, how: &'static str) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(how).execute(&mut *self.connection).await?;
+        self.ended = true;
+        Ok(())
+    }
+}
+
+impl Drop for Transaction {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.connection.close_on_drop();
+        }
+    }
+}
 
 /// A queue in this database.
 #[derive(Debug)]
@@ -63,10 +96,11 @@ impl Jobs {
 
     async fn submit_job(&self, job: NewJob) -> Submitted {
         let now = self.now();
-        let mut tx = begin(&self.pool).await?;
+        let mut tx = Transaction::begin(&self.pool).await?;
         if let Some((key, body)) = &job.idempotency
-            && let Some(known) = recall_key(&mut tx, key, body).await?
+            && let Some(known) = recall_key(&mut tx.connection, key, body).await?
         {
+            tx.end("ROLLBACK").await?;
             return Ok(known);
         }
         let same = format!(
@@ -75,21 +109,22 @@ impl Jobs {
         );
         let existing = sqlx::query(sql(same))
             .bind(&job.dedupe_key)
-            .fetch_optional(&mut *tx)
+            .fetch_optional(&mut *tx.connection)
             .await?;
         let (found, created) = match existing {
             Some(row) => (read_job(&row)?, false),
             None => {
                 let queued: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM jobs WHERE status = 'queued'")
-                    .fetch_one(&mut *tx)
+                    .fetch_one(&mut *tx.connection)
                     .await?;
                 if queued >= i64::from(job.max_queued) {
+                    tx.end("ROLLBACK").await?;
                     return Ok(Submission::QueueFull);
                 }
                 // One that is being cancelled must not stand in the way of a new one.
                 sqlx::query("UPDATE jobs SET retired = 1 WHERE dedupe_key = $1 AND cancel_requested = 1")
                     .bind(&job.dedupe_key)
-                    .execute(&mut *tx)
+                    .execute(&mut *tx.connection)
                     .await?;
                 let insert = format!(
                     "INSERT INTO jobs (id, status, dedupe_key, recipe, lambda, bytes_total, created_at, priority) \
@@ -103,7 +138,7 @@ impl Jobs {
                     .bind(job.bytes_total as i64)
                     .bind(now.wall)
                     .bind(job.priority)
-                    .fetch_one(&mut *tx)
+                    .fetch_one(&mut *tx.connection)
                     .await?;
                 (read_job(&row)?, true)
             }
@@ -113,7 +148,7 @@ impl Jobs {
             sqlx::query("INSERT INTO job_names (job_id, name) VALUES ($1, $2) ON CONFLICT DO NOTHING")
                 .bind(&id)
                 .bind(name)
-                .execute(&mut *tx)
+                .execute(&mut *tx.connection)
                 .await?;
         }
         if !created && found.status == JobStatus::Queued && job.priority > found.priority {
@@ -121,7 +156,7 @@ impl Jobs {
             sqlx::query("UPDATE jobs SET priority = $1 WHERE id = $2")
                 .bind(job.priority)
                 .bind(&id)
-                .execute(&mut *tx)
+                .execute(&mut *tx.connection)
                 .await?;
         }
         if let Some((key, body)) = &job.idempotency {
@@ -134,10 +169,10 @@ impl Jobs {
                 .bind(body)
                 .bind(&id)
                 .bind(now.wall)
-                .execute(&mut *tx)
+                .execute(&mut *tx.connection)
                 .await?;
         }
-        tx.commit().await?;
+        tx.end("COMMIT").await?;
         Ok(match created {
             true => Submission::Created(found),
             false => Submission::Existing(found),
@@ -324,10 +359,10 @@ impl Jobs {
     async fn forget_jobs(&self, age_ms: i64) -> Result<u64, StoreError> {
         let old =
             "SELECT id FROM jobs WHERE status IN ('succeeded', 'failed', 'cancelled') AND finished_at < $1";
-        let mut tx = begin(&self.pool).await?;
+        let mut tx = Transaction::begin(&self.pool).await?;
         let now: i64 = sqlx::query_scalar(sql(format!("SELECT COALESCE($1, {NOW})")))
             .bind(self.now().wall)
-            .fetch_one(&mut *tx)
+            .fetch_one(&mut *tx.connection)
             .await?;
         let mut forgotten = 0;
         for (table, column) in [
@@ -338,11 +373,11 @@ impl Jobs {
             let delete = format!("DELETE FROM {table} WHERE {column} IN ({old})");
             let done = sqlx::query(sql(delete))
                 .bind(now - age_ms)
-                .execute(&mut *tx)
+                .execute(&mut *tx.connection)
                 .await?;
             forgotten = done.rows_affected();
         }
-        tx.commit().await?;
+        tx.end("COMMIT").await?;
         Ok(forgotten)
     }
 

@@ -5,8 +5,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sqlx::Pool;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Pool, Transaction};
 
 use super::{Clock, MachineClock};
 use crate::cache::sync_folder;
@@ -24,10 +24,8 @@ const NOW: &str = "CAST(unixepoch('subsec') * 1000 AS INTEGER)";
 /// There is one writer at a time anyway.
 const SKIP_LOCKED: &str = "";
 
-/// IMMEDIATE: what is read in the transaction is what it writes to.
-async fn begin(pool: &Pool<Db>) -> Result<Transaction<'static, Db>, sqlx::Error> {
-    pool.begin_with("BEGIN IMMEDIATE").await
-}
+/// What is read in a transaction is what it writes to.
+const BEGIN: &str = "BEGIN IMMEDIATE";
 
 impl SqliteJobs {
     /// Opens or creates the file and brings its schema up to date.

@@ -67,7 +67,12 @@ impl Program {
             }
         };
         // Read on, so that the pipe is never full.
-        std::thread::spawn(move || lines.for_each(drop));
+        let shown = std::env::var_os("CAULDRON_TEST_LOGS").is_some();
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok).filter(|_| shown) {
+                eprintln!("{line}");
+            }
+        });
         Self {
             child,
             address,
