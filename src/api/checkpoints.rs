@@ -60,6 +60,8 @@ struct Collected {
     #[schema(value_type = Vec<String>)]
     evicted: Vec<Digest>,
     bytes: u64,
+    /// Of the checkpoints that are left.
+    bytes_left: u64,
 }
 
 /// What may stay.
@@ -195,8 +197,7 @@ async fn verify_checkpoint(
 /// recently used checkpoints until the rest is within it. What is loaded, pinned, being read or named by a merge that
 /// waits stays.
 #[utoipa::path(post, path = "/checkpoints/gc", tag = "checkpoints",
-    request_body = Gc, responses((status = 200, body = Collected), (status = 422, body = Problem, content_type = "application/problem+json"),
-        (status = 507, body = Problem, content_type = "application/problem+json", description = "What is in use is more than the budget")))]
+    request_body = Gc, responses((status = 200, body = Collected), (status = 422, body = Problem, content_type = "application/problem+json")))]
 async fn collect_garbage(
     State(AppState(app)): State<AppState>,
     JsonBytes(body): JsonBytes,
@@ -214,13 +215,20 @@ async fn collect_garbage(
         keeper.cache.remove_waiting_drafts().map_err(CacheError::from)?;
         match budget.or(keeper.budget) {
             Some(budget) => keeper.shrink(budget, 0),
-            None => Ok(Evicted::default()),
+            None => {
+                let (_, bytes_left) = keeper.cache.usage().map_err(CacheError::from)?;
+                Ok(Evicted {
+                    bytes_left,
+                    ..Evicted::default()
+                })
+            }
         }
     });
     let evicted = evicted.await??;
     Ok(Json(Collected {
         evicted: evicted.digests,
         bytes: evicted.bytes,
+        bytes_left: evicted.bytes_left,
     }))
 }
 

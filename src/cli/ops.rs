@@ -192,7 +192,8 @@ pub fn checkpoints(args: CheckpointsArgs) -> anyhow::Result<()> {
                 let collected = service.call(Method::POST, "/checkpoints/gc", body).await?;
                 service.show(&collected, &|collected| {
                     let evicted = collected["evicted"].as_array().map_or(0, Vec::len);
-                    format!("{evicted} checkpoints, {} bytes", collected["bytes"])
+                    let (bytes, left) = (&collected["bytes"], &collected["bytes_left"]);
+                    format!("{evicted} checkpoints of {bytes} bytes are gone, {left} bytes are left")
                 });
                 Ok(())
             }

@@ -89,30 +89,30 @@ pub struct HttpConfig {
 #[command(next_help_heading = "Storage")]
 pub struct StorageConfig {
     /// Folder of the queue and of merged checkpoints; created if missing, used by one process at a time.
-    #[arg(long, env = "CAULDRON_DATA_DIR", default_value = "data")]
+    #[arg(long, global = true, env = "CAULDRON_DATA_DIR", default_value = "data")]
     pub data_dir: PathBuf,
     /// Folder whose subfolders are the models and adapters that recipes may name.
-    #[arg(long, env = "CAULDRON_MODELS_DIR", default_value = "models")]
+    #[arg(long, global = true, env = "CAULDRON_MODELS_DIR", default_value = "models")]
     pub models_dir: PathBuf,
     /// The queue's database, `sqlite:` or `postgres:`; default: sqlite file cauldron.db in the data folder. Nodes that share
     /// a postgres database share its queue.
-    #[arg(long, env = "CAULDRON_DATABASE_URL")]
+    #[arg(long, global = true, env = "CAULDRON_DATABASE_URL")]
     pub database_url: Option<String>,
     /// Merged checkpoints are cut into files of at most this many bytes.
-    #[arg(long, env = "CAULDRON_MAX_SHARD_BYTES", default_value_t = 5_000_000_000, value_parser = clap::value_parser!(u64).range(1 << 20..))]
+    #[arg(long, global = true, env = "CAULDRON_MAX_SHARD_BYTES", default_value_t = 5_000_000_000, value_parser = clap::value_parser!(u64).range(1 << 20..))]
     pub max_shard_bytes: u64,
     /// Bytes that merged checkpoints may take. The least recently used give way; what is loaded, pinned, being read or
     /// named by a merge that waits stays. Default: nothing is deleted unasked.
-    #[arg(long, env = "CAULDRON_CACHE_BUDGET")]
+    #[arg(long, global = true, env = "CAULDRON_CACHE_BUDGET")]
     pub cache_budget: Option<u64>,
     /// Days after which jobs that have ended are forgotten; their checkpoints stay.
-    #[arg(long, env = "CAULDRON_JOB_RETENTION_DAYS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=36_500))]
+    #[arg(long, global = true, env = "CAULDRON_JOB_RETENTION_DAYS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=36_500))]
     pub job_retention_days: u32,
     /// Seconds that the node of a running merge may be silent before another takes the merge over.
-    #[arg(long, env = "CAULDRON_LEASE_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(3..=3600))]
+    #[arg(long, global = true, env = "CAULDRON_LEASE_SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(3..=3600))]
     pub lease_seconds: u32,
     /// Jobs that may wait; more are answered 429.
-    #[arg(long, env = "CAULDRON_MAX_QUEUED_JOBS", default_value_t = 1000)]
+    #[arg(long, global = true, env = "CAULDRON_MAX_QUEUED_JOBS", default_value_t = 1000)]
     pub max_queued_jobs: u32,
 }
 
@@ -182,10 +182,10 @@ impl EngineArgs {
 #[command(next_help_heading = "Logs")]
 pub struct LogConfig {
     /// `text` or `json`.
-    #[arg(long, env = "CAULDRON_LOG_FORMAT", default_value = "text")]
+    #[arg(long, global = true, env = "CAULDRON_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
     /// Filter in the syntax of tracing's EnvFilter.
-    #[arg(long, env = "CAULDRON_LOG", default_value = "info,sqlx=warn")]
+    #[arg(long, global = true, env = "CAULDRON_LOG", default_value = "info,sqlx=warn")]
     pub log: String,
 }
 

@@ -38,36 +38,44 @@ pub enum KeeperError {
     Outage(#[from] Outage),
 }
 
-/// What was taken out.
+/// What was taken out, and what is left.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Evicted {
     pub digests: Vec<Digest>,
     pub bytes: u64,
+    pub bytes_left: u64,
 }
 
 impl Keeper {
     /// Makes room for so many bytes more, if there is a budget.
-    pub fn make_room(&self, needed: u64) -> Result<Evicted, KeeperError> {
-        match self.budget {
-            Some(budget) if needed > budget => Err(KeeperError::TooLarge { needed, budget }),
-            Some(budget) => self.shrink(budget, needed),
-            None => Ok(Evicted::default()),
+    pub fn make_room(&self, needed: u64) -> Result<(), KeeperError> {
+        let Some(budget) = self.budget else { return Ok(()) };
+        if needed > budget {
+            return Err(KeeperError::TooLarge { needed, budget });
+        }
+        let held = self.shrink(budget, needed)?.bytes_left;
+        match held + needed <= budget {
+            true => Ok(()),
+            false => Err(KeeperError::AllInUse { needed, budget, held }),
         }
     }
 
-    /// Evicts until what stays and `needed` bytes more are within `budget`, and these fit on the disk.
+    /// Evicts until what stays and `needed` bytes more are within `budget`, and these fit on the disk; or nothing is left
+    /// that may go.
     pub fn shrink(&self, budget: u64, needed: u64) -> Result<Evicted, KeeperError> {
         let _alone = self.cache.evicting();
         let entries = self.cache.by_last_use().map_err(CacheError::from)?;
-        let mut left: u64 = entries.iter().map(|entry| entry.bytes).sum();
-        let mut evicted = Evicted::default();
+        let mut evicted = Evicted {
+            bytes_left: entries.iter().map(|entry| entry.bytes).sum(),
+            ..Evicted::default()
+        };
         let fits = |left: u64| -> Result<bool, CacheError> {
             if needed > 0 && self.cache.free_bytes()? < needed + DISK_RESERVE {
                 return Ok(false);
             }
             Ok(left + needed <= budget)
         };
-        if fits(left)? {
+        if fits(evicted.bytes_left)? {
             return Ok(evicted);
         }
         let live = self.sources.live_references()?;
@@ -82,21 +90,14 @@ impl Keeper {
             }
             info!(digest = %entry.digest, bytes = entry.bytes, "a checkpoint gave way to the cache's budget");
             metrics::counter!(telemetry::CACHE_EVICTIONS).increment(1);
-            left -= entry.bytes;
+            evicted.bytes_left -= entry.bytes;
             evicted.bytes += entry.bytes;
             evicted.digests.push(entry.digest);
-            if fits(left)? {
+            if fits(evicted.bytes_left)? {
                 break;
             }
         }
-        match left + needed <= budget {
-            true => Ok(evicted),
-            false => Err(KeeperError::AllInUse {
-                needed,
-                budget,
-                held: left,
-            }),
-        }
+        Ok(evicted)
     }
 
     /// Deletes an entry unless something needs it.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // helpers of tests, outside #[test] functions
 
+mod cache;
 mod chat_api;
 mod checkpoints_api;
 mod common;

@@ -99,3 +99,68 @@ fn a_killed_merge_goes_on_with_its_finished_shards() {
     assert_eq!(published, inode, "the shard was made again");
     assert_eq!(fs::read_dir(data.join("tmp")).unwrap().count(), 0);
 }
+
+/// Whether a command ended well, and what it printed: its errors too, if it did not.
+fn run(arguments: &[&str]) -> (bool, String) {
+    let out = command().args(arguments).output().unwrap();
+    let (well, mut text) = (out.status.success(), String::from_utf8(out.stdout).unwrap());
+    if !well {
+        text += &String::from_utf8(out.stderr).unwrap();
+    }
+    (well, text)
+}
+
+#[test]
+fn an_operator_asks_a_server_or_a_data_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    write_large_model(&dir.path().join("a"), 0x3c);
+    write_large_model(&dir.path().join("b"), 0x3d);
+    let program = Program::start_in(dir, &[], &[]);
+    let server = format!("http://{}", program.address);
+    let recipe = r#"{"method": "average", "models": ["a", "b"]}"#;
+    let id = program.json("POST", "/merge", recipe)["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let digest = program.finished(&id, Duration::from_secs(60))["digest"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let (well, text) = run(&["jobs", "list", "--server", &server]);
+    assert!(well && text.contains(&id) && text.contains("succeeded"), "{text}");
+    let (well, text) = run(&["jobs", "show", &id, "--server", &server]);
+    let shown: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert!(well && shown["timings"]["merge_ms"].is_u64(), "{text}");
+    let (well, text) = run(&["jobs", "cancel", &id, "--server", &server]);
+    assert!(!well && text.contains("the merge is succeeded"), "{text}");
+    assert!(run(&["checkpoints", "pin", &digest, "--server", &server]).0);
+    // A folder in use is not opened twice.
+    let data = program.dir.as_ref().unwrap().path().join("data");
+    let data = data.to_str().unwrap();
+    let (well, text) = run(&["checkpoints", "list", "--data-dir", data]);
+    assert!(!well && text.contains("in use"), "{text}");
+    let dir = program.kill();
+    let (well, text) = run(&["checkpoints", "list", "--json", "--data-dir", data]);
+    let listed: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert!(well && listed["checkpoints"][0]["pinned"] == true, "{text}");
+    let (well, text) = run(&["checkpoints", "delete", &digest, "--data-dir", data]);
+    assert!(!well && text.contains("pinned"), "{text}");
+    assert!(run(&["checkpoints", "unpin", &digest, "--data-dir", data]).0);
+    let shard = dir
+        .path()
+        .join("data/checkpoints")
+        .join(&digest)
+        .join("model.safetensors");
+    let mut bytes = fs::read(&shard).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&shard, bytes).unwrap();
+    let (well, text) = run(&["checkpoints", "verify", "--data-dir", data]);
+    assert!(
+        !well && text.contains("false") && text.contains("damaged"),
+        "{text}"
+    );
+    let (well, text) = run(&["checkpoints", "gc", "--budget", "0", "--data-dir", data]);
+    assert!(well && text.contains("0 bytes are left"), "{text}");
+    let (well, text) = run(&["jobs", "list", "--server", "https://x"]);
+    assert!(!well && text.contains("--server takes http://"), "{text}");
+}
