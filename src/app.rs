@@ -104,13 +104,14 @@ impl App {
                 load_result(&to_load, &from, job, &name, posted(job));
             }
         });
-        let worker = Arc::new(Worker::new(&node, jobs.clone(), runner, on_success));
+        let worker = Arc::new(Worker::new(&node, jobs.clone(), cache.clone(), runner, on_success));
         let intake = Intake {
             store: jobs.clone(),
             sources: sources.clone(),
             cache: cache.clone(),
             max_queued: config.storage.max_queued_jobs,
             cache_budget: config.storage.cache_budget,
+            node,
         };
         Ok(Arc::new(Self {
             config,
@@ -153,8 +154,9 @@ impl App {
             Ok(jobs) => info!(jobs, "old jobs are forgotten"),
             Err(e) => warn!(error = %e, "old jobs cannot be forgotten"),
         }
-        let keeper = self.keeper.clone();
-        match tokio::task::spawn_blocking(move || keeper.make_room(0)).await {
+        let Some(budget) = self.config.storage.cache_budget else { return };
+        let (keeper, alone) = (self.keeper.clone(), self.cache.evicting().await);
+        match tokio::task::spawn_blocking(move || keeper.shrink(budget, &alone)).await {
             Ok(Ok(_)) => {}
             Ok(Err(e)) => warn!(error = %e, "the cache cannot be kept within its budget"),
             Err(e) => warn!(error = %e, "the cache was not looked after"),

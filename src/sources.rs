@@ -301,7 +301,7 @@ impl Seen {
 }
 
 /// Errors of the file system that say nothing about the file.
-fn is_outage(error: &CheckpointError) -> bool {
+pub fn is_outage(error: &CheckpointError) -> bool {
     let CheckpointError::Io { source, .. } = error else {
         return false;
     };

@@ -33,7 +33,11 @@ CREATE TABLE jobs (
     -- A job whose cause of failure may pass is not claimed before this.
     not_before       BIGINT           NOT NULL DEFAULT 0,
     -- Milliseconds by phase, as JSON; NULL until it succeeded.
-    timings          TEXT
+    timings          TEXT,
+    -- When the lease was last renewed: one from the future was written before the clock was put back.
+    leased_at        BIGINT,
+    -- The only node that may run it: its parents or its result are to lie in that node's cache.
+    node             TEXT
 );
 
 CREATE UNIQUE INDEX jobs_one_per_key ON jobs (dedupe_key)

@@ -138,8 +138,8 @@ async fn delete_checkpoint(
     State(AppState(app)): State<AppState>,
     Segment(digest): Segment<Digest>,
 ) -> Result<StatusCode, Problem> {
-    let keeper = app.keeper.clone();
-    blocking(move || keeper.delete(&digest)).await??;
+    let (keeper, alone) = (app.keeper.clone(), app.cache.evicting().await);
+    blocking(move || keeper.delete(&digest, &alone)).await??;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -210,11 +210,11 @@ async fn collect_garbage(
         })?),
     };
     refuse_fields(&fields)?;
-    let keeper = app.keeper.clone();
+    let (keeper, alone) = (app.keeper.clone(), app.cache.evicting().await);
     let evicted = blocking(move || -> Result<_, KeeperError> {
         keeper.cache.remove_waiting_drafts().map_err(CacheError::from)?;
         match budget.or(keeper.budget) {
-            Some(budget) => keeper.shrink(budget, 0),
+            Some(budget) => keeper.shrink(budget, &alone),
             None => {
                 let (_, bytes_left) = keeper.cache.usage().map_err(CacheError::from)?;
                 Ok(Evicted {

@@ -55,7 +55,9 @@ pub(super) fn identity(dir: &Path) -> io::Result<Option<String>> {
 /// Notes that a folder is used now. Only the order in which entries are evicted depends on it.
 pub(super) fn touch(dir: &Path) {
     let touched = fs::File::open(dir).and_then(|dir| dir.set_modified(SystemTime::now()));
-    if let Err(e) = touched {
+    if let Err(e) = touched
+        && e.kind() != io::ErrorKind::NotFound
+    {
         warn!(error = %e, "the use of a checkpoint is not noted");
     }
 }

@@ -8,12 +8,12 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, SystemTime};
 
 use cauldron_checkpoint::Digest;
 use cauldron_merge::{Manifest, MergeError, is_resumable, verify_folder, verify_folder_full};
-use tokio::sync::{OwnedRwLockReadGuard, RwLock, RwLockWriteGuard};
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 use tracing::{error, warn};
 use uuid::Uuid;
 
@@ -38,6 +38,12 @@ pub struct Cache {
     eviction: Arc<RwLock<()>>,
     /// Files named by the digests that an operator keeps.
     pinned: PathBuf,
+}
+
+/// The right to evict entries.
+#[derive(Debug)]
+pub struct Evicting {
+    _alone: OwnedRwLockWriteGuard<()>,
 }
 
 /// An entry on disk, unopened.
@@ -78,11 +84,14 @@ pub enum CacheError {
 #[derive(Debug)]
 pub struct Pin {
     digest: Digest,
+    dir: PathBuf,
     pins: Pins,
 }
 
 impl Drop for Pin {
     fn drop(&mut self) {
+        // It was in use until now.
+        disk::touch(&self.dir);
         let mut pins = locked(&self.pins);
         if let Some(count) = pins.get_mut(&self.digest) {
             *count -= 1;
@@ -97,6 +106,8 @@ impl Drop for Pin {
 const DAMAGED: &str = "damaged-";
 /// How long a draft waits for a try that goes on with it.
 const DRAFT_AGE: Duration = Duration::from_hours(24);
+/// How often a lock is tried by who may have to give up.
+const WAIT: Duration = Duration::from_millis(10);
 
 /// A folder that is being filled; gone with this value unless it is published or kept.
 #[derive(Debug)]
@@ -228,9 +239,9 @@ impl Cache {
             return Ok(None);
         };
         let mut known = self.finding(digest, &identity);
-        let _one = match full.is_some() && known.is_none() {
-            true => Some(locked(&self.hashing)),
-            false => None,
+        let _one = match full {
+            Some(go_on) if known.is_none() => Some(self.hash_alone(go_on)?),
+            _ => None,
         };
         known = known.or_else(|| self.finding(digest, &identity));
         let manifest = match known {
@@ -255,6 +266,18 @@ impl Cache {
             Err(MergeError::Cancelled) => Err(CacheError::Cancelled),
             Err(MergeError::Unreadable { source, .. }) => Err(source.into()),
             Err(e) => self.damaged(digest, identity, own, &e.to_string()),
+        }
+    }
+
+    /// Waits for the one who hashes now, as long as that is wanted.
+    fn hash_alone(&self, go_on: &dyn Fn() -> bool) -> Result<MutexGuard<'_, ()>, CacheError> {
+        loop {
+            match self.hashing.try_lock() {
+                Ok(alone) => return Ok(alone),
+                Err(TryLockError::Poisoned(alone)) => return Ok(alone.into_inner()),
+                Err(TryLockError::WouldBlock) if !go_on() => return Err(CacheError::Cancelled),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(WAIT),
+            }
         }
     }
 
@@ -330,9 +353,27 @@ impl Cache {
         self.eviction.clone().read_owned().await
     }
 
-    /// Waits until nobody minds an eviction; blocks.
-    pub fn evicting(&self) -> RwLockWriteGuard<'_, ()> {
-        self.eviction.blocking_write()
+    /// Waits until nobody minds an eviction.
+    pub async fn evicting(&self) -> Evicting {
+        Evicting {
+            _alone: self.eviction.clone().write_owned().await,
+        }
+    }
+
+    /// As [`Self::evicting`], on a thread that may block, as long as it is wanted.
+    pub fn evicting_while(&self, go_on: &dyn Fn() -> bool) -> Result<Evicting, CacheError> {
+        loop {
+            match self.eviction.clone().try_write_owned() {
+                Ok(alone) => return Ok(Evicting { _alone: alone }),
+                Err(_) if !go_on() => return Err(CacheError::Cancelled),
+                Err(_) => std::thread::sleep(WAIT),
+            }
+        }
+    }
+
+    /// Whether an entry is in use or pinned.
+    pub fn is_held(&self, digest: &Digest) -> io::Result<bool> {
+        Ok(locked(&self.pins).contains_key(digest) || self.is_pinned(digest)?)
     }
 
     /// Whether an operator keeps an entry.
@@ -346,6 +387,11 @@ impl Cache {
             return Err(CacheError::Unknown);
         }
         let mark = self.pinned.join(digest.to_string());
+        // No deletion comes between a look and the mark.
+        let _pins = locked(&self.pins);
+        if !self.contains(digest)? && (pinned || !mark.try_exists()?) {
+            return Err(CacheError::Unknown);
+        }
         match pinned {
             true => fs::File::create(&mark)?.sync_all()?,
             false => match fs::remove_file(&mark) {
@@ -388,10 +434,10 @@ impl Cache {
         let drafting = locked(&self.drafting);
         for entry in fs::read_dir(&self.temp)? {
             let left = entry?.path();
-            let damaged = left
-                .file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with(DAMAGED));
-            if (is_waiting(&left) || damaged) && !drafting.contains(&left) {
+            let name = left.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            // Others are entries on their way out.
+            let draft = name.parse::<Digest>().is_ok() || name.starts_with(DAMAGED);
+            if draft && !drafting.contains(&left) {
                 remove_draft(&left);
             }
         }
@@ -425,6 +471,7 @@ impl Cache {
         *locked(&self.pins).entry(*digest).or_default() += 1;
         Pin {
             digest: *digest,
+            dir: self.path(digest),
             pins: self.pins.clone(),
         }
     }

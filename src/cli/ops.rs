@@ -16,7 +16,7 @@ use tower::ServiceExt;
 
 use crate::api;
 use crate::app::{App, AppState};
-use crate::config::{Config, LogConfig, StorageConfig};
+use crate::config::{Config, DeviceChoice, LogConfig, StorageConfig};
 use crate::telemetry;
 
 /// Largest answer that is read.
@@ -59,6 +59,9 @@ enum JobsCommand {
         /// At most so many, 1 to 200.
         #[arg(long, default_value_t = 50)]
         limit: u32,
+        /// The id that the page before ended with.
+        #[arg(long)]
+        after: Option<String>,
     },
     /// All that is known of one job.
     Show { id: String },
@@ -99,9 +102,11 @@ enum CheckpointsCommand {
 pub fn jobs(args: JobsArgs) -> anyhow::Result<()> {
     let JobsArgs { command, target } = args;
     with_service(target, async |service| match command {
-        JobsCommand::List { status, limit } => {
-            let status = status.map(|status| format!("&status={}", escape(&status)));
-            let path = format!("/merge?limit={limit}{}", status.unwrap_or_default());
+        JobsCommand::List { status, limit, after } => {
+            let given = [("status", status), ("after", after)];
+            let given = given.into_iter().filter_map(|(name, value)| Some((name, value?)));
+            let rest: String = given.map(|(name, value)| format!("&{name}={}", escape(&value))).collect();
+            let path = format!("/merge?limit={limit}{rest}");
             let listed = service.get(&path).await?;
             service.show(&listed, &|listed| {
                 rows(
@@ -175,7 +180,7 @@ pub fn checkpoints(args: CheckpointsArgs) -> anyhow::Result<()> {
                     service.show(&found, &|found| rows(&json!([found]), &["digest", "whole"]));
                     match whole {
                         true => Ok(()),
-                        false => bail!("damaged, and taken out of the cache"),
+                        false => bail!("damaged: taken out of the cache, or of use where it is loaded"),
                     }
                 })
                 .await
@@ -259,7 +264,12 @@ impl Service {
                 }
             }
             None => {
-                let app = App::open(Config::for_storage(target.storage, target.log)).await?;
+                if !target.storage.data_dir.is_dir() {
+                    bail!("--data-dir: no such folder; --server asks a running one");
+                }
+                let mut config = Config::for_storage(target.storage, target.log);
+                config.engine.device = DeviceChoice::Cpu;
+                let app = App::open(config).await?;
                 Reach::Here(api::router(AppState(app))?)
             }
         };

@@ -22,6 +22,8 @@ pub struct Intake {
     pub cache: Cache,
     pub max_queued: u32,
     pub cache_budget: Option<u64>,
+    /// This node's name in the queue.
+    pub node: String,
 }
 
 /// What a request says beside its recipe.
@@ -47,12 +49,19 @@ pub enum IntakeError {
     Recipe(#[from] RecipeError),
     #[error(transparent)]
     Outage(#[from] Outage),
-    #[error("the result needs {needed} bytes and {free} are free")]
-    Storage { needed: u64, free: u64 },
-    #[error("the result has {needed} bytes and the cache keeps {budget} (--cache-budget)")]
-    Budget { needed: u64, budget: u64 },
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
     #[error("the check of the recipe was interrupted")]
     Interrupted,
+}
+
+/// Why a result would not fit.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum NoRoom {
+    #[error("the result needs {needed} bytes and {free} are free")]
+    Disk { needed: u64, free: u64 },
+    #[error("the result has {needed} bytes and the cache keeps {budget} (--cache-budget)")]
+    Budget { needed: u64, budget: u64 },
 }
 
 /// A recipe as it was sent.
@@ -96,13 +105,26 @@ impl Intake {
         let this = self.clone();
         // Nothing that the recipe names is evicted before its job says that it is needed.
         let _no_eviction = self.cache.no_eviction().await;
-        let mut job = blocking(move || this.check(&body)).await?;
+        let (mut job, no_room) = blocking(move || this.check(&body)).await?;
         job.idempotency = idempotency;
         job.priority = options.priority;
         for _ in 0..3 {
+            match self.store.find(&job.dedupe_key).await? {
+                Some(known) if self.is_gone(&known).await? => {
+                    self.store.retire(known.id, None).await?;
+                    // Whoever asks for it again here wants it here.
+                    job.node = Some(self.node.clone());
+                }
+                Some(_) => {}
+                // What is there or on its way needs no room.
+                None => no_room.as_ref().map_or(Ok(()), |refusal| Err(refusal.clone()))?,
+            }
             let submission = self.store.submit(job.clone()).await?;
             match &submission {
-                Submission::Existing(done) if self.is_gone(done).await? => self.store.retire(done.id).await?,
+                Submission::Existing(done) if self.is_gone(done).await? => {
+                    let key = job.idempotency.as_ref().map(|(key, _)| key.as_str());
+                    self.store.retire(done.id, key).await?;
+                }
                 _ => {
                     return Ok(Taken {
                         submission,
@@ -123,7 +145,8 @@ impl Intake {
         blocking(move || Ok(cache.lookup(&digest)?.is_none())).await
     }
 
-    fn check(&self, body: &RecipeBody) -> Result<NewJob, IntakeError> {
+    /// The job, and why there would be no room for its result.
+    fn check(&self, body: &RecipeBody) -> Result<(NewJob, Option<NoRoom>), IntakeError> {
         let recipe = Recipe::from_spec(&body.parse()?, &mut fresh_seed)?;
         if let Some(name) = recipe.serve_as() {
             name.parse::<ModelName>()
@@ -134,31 +157,31 @@ impl Intake {
             MergeError::Parent { source, .. } => SourceError::of_files("models", source),
             other => RecipeError::new("models", other.to_string()).into(),
         })?;
-        let needed = parents.output_bytes() + DISK_RESERVE;
-        let free = self.cache.free_bytes().unwrap_or(u64::MAX);
-        if let Some(budget) = self.cache_budget
-            && parents.output_bytes() > budget
-        {
-            return Err(IntakeError::Budget {
-                needed: parents.output_bytes(),
-                budget,
-            });
-        }
-        // With a budget the cache gives way when the merge runs.
-        if self.cache_budget.is_none() && free < needed {
-            return Err(IntakeError::Storage { needed, free });
-        }
+        let result = parents.output_bytes();
+        let (needed, free) = (result + DISK_RESERVE, self.cache.free_bytes().unwrap_or(u64::MAX));
+        let no_room = match self.cache_budget {
+            Some(budget) if result > budget => Some(NoRoom::Budget { needed: result, budget }),
+            // With a budget the cache gives way when the merge runs.
+            None if free < needed => Some(NoRoom::Disk { needed, free }),
+            _ => None,
+        };
+        let cached = |part: &str| part.starts_with("checkpoint:") || part.starts_with("merge:");
+        let names_cached = recipe.references().any(|(_, reference)| {
+            cached(&reference.source) || reference.adapter.as_deref().is_some_and(cached)
+        });
         let key = format!("{}\n{identity}", recipe.canonical());
-        Ok(NewJob {
+        let job = NewJob {
             recipe: recipe.to_json(),
             lambda: recipe.lambda(),
             dedupe_key: Digest::of(key.as_bytes()).to_string(),
             bytes_total: parents.bytes_total(&recipe),
             priority: 0,
+            node: names_cached.then(|| self.node.clone()),
             serve_as: recipe.serve_as().map(str::to_owned),
             idempotency: None,
             max_queued: self.max_queued,
-        })
+        };
+        Ok((job, no_room))
     }
 }
 

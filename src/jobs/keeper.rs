@@ -8,7 +8,7 @@ use cauldron_checkpoint::Digest;
 use tracing::info;
 
 use super::runner::DISK_RESERVE;
-use crate::cache::{Cache, CacheError};
+use crate::cache::{Cache, CacheError, Entry, Evicting};
 use crate::sources::{ModelSources, Outage};
 use crate::telemetry;
 
@@ -47,66 +47,112 @@ pub struct Evicted {
 }
 
 impl Keeper {
-    /// Makes room for so many bytes more, if there is a budget.
-    pub fn make_room(&self, needed: u64) -> Result<(), KeeperError> {
-        let Some(budget) = self.budget else { return Ok(()) };
+    /// Makes room for a result of so many bytes, if there is a budget; `to_write` of them are not on the disk yet.
+    pub fn make_room(
+        &self,
+        needed: u64,
+        to_write: u64,
+        alone: &Evicting,
+    ) -> Result<Evicted, KeeperError> {
+        let Some(budget) = self.budget else {
+            return Ok(Evicted::default());
+        };
         if needed > budget {
             return Err(KeeperError::TooLarge { needed, budget });
         }
-        let held = self.shrink(budget, needed)?.bytes_left;
-        match held + needed <= budget {
-            true => Ok(()),
-            false => Err(KeeperError::AllInUse { needed, budget, held }),
-        }
-    }
-
-    /// Evicts until what stays and `needed` bytes more are within `budget`, and these fit on the disk; or nothing is left
-    /// that may go.
-    pub fn shrink(&self, budget: u64, needed: u64) -> Result<Evicted, KeeperError> {
-        let _alone = self.cache.evicting();
-        let entries = self.cache.by_last_use().map_err(CacheError::from)?;
+        let candidates = self.candidates(alone)?;
         let mut evicted = Evicted {
-            bytes_left: entries.iter().map(|entry| entry.bytes).sum(),
+            bytes_left: candidates.bytes,
             ..Evicted::default()
         };
-        let fits = |left: u64| -> Result<bool, CacheError> {
-            if needed > 0 && self.cache.free_bytes()? < needed + DISK_RESERVE {
-                return Ok(false);
-            }
-            Ok(left + needed <= budget)
+        let free = self.cache.free_bytes().map_err(CacheError::from)?;
+        let lacking = match to_write {
+            0 => 0,
+            to_write => (to_write + DISK_RESERVE).saturating_sub(free),
         };
-        if fits(evicted.bytes_left)? {
-            return Ok(evicted);
+        let lacking = lacking.max((candidates.bytes + needed).saturating_sub(budget));
+        // All or nothing: what cannot make room stays.
+        if candidates.evictable() < lacking {
+            let held = candidates.bytes - candidates.evictable();
+            return Err(KeeperError::AllInUse { needed, budget, held });
         }
-        let live = self.sources.live_references()?;
-        for entry in entries {
-            if live.contains(&entry.digest) {
-                continue;
-            }
-            match self.cache.delete(&entry.digest) {
-                Ok(()) => {}
-                Err(CacheError::InUse | CacheError::Pinned | CacheError::Unknown) => continue,
-                Err(e) => return Err(e.into()),
-            }
-            info!(digest = %entry.digest, bytes = entry.bytes, "a checkpoint gave way to the cache's budget");
-            metrics::counter!(telemetry::CACHE_EVICTIONS).increment(1);
-            evicted.bytes_left -= entry.bytes;
-            evicted.bytes += entry.bytes;
-            evicted.digests.push(entry.digest);
-            if fits(evicted.bytes_left)? {
+        for entry in &candidates.entries {
+            if evicted.bytes >= lacking {
                 break;
             }
+            self.evict(entry, &mut evicted)?;
         }
         Ok(evicted)
     }
 
+    /// Evicts until what stays is within `budget`, or nothing is left that may go.
+    pub fn shrink(&self, budget: u64, alone: &Evicting) -> Result<Evicted, KeeperError> {
+        let candidates = self.candidates(alone)?;
+        let mut evicted = Evicted {
+            bytes_left: candidates.bytes,
+            ..Evicted::default()
+        };
+        for entry in &candidates.entries {
+            if evicted.bytes_left <= budget {
+                break;
+            }
+            self.evict(entry, &mut evicted)?;
+        }
+        Ok(evicted)
+    }
+
+    /// What may go, the least recently used first.
+    fn candidates(&self, _alone: &Evicting) -> Result<Candidates, KeeperError> {
+        let mut entries = self.cache.by_last_use().map_err(CacheError::from)?;
+        let bytes = entries.iter().map(|entry| entry.bytes).sum();
+        let live = self.sources.live_references()?;
+        let mut failed = None;
+        entries.retain(|entry| match self.cache.is_held(&entry.digest) {
+            Ok(held) => !held && !live.contains(&entry.digest),
+            Err(e) => {
+                failed = Some(e);
+                false
+            }
+        });
+        match failed {
+            Some(e) => Err(CacheError::from(e).into()),
+            None => Ok(Candidates { entries, bytes }),
+        }
+    }
+
+    fn evict(&self, entry: &Entry, evicted: &mut Evicted) -> Result<(), CacheError> {
+        match self.cache.delete(&entry.digest) {
+            Ok(()) => {}
+            // Somebody was quicker.
+            Err(CacheError::InUse | CacheError::Pinned | CacheError::Unknown) => return Ok(()),
+            Err(e) => return Err(e),
+        }
+        info!(digest = %entry.digest, bytes = entry.bytes, "a checkpoint gave way to the cache's budget");
+        metrics::counter!(telemetry::CACHE_EVICTIONS).increment(1);
+        evicted.bytes_left -= entry.bytes;
+        evicted.bytes += entry.bytes;
+        evicted.digests.push(entry.digest);
+        Ok(())
+    }
+
     /// Deletes an entry unless something needs it.
-    pub fn delete(&self, digest: &Digest) -> Result<(), KeeperError> {
-        let _alone = self.cache.evicting();
+    pub fn delete(&self, digest: &Digest, _alone: &Evicting) -> Result<(), KeeperError> {
         let live: HashSet<Digest> = self.sources.live_references()?;
         match live.contains(digest) {
             true => Err(KeeperError::Needed),
             false => Ok(self.cache.delete(digest)?),
         }
+    }
+}
+
+/// Entries that may be evicted, and the bytes of all.
+struct Candidates {
+    entries: Vec<Entry>,
+    bytes: u64,
+}
+
+impl Candidates {
+    fn evictable(&self) -> u64 {
+        self.entries.iter().map(|entry| entry.bytes).sum()
     }
 }

@@ -12,7 +12,7 @@ use cauldron_merge::Summary;
 use serde_json::Value;
 use uuid::Uuid;
 
-pub use intake::{Intake, IntakeError, RecipeBody, Submit, Taken};
+pub use intake::{Intake, IntakeError, NoRoom, RecipeBody, Submit, Taken};
 pub use keeper::{Evicted, Keeper, KeeperError};
 pub use runner::{Progress, Runner, StillHeld};
 pub use sql::{BACKOFF, Clock, LEASE, MachineClock, PostgresJobs, SqliteJobs};
@@ -102,4 +102,13 @@ pub struct JobError {
     #[serde(rename = "type")]
     pub kind: String,
     pub detail: String,
+}
+
+impl JobError {
+    fn too_many_attempts(last: &str) -> Self {
+        Self {
+            kind: "too-many-attempts".into(),
+            detail: format!("given up after {MAX_ATTEMPTS} attempts; the last: {last}"),
+        }
+    }
 }

@@ -11,9 +11,9 @@ use uuid::Uuid;
 
 use super::keeper::{Keeper, KeeperError};
 use super::{Job, JobError, Merged, Outcome, Timings};
-use crate::cache::{Cache, CacheError, Draft, KnownContents};
+use crate::cache::{Cache, CacheError, Draft, KnownContents, Pin};
 use crate::failpoint;
-use crate::sources::{Care, ModelSources, SourceError};
+use crate::sources::{Care, ModelSources, SourceError, is_outage};
 use crate::telemetry;
 
 /// Space that a merge leaves free on the disk.
@@ -117,16 +117,22 @@ pub struct Runner {
 
 impl Runner {
     /// The outcome of a job; never panics through: a fault of one merge is that merge's failure.
-    pub fn run(&self, job: &Job, progress: &Progress, still_held: StillHeld<'_>) -> Outcome {
+    /// The result stays in the cache while the pin lives.
+    pub fn run(&self, job: &Job, progress: &Progress, still_held: StillHeld<'_>) -> (Outcome, Option<Pin>) {
         let attempt = std::panic::AssertUnwindSafe(|| self.merge(job, progress, still_held));
         match std::panic::catch_unwind(attempt) {
-            Ok(Ok(merged)) => Outcome::Succeeded(merged),
-            Ok(Err(outcome)) => outcome,
-            Err(_) => failed("internal", "the merge panicked"),
+            Ok(Ok((merged, pin))) => (Outcome::Succeeded(merged), Some(pin)),
+            Ok(Err(outcome)) => (outcome, None),
+            Err(_) => (failed("internal", "the merge panicked"), None),
         }
     }
 
-    fn merge(&self, job: &Job, progress: &Progress, still_held: StillHeld<'_>) -> Result<Merged, Outcome> {
+    fn merge(
+        &self,
+        job: &Job,
+        progress: &Progress,
+        still_held: StillHeld<'_>,
+    ) -> Result<(Merged, Pin), Outcome> {
         failpoint::reach("merge-started");
         let recipe = Recipe::from_json(job.recipe.clone()).map_err(SourceError::from)?;
         // Held to the end: parents from the cache are whole, and stay.
@@ -153,15 +159,17 @@ impl Runner {
                     Ok(self.cache.verify_while(&digest, &|| !progress.cancelled())?)
                 },
             )?;
-            if let Some((manifest, _)) = found {
+            if let Some((manifest, pin)) = found {
                 metrics::counter!(telemetry::CACHE_HITS).increment(1);
-                return Ok(Merged::new(manifest, progress.timings()));
+                return Ok((Merged::new(manifest, progress.timings()), pin));
             }
         }
         metrics::counter!(telemetry::CACHE_MISSES).increment(1);
         let key = merge_key(&recipe, &parents, &self.options)?;
         let draft = self.cache.draft(&key).map_err(CacheError::from)?;
-        self.make_space(parents.output_bytes(), &draft)?;
+        if let Err(outcome) = self.make_space(parents.output_bytes(), &draft, progress) {
+            return Err(leave_draft(draft, outcome));
+        }
         // New parents are read once: their digests, and with them the result's, are known when the merge is done.
         let merged = progress.phase(
             |timings| &mut timings.merge_ms,
@@ -172,7 +180,8 @@ impl Runner {
                 draft.keep();
                 return Err(Outcome::Cancelled);
             }
-            merged => merged?,
+            Err(e) => return Err(leave_draft(draft, e.into())),
+            Ok(manifest) => manifest,
         };
         failpoint::reach("merged");
         let _ = progress.digest.set(manifest.digest);
@@ -182,30 +191,41 @@ impl Runner {
         if progress.cancelled() || !still_held() {
             return Err(Outcome::Cancelled);
         }
+        let pin = self.cache.pin(&manifest.digest);
         progress.phase(
             |timings| &mut timings.publish_ms,
             || self.cache.publish(draft, &manifest.digest),
         )?;
-        Ok(Merged::new(manifest, progress.timings()))
+        Ok((Merged::new(manifest, progress.timings()), pin))
     }
 
     /// Makes room in the cache, and refuses a result that does not fit on the disk beside what its draft has already.
-    fn make_space(&self, result: u64, draft: &Draft) -> Result<(), Outcome> {
+    fn make_space(&self, result: u64, draft: &Draft, progress: &Progress) -> Result<(), Outcome> {
         let there = draft.bytes().map_err(CacheError::from)?;
-        self.keeper.make_room(result)?;
-        let needed = (result + DISK_RESERVE).saturating_sub(there);
+        let to_write = result.saturating_sub(there);
         let free = || self.cache.free_bytes().map_err(CacheError::from);
-        if free()? < needed {
+        if free()? < to_write + DISK_RESERVE {
             self.cache.remove_waiting_drafts().map_err(CacheError::from)?;
         }
+        let alone = self.cache.evicting_while(&|| !progress.cancelled())?;
+        self.keeper.make_room(result, to_write, &alone)?;
         match free()? {
-            free if free < needed => {
+            free if free < to_write + DISK_RESERVE => {
+                let needed = to_write + DISK_RESERVE;
                 let detail = format!("the result needs {needed} bytes and {free} are free");
                 Err(failed("insufficient-storage", detail))
             }
             _ => Ok(()),
         }
     }
+}
+
+/// What is there already stays for the next try, if there is one.
+fn leave_draft(draft: Draft, outcome: Outcome) -> Outcome {
+    if matches!(outcome, Outcome::Retry(_)) {
+        draft.keep();
+    }
+    outcome
 }
 
 fn failed(kind: &str, detail: impl Into<String>) -> Outcome {
@@ -234,8 +254,11 @@ impl From<SourceError> for Outcome {
 
 impl From<MergeError> for Outcome {
     fn from(error: MergeError) -> Self {
-        match error {
+        match &error {
             MergeError::Cancelled => Self::Cancelled,
+            MergeError::Parent { source, .. } | MergeError::Output { source } if is_outage(source) => {
+                retry(error.slug(), &error)
+            }
             error => failed(error.slug(), error.to_string()),
         }
     }

@@ -34,6 +34,8 @@ pub struct NewJob {
     pub dedupe_key: String,
     pub bytes_total: u64,
     pub priority: i64,
+    /// The only node that may run it, if it needs that node's cache.
+    pub node: Option<String>,
     pub serve_as: Option<String>,
     /// Idempotency-Key of the request and the digest of its body.
     pub idempotency: Option<(String, String)>,
@@ -162,6 +164,9 @@ pub trait JobStore: Send + Sync + std::fmt::Debug {
         body: &'a str,
     ) -> BoxFuture<'a, Result<Option<Submission>, StoreError>>;
 
+    /// The job that waits for, runs or did this work.
+    fn find<'a>(&'a self, dedupe_key: &'a str) -> BoxFuture<'a, Result<Option<Job>, StoreError>>;
+
     fn get(&self, id: Uuid) -> BoxFuture<'_, Result<Option<Job>, StoreError>>;
 
     /// Jobs older than `after`, newest first.
@@ -192,8 +197,8 @@ pub trait JobStore: Send + Sync + std::fmt::Debug {
     /// Names that a job's result is to be loaded under.
     fn names(&self, id: Uuid) -> BoxFuture<'_, Result<Vec<String>, StoreError>>;
 
-    /// Frees the key of a succeeded job whose result is gone.
-    fn retire(&self, id: Uuid) -> BoxFuture<'_, Result<(), StoreError>>;
+    /// Frees the key of a succeeded job whose result is gone, and the idempotency key that was just tied to it.
+    fn retire<'a>(&'a self, id: Uuid, key: Option<&'a str>) -> BoxFuture<'a, Result<(), StoreError>>;
 
     /// Puts the running jobs of a node back. It has just started, so whoever had them is dead. Owners are named
     /// `NODE/PROCESS`.

@@ -11,9 +11,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
 use uuid::Uuid;
 
-use super::Job;
 use super::runner::{Progress, Runner};
-use super::store::{Beat, JobStore, Lease, Outcome};
+use super::store::{Beat, JobStore, Lease, Outcome, StoreError};
+use super::{Job, JobError, MAX_ATTEMPTS};
+use crate::cache::{Cache, Pin};
 use crate::{failpoint, telemetry};
 
 /// How often the lease is renewed and a cancellation noticed.
@@ -31,6 +32,7 @@ pub type OnSuccess = Box<dyn Fn(&Job, Vec<String>) + Send + Sync>;
 /// The worker and what others may see of it.
 pub struct Worker {
     store: Arc<dyn JobStore>,
+    cache: Cache,
     runner: Runner,
     owner: String,
     wake: Notify,
@@ -49,9 +51,16 @@ impl std::fmt::Debug for Worker {
 
 impl Worker {
     /// `node` is the name under which this node's jobs are recovered when it starts again.
-    pub fn new(node: &str, store: Arc<dyn JobStore>, runner: Runner, on_success: OnSuccess) -> Self {
+    pub fn new(
+        node: &str,
+        store: Arc<dyn JobStore>,
+        cache: Cache,
+        runner: Runner,
+        on_success: OnSuccess,
+    ) -> Self {
         Self {
             store,
+            cache,
             runner,
             owner: format!("{node}/{}", Uuid::now_v7()),
             wake: Notify::new(),
@@ -80,21 +89,42 @@ impl Worker {
 
     /// Works until `shutdown`; a job that runs then goes back to the queue.
     pub async fn run(self: Arc<Self>, shutdown: CancellationToken) {
+        let mut tidy = false;
         while !shutdown.is_cancelled() {
             match self.store.claim(&self.owner).await {
                 Ok(Some((job, lease))) => {
+                    tidy = false;
                     let span = info_span!("merge", job = %job.id);
                     if self.work(job, lease, &shutdown).instrument(span).await {
                         self.idle(&shutdown, POLL).await;
                     }
                 }
-                Ok(None) => self.idle(&shutdown, POLL).await,
+                Ok(None) => {
+                    if !tidy {
+                        tidy = self.tidy().await;
+                    }
+                    self.idle(&shutdown, POLL).await;
+                }
                 Err(e) => {
                     warn!(error = %e, "the queue cannot be read; trying again");
                     self.idle(&shutdown, POLL).await;
                 }
             }
         }
+    }
+
+    /// Once no job waits or runs, nobody comes back to what cancelled and given-up merges left. False if some do.
+    async fn tidy(&self) -> bool {
+        if !self.store.live().await.is_ok_and(|live| live.is_empty()) {
+            return false;
+        }
+        let cache = self.cache.clone();
+        match tokio::task::spawn_blocking(move || cache.remove_waiting_drafts()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => warn!(error = %e, "drafts cannot be removed"),
+            Err(e) => warn!(error = %e, "drafts were not removed"),
+        }
+        true
     }
 
     async fn idle(&self, shutdown: &CancellationToken, longest: Duration) {
@@ -110,8 +140,13 @@ impl Worker {
         info!(attempt = job.attempt, "merge starts");
         let progress = Arc::new(Progress::new(job.id, job.bytes_total));
         self.set_running(Some(progress.clone()));
-        let outcome = self.supervise(&job, &lease, progress.clone(), shutdown).await;
+        let (mut outcome, _result) = self.supervise(&job, &lease, progress.clone(), shutdown).await;
         let retry = matches!(outcome, Some(Outcome::Retry(_)));
+        if let Some(Outcome::Retry(last)) = &outcome
+            && job.attempt >= MAX_ATTEMPTS
+        {
+            outcome = Some(Outcome::Failed(JobError::too_many_attempts(&last.detail)));
+        }
         match outcome {
             Some(outcome) => self.leave(job, &lease, outcome, shutdown).await,
             None => metrics::counter!(telemetry::LEASES_LOST).increment(1),
@@ -120,14 +155,14 @@ impl Worker {
         retry
     }
 
-    /// Runs the merge on a thread of its own beside the heartbeat. None if the lease was lost.
+    /// Runs the merge on a thread of its own beside the heartbeat. No outcome if the lease was lost.
     async fn supervise(
         &self,
         job: &Job,
         lease: &Lease,
         progress: Arc<Progress>,
         shutdown: &CancellationToken,
-    ) -> Option<Outcome> {
+    ) -> (Option<Outcome>, Option<Pin>) {
         let lost = Arc::new(AtomicBool::new(false));
         let hold = Hold {
             store: self.store.clone(),
@@ -162,22 +197,27 @@ impl Worker {
             }
         };
         if lost.load(Ordering::Acquire) {
-            return None;
+            return (None, None);
         }
         match outcome {
-            Ok(Outcome::Cancelled) if draining => Some(Outcome::Released),
-            Ok(outcome) => Some(outcome),
-            Err(_) => Some(Outcome::Released),
+            Ok((Outcome::Cancelled, _)) if draining => (Some(Outcome::Released), None),
+            Ok((outcome, result)) => (Some(outcome), result),
+            Err(_) => (Some(Outcome::Released), None),
         }
     }
 
     /// Records the outcome, however long the database is away; a service that drains does not wait for it.
     async fn leave(&self, job: Job, lease: &Lease, outcome: Outcome, shutdown: &CancellationToken) {
         let mut tries_left = DRAINING_TRIES;
+        let mut unsure = false;
         while tries_left > 0 {
             match self.store.finish(lease, outcome.clone()).await {
                 Ok(true) => {
                     failpoint::reach("finished");
+                    return self.announce(job, outcome).await;
+                }
+                // The answer to an earlier try may have been lost on its way.
+                Ok(false) if unsure && self.is_recorded(lease, &outcome).await => {
                     return self.announce(job, outcome).await;
                 }
                 Ok(false) => {
@@ -185,7 +225,12 @@ impl Worker {
                     warn!("the lease was lost before the outcome was recorded");
                     return;
                 }
+                Err(e @ StoreError::Row(_)) => {
+                    error!(error = %e, "the outcome cannot be written");
+                    return;
+                }
                 Err(e) => {
+                    unsure = true;
                     warn!(error = %e, "the outcome cannot be recorded; trying again");
                     tokio::time::sleep(RECORD_AGAIN).await;
                 }
@@ -193,6 +238,11 @@ impl Worker {
             tries_left -= u32::from(shutdown.is_cancelled());
         }
         error!("the outcome was not recorded; the job will be run again");
+    }
+
+    async fn is_recorded(&self, lease: &Lease, outcome: &Outcome) -> bool {
+        let found = self.store.get(lease.job).await;
+        found.is_ok_and(|job| job.is_some_and(|job| job.epoch == lease.epoch && job.status == outcome.status()))
     }
 
     async fn announce(&self, mut job: Job, outcome: Outcome) {

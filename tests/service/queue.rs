@@ -121,6 +121,6 @@ async fn a_database_that_is_away_sends_a_running_job_back() {
         known: KnownContents::open(&app.data_dir()).unwrap(),
     };
     let run = move || runner.run(&job, &Progress::new(job.id, 0), &|| true);
-    let outcome = tokio::task::spawn_blocking(run).await.unwrap();
+    let (outcome, _) = tokio::task::spawn_blocking(run).await.unwrap();
     assert!(matches!(outcome, Outcome::Retry(_)), "{outcome:?}");
 }

@@ -126,6 +126,7 @@ pub fn job(key: &str) -> NewJob {
         dedupe_key: key.into(),
         bytes_total: 10,
         priority: 0,
+        node: None,
         serve_as: None,
         idempotency: None,
         max_queued: 100,
@@ -177,7 +178,7 @@ on_both! {
         assert_eq!((done.id, done.status), (second.id, JobStatus::Succeeded));
         assert_eq!(done.digest, Some(Digest::of(b"a")));
         assert_eq!((done.warnings, done.timings.unwrap().merge_ms), (vec!["beware".to_owned()], 7));
-        store.retire(second.id).await.unwrap();
+        store.retire(second.id, None).await.unwrap();
         created(store.submit(job("a")).await.unwrap());
     }
 
@@ -336,6 +337,44 @@ on_both! {
         assert!(matches!(recalled, Submission::Replayed(j) if j.status == JobStatus::Cancelled));
         assert_eq!(store.recall("k", "2").await.unwrap(), Some(Submission::KeyReused));
         assert_eq!(store.recall("other", "1").await.unwrap(), None);
+    }
+
+    async fn a_key_that_came_with_a_lost_result_is_free_again(stores) {
+        let store = &stores.store;
+        created(store.submit(job("a")).await.unwrap());
+        let (_, lease) = store.claim("w").await.unwrap().unwrap();
+        store.finish(&lease, Outcome::Succeeded(merged("a"))).await.unwrap();
+        let keyed = NewJob { idempotency: Some(("k".into(), "1".into())), ..job("a") };
+        let Submission::Existing(done) = store.submit(keyed.clone()).await.unwrap() else { panic!() };
+        assert_eq!(store.find("a").await.unwrap().unwrap().id, done.id);
+        store.retire(done.id, Some("k")).await.unwrap();
+        assert_eq!(store.find("a").await.unwrap(), None);
+        assert_ne!(created(store.submit(keyed).await.unwrap()).id, done.id);
+    }
+
+    async fn a_job_that_needs_a_nodes_cache_is_that_nodes(stores) {
+        let store = &stores.store;
+        created(store.submit(NewJob { node: Some("n2".into()), ..job("a") }).await.unwrap());
+        assert!(store.claim("n1/w").await.unwrap().is_none());
+        assert!(store.claim("n2/w").await.unwrap().is_some());
+    }
+
+    async fn a_job_that_is_named_by_one_that_waits_is_not_forgotten(stores) {
+        let store = &stores.store;
+        let parent = created(store.submit(job("parent")).await.unwrap());
+        let (_, lease) = store.claim("w").await.unwrap().unwrap();
+        store.finish(&lease, Outcome::Succeeded(merged("a"))).await.unwrap();
+        let recipe = json!({"models": [{"model": format!("merge:{}+lora", parent.id)}, "b"]});
+        created(store.submit(NewJob { recipe, ..job("child") }).await.unwrap());
+        stores.clock.advance(Duration::from_secs(10));
+        assert_eq!(store.forget(Duration::ZERO).await.unwrap(), 0);
+        let (_, lease) = store.claim("w").await.unwrap().unwrap();
+        store.finish(&lease, Outcome::Cancelled).await.unwrap();
+        // A wall clock that jumps ahead makes nothing old.
+        stores.clock.jump_wall(86_400_000);
+        assert_eq!(store.forget(Duration::from_secs(3600)).await.unwrap(), 0);
+        stores.clock.advance(Duration::from_secs(10));
+        assert_eq!(store.forget(Duration::from_secs(1)).await.unwrap(), 1);
     }
 
     async fn cancelling_depends_on_the_state(stores) {

@@ -20,8 +20,14 @@ pub const LEASE: Duration = Duration::from_secs(30);
 /// The first wait of a job whose cause of failure may pass; it grows with the square of the attempts.
 pub const BACKOFF: Duration = Duration::from_secs(2);
 const BACKOFF_MS: i64 = BACKOFF.as_millis() as i64;
-/// Waits and leases that end later than so many leases from now were written by a clock that has since been put back.
-const LONGEST_LEASES: i64 = 4;
+/// Longer than any wait: one that ends later was written by a clock that has since been put back.
+const LONGEST_WAIT_MS: i64 = 60_000;
+/// By how much a lease may have been renewed in the future before its clock counts as put back.
+const CLOCK_SLACK_MS: i64 = 5_000;
+/// How long a caller waits for the database, whatever it does.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Jobs that are forgotten in one transaction.
+const FORGET_AT_ONCE: i64 = 500;
 
 /// Where the queue takes its time from, in milliseconds.
 pub trait Clock: Send + Sync + Debug {
@@ -76,6 +82,11 @@ impl Now {
             wall: clock.map(|clock| clock.wall()),
         }
     }
+
+    /// A wall clock that jumped ahead makes nothing old.
+    fn oldest(self) -> Option<i64> {
+        self.wall.zip(self.steady).map(|(wall, steady)| wall.min(steady))
+    }
 }
 
 /// Statements are built from constants of this module only.
@@ -94,5 +105,13 @@ impl From<sqlx::Error> for StoreError {
             true => Self::Full,
             false => Self::Database(Box::new(error)),
         }
+    }
+}
+
+/// Gives up on a database that does not answer.
+async fn within<T>(work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    match tokio::time::timeout(PATIENCE, work).await {
+        Ok(done) => done,
+        Err(late) => Err(StoreError::Database(Box::new(late))),
     }
 }

@@ -20,6 +20,14 @@ type Db = sqlx::Postgres;
 const NOW: &str = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)";
 /// Two nodes that claim at once take two jobs.
 const SKIP_LOCKED: &str = "FOR UPDATE SKIP LOCKED";
+/// A worker does not end a job between a look at it and what follows from that.
+const LOCK_ROW: &str = "FOR UPDATE";
+/// A node that is frozen in the middle of something does not hold up the others for longer.
+const TIMEOUTS: [(&str, &str); 3] = [
+    ("statement_timeout", "10s"),
+    ("lock_timeout", "5s"),
+    ("idle_in_transaction_session_timeout", "5s"),
+];
 /// One submission at a time, so that none comes between another's look at the queue and its row. The number is that of no
 /// other lock.
 const BEGIN: &str = "BEGIN; SELECT pg_advisory_xact_lock(7161133427206184815)";
@@ -38,7 +46,7 @@ impl PostgresJobs {
     }
 
     async fn connect(url: &str, clock: Option<Arc<dyn Clock>>) -> Result<Self, StoreError> {
-        let options = PgConnectOptions::from_str(url)?.application_name("cauldron");
+        let options = PgConnectOptions::from_str(url)?.application_name("cauldron").options(TIMEOUTS);
         let pool = PgPoolOptions::new()
             .max_connections(8)
             .acquire_timeout(ACQUIRE)

@@ -1,6 +1,7 @@
 //! The statements of the queue. Compiled once for each database, as a module of the file that names it: `Db`, `NOW`,
-//! `SKIP_LOCKED` and `BEGIN` are its. Parameters are numbered; both databases take them as `$1`.
+//! `LOCK_ROW`, `SKIP_LOCKED` and `BEGIN` are its. Parameters are numbered; both databases take them as `$1`.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +10,13 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sqlx::pool::PoolConnection;
 use sqlx::{Database, Pool, Row};
+use tracing::error;
 use uuid::Uuid;
 
-use super::super::{BACKOFF_MS, Clock, LEASE, LONGEST_LEASES, Now, sql};
-use super::{BEGIN, Db, NOW, SKIP_LOCKED};
+use super::super::{
+    BACKOFF_MS, CLOCK_SLACK_MS, Clock, FORGET_AT_ONCE, LEASE, LONGEST_WAIT_MS, Now, sql, within,
+};
+use super::{BEGIN, Db, LOCK_ROW, NOW, SKIP_LOCKED};
 use crate::jobs::store::{
     Beat, BoxFuture, Cancelled, JobPage, JobStore, Lease, NewJob, Outcome, StoreError, Submission, Submitted,
 };
@@ -105,7 +109,7 @@ impl Jobs {
         }
         let same = format!(
             "SELECT {COLUMNS} FROM jobs WHERE dedupe_key = $1 AND retired = 0 AND cancel_requested = 0 \
-             AND status IN ('queued', 'running', 'succeeded')"
+             AND status IN ('queued', 'running', 'succeeded') {LOCK_ROW}"
         );
         let existing = sqlx::query(sql(same))
             .bind(&job.dedupe_key)
@@ -122,13 +126,15 @@ impl Jobs {
                     return Ok(Submission::QueueFull);
                 }
                 // One that is being cancelled must not stand in the way of a new one.
-                sqlx::query("UPDATE jobs SET retired = 1 WHERE dedupe_key = $1 AND cancel_requested = 1")
+                let cancelled = "UPDATE jobs SET retired = 1 WHERE dedupe_key = $1 AND cancel_requested = 1 \
+                                 AND retired = 0 AND status IN ('queued', 'running', 'succeeded')";
+                sqlx::query(cancelled)
                     .bind(&job.dedupe_key)
                     .execute(&mut *tx.connection)
                     .await?;
                 let insert = format!(
-                    "INSERT INTO jobs (id, status, dedupe_key, recipe, lambda, bytes_total, created_at, priority) \
-                     VALUES ($1, 'queued', $2, $3, $4, $5, COALESCE($6, {NOW}), $7) RETURNING {COLUMNS}"
+                    "INSERT INTO jobs (id, status, dedupe_key, recipe, lambda, bytes_total, created_at, priority, node) \
+                     VALUES ($1, 'queued', $2, $3, $4, $5, COALESCE($6, {NOW}), $7, $8) RETURNING {COLUMNS}"
                 );
                 let row = sqlx::query(sql(insert))
                     .bind(Uuid::now_v7().to_string())
@@ -138,6 +144,7 @@ impl Jobs {
                     .bind(job.bytes_total as i64)
                     .bind(now.wall)
                     .bind(job.priority)
+                    .bind(&job.node)
                     .fetch_one(&mut *tx.connection)
                     .await?;
                 (read_job(&row)?, true)
@@ -198,9 +205,11 @@ impl Jobs {
         after: Option<Uuid>,
         limit: u32,
     ) -> Result<JobPage, StoreError> {
+        // Only what is asked for is in the statement, so that an index serves it.
+        let by_status = status.map_or("$1 IS NULL", |_| "status = $1");
+        let by_id = after.map_or("$2 IS NULL", |_| "id < $2");
         let select = format!(
-            "SELECT {COLUMNS} FROM jobs WHERE ($1 IS NULL OR status = $1) AND ($2 IS NULL OR id < $2) \
-             ORDER BY id DESC LIMIT $3"
+            "SELECT {COLUMNS} FROM jobs WHERE {by_status} AND {by_id} ORDER BY id DESC LIMIT $3"
         );
         let rows = sqlx::query(sql(select))
             .bind(status.map(JobStatus::as_str))
@@ -217,19 +226,20 @@ impl Jobs {
 
     async fn claim_job(&self, owner: &str) -> Result<Option<(Job, Lease)>, StoreError> {
         let lease_ms = self.lease_ms();
-        let longest_ms = LONGEST_LEASES * lease_ms;
+        let node = owner.split('/').next().unwrap_or_default();
         loop {
             // A time that lies too far ahead was written before the clock was put back.
             let update = format!(
                 "WITH clock AS (SELECT COALESCE($2, {NOW}) AS now) \
                  UPDATE jobs SET status = 'running', owner = $1, epoch = epoch + 1, attempt = attempt + 1, \
-                 lease_expires_at = (SELECT now FROM clock) + {lease_ms}, \
+                 lease_expires_at = (SELECT now FROM clock) + {lease_ms}, leased_at = (SELECT now FROM clock), \
                  started_at = COALESCE(started_at, $3, {NOW}), bytes_done = 0 \
-                 WHERE id = (SELECT id FROM jobs WHERE \
-                 (status = 'queued' AND (not_before <= (SELECT now FROM clock) \
-                 OR not_before > (SELECT now FROM clock) + {longest_ms})) \
+                 WHERE id = (SELECT id FROM jobs WHERE status IN ('queued', 'running') \
+                 AND (node IS NULL OR node = $4) AND \
+                 ((status = 'queued' AND (not_before <= (SELECT now FROM clock) \
+                 OR not_before > (SELECT now FROM clock) + {LONGEST_WAIT_MS})) \
                  OR (status = 'running' AND (lease_expires_at < (SELECT now FROM clock) \
-                 OR lease_expires_at > (SELECT now FROM clock) + {longest_ms})) \
+                 OR leased_at > (SELECT now FROM clock) + {CLOCK_SLACK_MS}))) \
                  ORDER BY priority DESC, id LIMIT 1 {SKIP_LOCKED}) RETURNING {COLUMNS}"
             );
             let now = self.now();
@@ -237,10 +247,17 @@ impl Jobs {
                 .bind(owner)
                 .bind(now.steady)
                 .bind(now.wall)
+                .bind(node)
                 .fetch_optional(&self.pool)
                 .await?;
             let Some(row) = row else { return Ok(None) };
-            let job = read_job(&row)?;
+            let job = match read_job(&row) {
+                Ok(job) => job,
+                Err(e) => {
+                    self.fail_unreadable(row.try_get("id")?, &e).await?;
+                    continue;
+                }
+            };
             let lease = Lease {
                 job: job.id,
                 owner: owner.to_owned(),
@@ -250,15 +267,27 @@ impl Jobs {
                 self.finish_job(&lease, Outcome::Cancelled).await?;
             } else if job.attempt > MAX_ATTEMPTS {
                 let last = job.error.map_or("its worker went away".to_owned(), |e| e.detail);
-                let error = JobError {
-                    kind: "too-many-attempts".into(),
-                    detail: format!("given up after {MAX_ATTEMPTS} attempts; the last: {last}"),
-                };
+                let error = JobError::too_many_attempts(&last);
                 self.finish_job(&lease, Outcome::Failed(error)).await?;
             } else {
                 return Ok(Some((job, lease)));
             }
         }
+    }
+
+    /// A row that cannot be read would be claimed for ever.
+    async fn fail_unreadable(&self, id: String, why: &StoreError) -> Result<(), StoreError> {
+        error!(job = id, error = %why, "a job's row cannot be read; it counts as failed");
+        let update = format!(
+            "UPDATE jobs SET status = 'failed', owner = NULL, lease_expires_at = NULL, error_type = 'internal', \
+             error_detail = 'its row cannot be read', finished_at = COALESCE($1, {NOW}) WHERE id = $2"
+        );
+        sqlx::query(sql(update))
+            .bind(self.now().wall)
+            .bind(id)
+            .execute(&self.pool)
+            .await?;
+        Ok(())
     }
 
     async fn beat(
@@ -270,7 +299,7 @@ impl Jobs {
     ) -> Result<Beat, StoreError> {
         let lease_ms = self.lease_ms();
         let update = format!(
-            "UPDATE jobs SET lease_expires_at = COALESCE($1, {NOW}) + {lease_ms}, bytes_done = $2, bytes_total = $3, \
+            "UPDATE jobs SET lease_expires_at = COALESCE($1, {NOW}) + {lease_ms}, leased_at = COALESCE($1, {NOW}), bytes_done = $2, bytes_total = $3, \
              digest = COALESCE($4, digest) WHERE id = $5 AND owner = $6 AND epoch = $7 AND status = 'running' \
              RETURNING cancel_requested"
         );
@@ -357,28 +386,39 @@ impl Jobs {
     }
 
     async fn forget_jobs(&self, age_ms: i64) -> Result<u64, StoreError> {
-        let old =
-            "SELECT id FROM jobs WHERE status IN ('succeeded', 'failed', 'cancelled') AND finished_at < $1";
-        let mut tx = Transaction::begin(&self.pool).await?;
         let now: i64 = sqlx::query_scalar(sql(format!("SELECT COALESCE($1, {NOW})")))
-            .bind(self.now().wall)
-            .fetch_one(&mut *tx.connection)
+            .bind(self.now().oldest())
+            .fetch_one(&self.pool)
             .await?;
-        let mut forgotten = 0;
-        for (table, column) in [
-            ("idempotency_keys", "job_id"),
-            ("job_names", "job_id"),
-            ("jobs", "id"),
-        ] {
-            let delete = format!("DELETE FROM {table} WHERE {column} IN ({old})");
-            let done = sqlx::query(sql(delete))
+        // What a job that waits names by its merge is still needed.
+        let named: HashSet<String> = self.live_recipes().await?.iter().flat_map(merges_named).collect();
+        let old = "SELECT id FROM jobs WHERE finished_at < $1 AND status IN ('succeeded', 'failed', 'cancelled') \
+                   AND id > $2 ORDER BY id LIMIT $3";
+        let (mut forgotten, mut after) = (0, String::new());
+        loop {
+            let mut tx = Transaction::begin(&self.pool).await?;
+            let ids: Vec<String> = sqlx::query_scalar(old)
                 .bind(now - age_ms)
-                .execute(&mut *tx.connection)
+                .bind(&after)
+                .bind(FORGET_AT_ONCE)
+                .fetch_all(&mut *tx.connection)
                 .await?;
-            forgotten = done.rows_affected();
+            for id in ids.iter().filter(|id| !named.contains(*id)) {
+                for delete in [
+                    "DELETE FROM idempotency_keys WHERE job_id = $1",
+                    "DELETE FROM job_names WHERE job_id = $1",
+                    "DELETE FROM jobs WHERE id = $1",
+                ] {
+                    sqlx::query(delete).bind(id).execute(&mut *tx.connection).await?;
+                }
+                forgotten += 1;
+            }
+            tx.end("COMMIT").await?;
+            match ids.last() {
+                Some(last) if ids.len() as i64 == FORGET_AT_ONCE => after.clone_from(last),
+                _ => return Ok(forgotten),
+            }
         }
-        tx.end("COMMIT").await?;
-        Ok(forgotten)
     }
 
     async fn live_recipes(&self) -> Result<Vec<Value>, StoreError> {
@@ -386,13 +426,65 @@ impl Jobs {
             sqlx::query_scalar("SELECT recipe FROM jobs WHERE status IN ('queued', 'running')")
                 .fetch_all(&self.pool)
                 .await?;
-        recipes.iter().map(|text| read_json(text, "recipe")).collect()
+        // One that cannot be read fails when it is claimed.
+        Ok(recipes.iter().filter_map(|text| serde_json::from_str(text).ok()).collect())
+    }
+
+    async fn find_job(&self, dedupe_key: &str) -> Result<Option<Job>, StoreError> {
+        let select = format!(
+            "SELECT {COLUMNS} FROM jobs WHERE dedupe_key = $1 AND retired = 0 AND cancel_requested = 0 \
+             AND status IN ('queued', 'running', 'succeeded')"
+        );
+        let row = sqlx::query(sql(select))
+            .bind(dedupe_key)
+            .fetch_optional(&self.pool)
+            .await?;
+        row.as_ref().map(read_job).transpose()
+    }
+
+    async fn retire_job(&self, id: Uuid, key: Option<&str>) -> Result<(), StoreError> {
+        let id = id.to_string();
+        let mut tx = Transaction::begin(&self.pool).await?;
+        sqlx::query("UPDATE jobs SET retired = 1 WHERE id = $1 AND status = 'succeeded'")
+            .bind(&id)
+            .execute(&mut *tx.connection)
+            .await?;
+        sqlx::query("DELETE FROM idempotency_keys WHERE key = $1 AND job_id = $2")
+            .bind(key)
+            .bind(&id)
+            .execute(&mut *tx.connection)
+            .await?;
+        Ok(tx.end("COMMIT").await?)
+    }
+
+    async fn recover_jobs(&self, node: &str) -> Result<u64, StoreError> {
+        let back = "UPDATE jobs SET status = 'queued', owner = NULL, lease_expires_at = NULL, bytes_done = 0 \
+                    WHERE status = 'running' AND (owner = $1 OR owner LIKE $1 || '/%')";
+        let done = sqlx::query(back).bind(node).execute(&self.pool).await?;
+        Ok(done.rows_affected())
+    }
+
+    async fn job_names(&self, id: Uuid) -> Result<Vec<String>, StoreError> {
+        let names = sqlx::query_scalar("SELECT name FROM job_names WHERE job_id = $1 ORDER BY name")
+            .bind(id.to_string())
+            .fetch_all(&self.pool)
+            .await?;
+        Ok(names)
+    }
+
+    async fn count_jobs(&self) -> Result<Vec<(JobStatus, u64)>, StoreError> {
+        let rows = sqlx::query("SELECT status, COUNT(*) FROM jobs GROUP BY status")
+            .fetch_all(&self.pool)
+            .await?;
+        rows.iter()
+            .map(|row| Ok((read_status(row, 0)?, row.try_get::<i64, _>(1)? as u64)))
+            .collect()
     }
 }
 
 impl JobStore for Jobs {
     fn submit(&self, job: NewJob) -> BoxFuture<'_, Submitted> {
-        Box::pin(self.submit_job(job))
+        Box::pin(within(self.submit_job(job)))
     }
 
     fn recall<'a>(
@@ -400,11 +492,15 @@ impl JobStore for Jobs {
         key: &'a str,
         body: &'a str,
     ) -> BoxFuture<'a, Result<Option<Submission>, StoreError>> {
-        Box::pin(self.recall_job(key, body))
+        Box::pin(within(self.recall_job(key, body)))
+    }
+
+    fn find<'a>(&'a self, dedupe_key: &'a str) -> BoxFuture<'a, Result<Option<Job>, StoreError>> {
+        Box::pin(within(self.find_job(dedupe_key)))
     }
 
     fn get(&self, id: Uuid) -> BoxFuture<'_, Result<Option<Job>, StoreError>> {
-        Box::pin(self.get_job(id))
+        Box::pin(within(self.get_job(id)))
     }
 
     fn list(
@@ -413,11 +509,11 @@ impl JobStore for Jobs {
         after: Option<Uuid>,
         limit: u32,
     ) -> BoxFuture<'_, Result<JobPage, StoreError>> {
-        Box::pin(self.list_jobs(status, after, limit))
+        Box::pin(within(self.list_jobs(status, after, limit)))
     }
 
     fn claim<'a>(&'a self, owner: &'a str) -> BoxFuture<'a, Result<Option<(Job, Lease)>, StoreError>> {
-        Box::pin(self.claim_job(owner))
+        Box::pin(within(self.claim_job(owner)))
     }
 
     fn heartbeat<'a>(
@@ -427,55 +523,31 @@ impl JobStore for Jobs {
         bytes_total: u64,
         digest: Option<Digest>,
     ) -> BoxFuture<'a, Result<Beat, StoreError>> {
-        Box::pin(self.beat(lease, bytes_done, bytes_total, digest))
+        Box::pin(within(self.beat(lease, bytes_done, bytes_total, digest)))
     }
 
     fn finish<'a>(&'a self, lease: &'a Lease, outcome: Outcome) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(self.finish_job(lease, outcome))
+        Box::pin(within(self.finish_job(lease, outcome)))
     }
 
     fn cancel(&self, id: Uuid) -> BoxFuture<'_, Result<Cancelled, StoreError>> {
-        Box::pin(self.cancel_job(id))
+        Box::pin(within(self.cancel_job(id)))
     }
 
     fn names(&self, id: Uuid) -> BoxFuture<'_, Result<Vec<String>, StoreError>> {
-        Box::pin(async move {
-            let names = sqlx::query_scalar("SELECT name FROM job_names WHERE job_id = $1 ORDER BY name")
-                .bind(id.to_string())
-                .fetch_all(&self.pool)
-                .await?;
-            Ok(names)
-        })
+        Box::pin(within(self.job_names(id)))
     }
 
-    fn retire(&self, id: Uuid) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(async move {
-            sqlx::query("UPDATE jobs SET retired = 1 WHERE id = $1 AND status = 'succeeded'")
-                .bind(id.to_string())
-                .execute(&self.pool)
-                .await?;
-            Ok(())
-        })
+    fn retire<'a>(&'a self, id: Uuid, key: Option<&'a str>) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(within(self.retire_job(id, key)))
     }
 
     fn recover<'a>(&'a self, node: &'a str) -> BoxFuture<'a, Result<u64, StoreError>> {
-        Box::pin(async move {
-            let back = "UPDATE jobs SET status = 'queued', owner = NULL, lease_expires_at = NULL, bytes_done = 0 \
-                        WHERE status = 'running' AND (owner = $1 OR owner LIKE $1 || '/%')";
-            let done = sqlx::query(back).bind(node).execute(&self.pool).await?;
-            Ok(done.rows_affected())
-        })
+        Box::pin(within(self.recover_jobs(node)))
     }
 
     fn counts(&self) -> BoxFuture<'_, Result<Vec<(JobStatus, u64)>, StoreError>> {
-        Box::pin(async move {
-            let rows = sqlx::query("SELECT status, COUNT(*) FROM jobs GROUP BY status")
-                .fetch_all(&self.pool)
-                .await?;
-            rows.iter()
-                .map(|row| Ok((read_status(row, 0)?, row.try_get::<i64, _>(1)? as u64)))
-                .collect()
-        })
+        Box::pin(within(self.count_jobs()))
     }
 
     fn forget(&self, age: Duration) -> BoxFuture<'_, Result<u64, StoreError>> {
@@ -483,7 +555,20 @@ impl JobStore for Jobs {
     }
 
     fn live(&self) -> BoxFuture<'_, Result<Vec<Value>, StoreError>> {
-        Box::pin(self.live_recipes())
+        Box::pin(within(self.live_recipes()))
+    }
+}
+
+/// The ids of the merges that a recipe names as models.
+fn merges_named(recipe: &Value) -> Vec<String> {
+    match recipe {
+        Value::String(text) => {
+            let parts = text.split('+').filter_map(|part| part.strip_prefix("merge:"));
+            parts.map(str::to_owned).collect()
+        }
+        Value::Array(items) => items.iter().flat_map(merges_named).collect(),
+        Value::Object(entries) => entries.values().flat_map(merges_named).collect(),
+        _ => Vec::new(),
     }
 }
 

@@ -3,9 +3,10 @@
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::Pool;
+use tracing::debug;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 
 use super::{Clock, MachineClock};
@@ -23,6 +24,9 @@ type Db = sqlx::Sqlite;
 const NOW: &str = "CAST(unixepoch('subsec') * 1000 AS INTEGER)";
 /// There is one writer at a time anyway.
 const SKIP_LOCKED: &str = "";
+const LOCK_ROW: &str = "";
+/// How long programs that start at once get in each other's way, at most.
+const STARTING: Duration = Duration::from_secs(10);
 
 /// What is read in a transaction is what it writes to.
 const BEGIN: &str = "BEGIN IMMEDIATE";
@@ -53,11 +57,17 @@ impl SqliteJobs {
             .foreign_keys(true)
             .busy_timeout(Duration::from_secs(10));
         let file = options.get_filename().to_owned();
-        let pool = SqlitePoolOptions::new()
-            .max_connections(4)
-            .connect_with(options)
-            .await?;
-        migrate(&pool).await?;
+        let start = Instant::now();
+        let pool = loop {
+            match prepare(options.clone()).await {
+                Ok(pool) => break pool,
+                Err(e) if start.elapsed() > STARTING => return Err(e),
+                // Two programs that start at once may both try the same step, and who comes second fails: it finds the
+                // step done when it tries again.
+                Err(e) => debug!(error = %e, "the job database is not ready; trying again"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
         // SQLite syncs the file; that the file is in its folder is synced here.
         let folder = file.parent().filter(|folder| folder.is_dir());
         folder
@@ -67,15 +77,13 @@ impl SqliteJobs {
     }
 }
 
-/// Brings the schema up to date. Each step is a transaction, but nothing keeps two programs from trying the same one: who
-/// comes second fails, and finds it done when it tries again.
-async fn migrate(pool: &Pool<Db>) -> Result<(), StoreError> {
-    let migrator = sqlx::migrate!("migrations/sqlite");
-    for _ in 0..migrator.migrations.len() {
-        if migrator.run(pool).await.is_ok() {
-            return Ok(());
-        }
-    }
-    let done = migrator.run(pool).await;
-    done.map_err(|e| StoreError::Database(Box::new(e)))
+/// Opens the file and brings its schema up to date.
+async fn prepare(options: SqliteConnectOptions) -> Result<Pool<Db>, StoreError> {
+    let pool = SqlitePoolOptions::new()
+        .max_connections(4)
+        .connect_with(options)
+        .await?;
+    let migrated = sqlx::migrate!("migrations/sqlite").run(&pool).await;
+    migrated.map_err(|e| StoreError::Database(Box::new(e)))?;
+    Ok(pool)
 }
