@@ -104,7 +104,13 @@ impl App {
                 load_result(&to_load, &from, job, &name, posted(job));
             }
         });
-        let worker = Arc::new(Worker::new(&node, jobs.clone(), cache.clone(), runner, on_success));
+        let worker = Arc::new(Worker::new(
+            &node,
+            jobs.clone(),
+            cache.clone(),
+            runner,
+            on_success,
+        ));
         let intake = Intake {
             store: jobs.clone(),
             sources: sources.clone(),
@@ -154,7 +160,9 @@ impl App {
             Ok(jobs) => info!(jobs, "old jobs are forgotten"),
             Err(e) => warn!(error = %e, "old jobs cannot be forgotten"),
         }
-        let Some(budget) = self.config.storage.cache_budget else { return };
+        let Some(budget) = self.config.storage.cache_budget else {
+            return;
+        };
         let (keeper, alone) = (self.keeper.clone(), self.cache.evicting().await);
         match tokio::task::spawn_blocking(move || keeper.shrink(budget, &alone)).await {
             Ok(Ok(_)) => {}

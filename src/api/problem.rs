@@ -120,9 +120,7 @@ impl From<IntakeError> for Problem {
         match error {
             IntakeError::Recipe(e) => e.into(),
             IntakeError::Outage(e) => e.into(),
-            IntakeError::NoRoom(_) => {
-                insufficient_storage(error.to_string())
-            }
+            IntakeError::NoRoom(_) => insufficient_storage(error.to_string()),
             IntakeError::Interrupted => Self::internal("intake", &error),
         }
     }

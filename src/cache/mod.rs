@@ -434,7 +434,10 @@ impl Cache {
         let drafting = locked(&self.drafting);
         for entry in fs::read_dir(&self.temp)? {
             let left = entry?.path();
-            let name = left.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let name = left
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
             // Others are entries on their way out.
             let draft = name.parse::<Digest>().is_ok() || name.starts_with(DAMAGED);
             if draft && !drafting.contains(&left) {

@@ -105,7 +105,9 @@ pub fn jobs(args: JobsArgs) -> anyhow::Result<()> {
         JobsCommand::List { status, limit, after } => {
             let given = [("status", status), ("after", after)];
             let given = given.into_iter().filter_map(|(name, value)| Some((name, value?)));
-            let rest: String = given.map(|(name, value)| format!("&{name}={}", escape(&value))).collect();
+            let rest: String = given
+                .map(|(name, value)| format!("&{name}={}", escape(&value)))
+                .collect();
             let path = format!("/merge?limit={limit}{rest}");
             let listed = service.get(&path).await?;
             service.show(&listed, &|listed| {

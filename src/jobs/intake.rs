@@ -160,7 +160,10 @@ impl Intake {
         let result = parents.output_bytes();
         let (needed, free) = (result + DISK_RESERVE, self.cache.free_bytes().unwrap_or(u64::MAX));
         let no_room = match self.cache_budget {
-            Some(budget) if result > budget => Some(NoRoom::Budget { needed: result, budget }),
+            Some(budget) if result > budget => Some(NoRoom::Budget {
+                needed: result,
+                budget,
+            }),
             // With a budget the cache gives way when the merge runs.
             None if free < needed => Some(NoRoom::Disk { needed, free }),
             _ => None,

@@ -48,12 +48,7 @@ pub struct Evicted {
 
 impl Keeper {
     /// Makes room for a result of so many bytes, if there is a budget; `to_write` of them are not on the disk yet.
-    pub fn make_room(
-        &self,
-        needed: u64,
-        to_write: u64,
-        alone: &Evicting,
-    ) -> Result<Evicted, KeeperError> {
+    pub fn make_room(&self, needed: u64, to_write: u64, alone: &Evicting) -> Result<Evicted, KeeperError> {
         let Some(budget) = self.budget else {
             return Ok(Evicted::default());
         };

@@ -140,7 +140,7 @@ impl Worker {
         info!(attempt = job.attempt, "merge starts");
         let progress = Arc::new(Progress::new(job.id, job.bytes_total));
         self.set_running(Some(progress.clone()));
-        let (mut outcome, _result) = self.supervise(&job, &lease, progress.clone(), shutdown).await;
+        let (mut outcome, mut result) = self.supervise(&job, &lease, progress.clone(), shutdown).await;
         let retry = matches!(outcome, Some(Outcome::Retry(_)));
         if let Some(Outcome::Retry(last)) = &outcome
             && job.attempt >= MAX_ATTEMPTS
@@ -148,9 +148,16 @@ impl Worker {
             outcome = Some(Outcome::Failed(JobError::too_many_attempts(&last.detail)));
         }
         match outcome {
-            Some(outcome) => self.leave(job, &lease, outcome, shutdown).await,
+            Some(outcome) => {
+                // Only what is to be loaded has to stay until then: others may delete it once they see that it is there.
+                if self.store.names(job.id).await.is_ok_and(|names| names.is_empty()) {
+                    result = None;
+                }
+                self.leave(job, &lease, outcome, shutdown).await;
+            }
             None => metrics::counter!(telemetry::LEASES_LOST).increment(1),
         }
+        drop(result);
         self.set_running(None);
         retry
     }
@@ -242,7 +249,9 @@ impl Worker {
 
     async fn is_recorded(&self, lease: &Lease, outcome: &Outcome) -> bool {
         let found = self.store.get(lease.job).await;
-        found.is_ok_and(|job| job.is_some_and(|job| job.epoch == lease.epoch && job.status == outcome.status()))
+        found.is_ok_and(|job| {
+            job.is_some_and(|job| job.epoch == lease.epoch && job.status == outcome.status())
+        })
     }
 
     async fn announce(&self, mut job: Job, outcome: Outcome) {

@@ -61,29 +61,63 @@ fn until(what: &str, longest: Duration, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// No result may be missing.
+fn none(_: &str) -> bool {
+    false
+}
+
 #[test]
 fn kills_at_random_moments_lose_nothing() {
     let mut random = random();
     let dir = models();
     let data = dir.path().join("data");
     let start = || Program::start_on(&data, dir.path(), &SHARDS, &[]);
-    let mut ledger = BTreeSet::new();
-    for _ in 0..number("CAULDRON_KILLS", 12) {
+    let (mut ledger, mut deleted) = (BTreeSet::new(), BTreeSet::new());
+    let rounds = number("CAULDRON_KILLS", 6);
+    let mut busy = 0;
+    for _ in 0..rounds {
         let program = start();
-        let end = Instant::now() + Duration::from_millis(random.random_range(0..1500));
-        while Instant::now() < end {
-            let lambda = f64::from(random.random_range(0..8u8)) / 8.0;
-            if let Some((200 | 202, job)) = post(&program, &average(lambda)) {
+        let pid = program.child.id().to_string();
+        let after = Duration::from_millis(random.random_range(0..1500));
+        // From another thread: in the middle of requests too.
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(after);
+            Command::new("kill").args(["-9", &pid]).status().unwrap();
+        });
+        let mut waits = false;
+        // Mostly new work, now and then what was asked for before.
+        let mut lambda = || f64::from(random.random_range(0..2000u32)) / 2000.0;
+        while let Some((status, job)) = post(&program, &average(lambda())) {
+            if status == 200 || status == 202 {
+                waits = job["status"] != "succeeded";
                 ledger.insert(job["id"].as_str().unwrap().to_owned());
             }
-            if random.random_ratio(1, 10) && !ledger.is_empty() {
-                let known = ledger.iter().nth(random.random_range(0..ledger.len()));
-                program.ask("DELETE", &format!("/merge/{}", known.unwrap()), "");
+            if lambda() < 0.12 && !ledger.is_empty() {
+                let at = (lambda() * ledger.len() as f64) as usize;
+                let known = ledger.iter().nth(at).unwrap();
+                program.ask("DELETE", &format!("/merge/{known}"), "");
             }
-            std::thread::sleep(Duration::from_millis(random.random_range(0..80)));
+            // The disk is not to fill up with results.
+            if let Some((_, listed)) = program.ask("GET", "/checkpoints", "") {
+                for entry in listed["checkpoints"].as_array().unwrap().iter().skip(4) {
+                    let digest = entry["digest"].as_str().unwrap();
+                    deleted.insert(digest.to_owned());
+                    program.ask("DELETE", &format!("/checkpoints/{digest}"), "");
+                }
+            }
+            std::thread::sleep(Duration::from_secs_f64(lambda() / 5.0));
         }
+        killer.join().unwrap();
+        busy += u32::from(waits);
     }
-    assert!(invariants::check(start(), &data, &ledger) > 0);
+    let program = start();
+    for id in &ledger {
+        program.finished(id, 4 * MINUTE);
+    }
+    let acknowledged = ledger.len();
+    let succeeded = invariants::check(program, &data, &ledger, |digest| deleted.contains(digest));
+    eprintln!("{rounds} kills, {busy} with work at hand; {acknowledged} acknowledged, {succeeded} succeeded");
+    assert!(busy > 0 && succeeded > 0);
 }
 
 #[test]
@@ -117,7 +151,7 @@ fn a_kill_at_each_step_of_a_publish_loses_nothing() {
         let job = program.finished(&id, MINUTE);
         assert_eq!(job["status"], "succeeded", "{step}: {job}");
     }
-    assert_eq!(invariants::check(start(&[]), &data, &ledger), steps.len());
+    assert_eq!(invariants::check(start(&[]), &data, &ledger, none), steps.len());
 }
 
 /// Two nodes of one queue.
@@ -140,7 +174,7 @@ fn two_nodes_race_and_a_zombie_is_fenced() {
     let Some(server) = Postgres::shared() else { return };
     let dir = models();
     let url = database(server);
-    let ((a, _), (b, data_b)) = (node(dir.path(), "one", &url), node(dir.path(), "two", &url));
+    let ((a, data_a), (b, data_b)) = (node(dir.path(), "one", &url), node(dir.path(), "two", &url));
     let ids: BTreeSet<String> = std::thread::scope(|scope| {
         let posts: Vec<_> = (0..64)
             .map(|i| {
@@ -186,7 +220,13 @@ fn two_nodes_race_and_a_zombie_is_fenced() {
     assert_eq!(same(&a.json("GET", &format!("/merge/{id}"), "")), same(&job));
     drop(a);
     let ledger = ids.into_iter().chain([id]).collect();
-    assert_eq!(invariants::check(b, &data_b, &ledger), 2);
+    assert_eq!(
+        invariants::check(b, &data_b, &ledger, |digest| data_a
+            .join("checkpoints")
+            .join(digest)
+            .is_dir()),
+        2
+    );
 }
 
 #[test]
@@ -219,7 +259,7 @@ fn a_database_that_stops_and_starts_loses_nothing() {
         back.elapsed().as_secs_f64()
     );
     ledger.insert(accepted.unwrap().1["id"].as_str().unwrap().to_owned());
-    assert_eq!(invariants::check(program, &data, &ledger), 2);
+    assert_eq!(invariants::check(program, &data, &ledger, none), 2);
 }
 
 #[test]
@@ -241,14 +281,14 @@ fn database_connections_that_are_killed_lose_nothing() {
         if Instant::now() > end {
             break;
         }
-        if let Some((200 | 202, job)) = post(&program, &average(f64::from(lambda % 6) / 6.0)) {
+        if let Some((200 | 202, job)) = post(&program, &average(f64::from(lambda % 1000) / 1000.0)) {
             ledger.insert(job["id"].as_str().unwrap().to_owned());
         }
         std::thread::sleep(Duration::from_millis(150));
         runtime.block_on(server.execute(kill));
     }
     assert!(!ledger.is_empty());
-    assert_eq!(invariants::check(program, &data, &ledger), ledger.len());
+    assert_eq!(invariants::check(program, &data, &ledger, none), ledger.len());
 }
 
 /// A file system in memory of its own, gone with this value.
@@ -316,7 +356,10 @@ fn a_full_disk_fails_jobs_and_nothing_else() {
     assert_eq!(program.status_line("/readyz"), "HTTP/1.1 200 OK");
     fs::remove_file(filler).unwrap();
     let again = acknowledged(&program, &slow);
-    assert_eq!(invariants::check(program, &data, &BTreeSet::from([id, again])), 1);
+    assert_eq!(
+        invariants::check(program, &data, &BTreeSet::from([id, again]), none),
+        1
+    );
     drop(disk);
 }
 
@@ -346,7 +389,7 @@ fn a_full_database_accepts_nothing_that_it_cannot_keep() {
     let id = acknowledged(&program, &average(0.123));
     ledger.insert(id);
     // Jobs whose end could not be written run again when it can.
-    assert_eq!(invariants::check(program, &data, &ledger), ledger.len());
+    assert_eq!(invariants::check(program, &data, &ledger, none), ledger.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -478,5 +521,5 @@ fn cancellations_at_random_moments_take_effect_in_two_seconds() {
         ledger.len()
     );
     assert!(cancelled > 0);
-    invariants::check(program, &data, &ledger);
+    invariants::check(program, &data, &ledger, |_| true);
 }

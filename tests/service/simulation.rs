@@ -354,7 +354,11 @@ impl World {
             }
         }
         let page = self.store.list(None, None, 1000).await.unwrap();
-        assert_eq!(page.jobs.len(), self.jobs.len(), "a job is there twice or not at all");
+        assert_eq!(
+            page.jobs.len(),
+            self.jobs.len(),
+            "a job is there twice or not at all"
+        );
         for lease in self.working.iter().flatten().chain(&self.zombies) {
             let row = page.jobs.iter().find(|job| job.id == lease.job).unwrap();
             let holds = row.status == JobStatus::Running
@@ -394,7 +398,9 @@ impl World {
             let job = self.store.get(*id).await.unwrap().unwrap();
             assert!(job.status.is_terminal(), "{job:?} is stuck");
         }
+        // Later than any wall clock that was written, and than any steady one.
         self.clock.jump_wall(7_200_000 * STEPS as i64);
+        self.clock.jump_steady(7_200_000 * STEPS as i64);
         assert_eq!(
             self.store.forget(Duration::ZERO).await.unwrap(),
             self.jobs.len() as u64

@@ -374,7 +374,7 @@ on_both! {
         stores.clock.jump_wall(86_400_000);
         assert_eq!(store.forget(Duration::from_secs(3600)).await.unwrap(), 0);
         stores.clock.advance(Duration::from_secs(10));
-        assert_eq!(store.forget(Duration::from_secs(1)).await.unwrap(), 1);
+        assert_eq!(store.forget(Duration::from_secs(1)).await.unwrap(), 2);
     }
 
     async fn cancelling_depends_on_the_state(stores) {

@@ -46,7 +46,9 @@ impl PostgresJobs {
     }
 
     async fn connect(url: &str, clock: Option<Arc<dyn Clock>>) -> Result<Self, StoreError> {
-        let options = PgConnectOptions::from_str(url)?.application_name("cauldron").options(TIMEOUTS);
+        let options = PgConnectOptions::from_str(url)?
+            .application_name("cauldron")
+            .options(TIMEOUTS);
         let pool = PgPoolOptions::new()
             .max_connections(8)
             .acquire_timeout(ACQUIRE)

@@ -208,9 +208,8 @@ impl Jobs {
         // Only what is asked for is in the statement, so that an index serves it.
         let by_status = status.map_or("$1 IS NULL", |_| "status = $1");
         let by_id = after.map_or("$2 IS NULL", |_| "id < $2");
-        let select = format!(
-            "SELECT {COLUMNS} FROM jobs WHERE {by_status} AND {by_id} ORDER BY id DESC LIMIT $3"
-        );
+        let select =
+            format!("SELECT {COLUMNS} FROM jobs WHERE {by_status} AND {by_id} ORDER BY id DESC LIMIT $3");
         let rows = sqlx::query(sql(select))
             .bind(status.map(JobStatus::as_str))
             .bind(after.map(|id| id.to_string()))
@@ -427,7 +426,10 @@ impl Jobs {
                 .fetch_all(&self.pool)
                 .await?;
         // One that cannot be read fails when it is claimed.
-        Ok(recipes.iter().filter_map(|text| serde_json::from_str(text).ok()).collect())
+        Ok(recipes
+            .iter()
+            .filter_map(|text| serde_json::from_str(text).ok())
+            .collect())
     }
 
     async fn find_job(&self, dedupe_key: &str) -> Result<Option<Job>, StoreError> {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::Pool;
-use tracing::debug;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use tracing::debug;
 
 use super::{Clock, MachineClock};
 use crate::cache::sync_folder;
