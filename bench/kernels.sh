@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-found=$(cargo test --release --locked -p cauldron-merge --lib -- --ignored --nocapture kernels_beside_a_copy)
+found=$(cargo test --release --locked -p cauldron-merge --lib -- --ignored --nocapture --test-threads 1 kernel::bench)
 grep -v '^JSON\|^test\|^running\|^$' <<<"$found"
 sed -n 's/^JSON //p' <<<"$found" | PYTHONPATH=bench "$python" -c '
 import json, pathlib, sys, time

@@ -391,6 +391,13 @@ on_both! {
         let again = created(store.submit(job("a")).await.unwrap());
         assert!(store.finish(&lease, Outcome::Cancelled).await.unwrap());
         assert_eq!(store.get(running.id).await.unwrap().unwrap().status, JobStatus::Cancelled);
+        // What goes back to the queue does not come back when it is to be cancelled.
+        let (_, lease) = store.claim("w").await.unwrap().unwrap();
+        store.cancel(again.id).await.unwrap();
+        assert!(store.finish(&lease, Outcome::Released).await.unwrap());
+        let left = store.get(again.id).await.unwrap().unwrap();
+        assert_eq!((left.status, left.finished_at.is_some()), (JobStatus::Cancelled, true));
+        let again = created(store.submit(job("a")).await.unwrap());
         // A worker that dies with a cancelled job leaves it to be cancelled.
         let (_, _dead) = store.claim("w").await.unwrap().unwrap();
         store.cancel(again.id).await.unwrap();

@@ -329,11 +329,13 @@ impl Jobs {
             Outcome::Released => (None, None, 1),
         };
         let merged = merged.as_ref();
+        // One that is to be cancelled does not come back.
+        let left = "CASE WHEN $1 = 'queued' AND cancel_requested = 1 THEN 'cancelled' ELSE $1 END";
         let update = format!(
-            "UPDATE jobs SET status = $1, digest = COALESCE($2, digest), error_type = $3, error_detail = $4, \
+            "UPDATE jobs SET status = {left}, digest = COALESCE($2, digest), error_type = $3, error_detail = $4, \
              attempt = attempt - $5, owner = NULL, lease_expires_at = NULL, \
              bytes_done = CASE $1 WHEN 'succeeded' THEN bytes_total WHEN 'queued' THEN 0 ELSE bytes_done END, \
-             finished_at = CASE $1 WHEN 'queued' THEN NULL ELSE COALESCE($6, {NOW}) END, \
+             finished_at = CASE {left} WHEN 'queued' THEN NULL ELSE COALESCE($6, {NOW}) END, \
              stats = $7, warnings = $8, timings = $9, \
              not_before = $10 * (COALESCE($11, {NOW}) + {BACKOFF_MS} * attempt * attempt) \
              WHERE id = $12 AND owner = $13 AND epoch = $14 AND status = 'running'"
