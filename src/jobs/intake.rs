@@ -111,6 +111,7 @@ impl Intake {
         for _ in 0..3 {
             match self.store.find(&job.dedupe_key).await? {
                 Some(known) if self.is_gone(&known).await? => {
+                    no_room.as_ref().map_or(Ok(()), |refusal| Err(refusal.clone()))?;
                     self.store.retire(known.id, None).await?;
                     // Whoever asks for it again here wants it here.
                     job.node = Some(self.node.clone());

@@ -168,7 +168,7 @@ impl Runner {
         let key = merge_key(&recipe, &parents, &self.options)?;
         let draft = self.cache.draft(&key).map_err(CacheError::from)?;
         if let Err(outcome) = self.make_space(parents.output_bytes(), &draft, progress) {
-            return Err(leave_draft(draft, outcome));
+            return Err(leave_draft(draft, outcome, progress));
         }
         // New parents are read once: their digests, and with them the result's, are known when the merge is done.
         let merged = progress.phase(
@@ -180,7 +180,7 @@ impl Runner {
                 draft.keep();
                 return Err(Outcome::Cancelled);
             }
-            Err(e) => return Err(leave_draft(draft, e.into())),
+            Err(e) => return Err(leave_draft(draft, e.into(), progress)),
             Ok(manifest) => manifest,
         };
         failpoint::reach("merged");
@@ -188,7 +188,9 @@ impl Runner {
         for (identity, digest) in parents.contents_to_keep() {
             self.known.put(identity, digest);
         }
-        if progress.cancelled() || !still_held() {
+        // A drain does not throw away what only has to be put in its place.
+        let stopped = progress.cancelled() && !progress.is_paused();
+        if stopped || !still_held() {
             return Err(Outcome::Cancelled);
         }
         let pin = self.cache.pin(&manifest.digest);
@@ -207,8 +209,10 @@ impl Runner {
         if free()? < to_write + DISK_RESERVE {
             self.cache.remove_waiting_drafts().map_err(CacheError::from)?;
         }
-        let alone = self.cache.evicting_while(&|| !progress.cancelled())?;
-        self.keeper.make_room(result, to_write, &alone)?;
+        if self.keeper.budget.is_some() {
+            let alone = self.cache.evicting_while(&|| !progress.cancelled())?;
+            self.keeper.make_room(result, to_write, &alone)?;
+        }
         match free()? {
             free if free < to_write + DISK_RESERVE => {
                 let needed = to_write + DISK_RESERVE;
@@ -221,9 +225,11 @@ impl Runner {
 }
 
 /// What is there already stays for the next try, if there is one.
-fn leave_draft(draft: Draft, outcome: Outcome) -> Outcome {
-    if matches!(outcome, Outcome::Retry(_)) {
-        draft.keep();
+fn leave_draft(draft: Draft, outcome: Outcome, progress: &Progress) -> Outcome {
+    match outcome {
+        Outcome::Retry(_) => draft.keep(),
+        Outcome::Cancelled if progress.is_paused() => draft.keep(),
+        _ => {}
     }
     outcome
 }

@@ -281,7 +281,7 @@ fn database_connections_that_are_killed_lose_nothing() {
         if Instant::now() > end {
             break;
         }
-        if let Some((200 | 202, job)) = post(&program, &average(f64::from(lambda / 8 % 1000) / 1000.0)) {
+        if let Some((200 | 202, job)) = post(&program, &average(f64::from(lambda / 8 % 40) / 40.0)) {
             ledger.insert(job["id"].as_str().unwrap().to_owned());
         }
         std::thread::sleep(Duration::from_millis(150));
