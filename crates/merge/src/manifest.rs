@@ -45,7 +45,7 @@ pub struct ParentEntry {
 }
 
 /// What a merge did to one tensor. Fractions are shares of its elements; lists follow the recipe's models and are
-/// empty where no delta was formed (a plain average). Of a tensor above 65536 elements, every eighth tile of 1024 elements
+/// empty where no delta was formed (a plain average). Of a tensor above 65536 elements, one tile of 1024 elements in eight
 /// (or of one row, where rows are longer and count as a whole) is looked at, and stands for all.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TensorStats {
