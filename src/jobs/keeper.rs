@@ -47,11 +47,14 @@ pub struct Evicted {
 }
 
 impl Keeper {
-    /// Makes room for a result of so many bytes, if there is a budget; `to_write` of them are not on the disk yet.
-    pub fn make_room(&self, needed: u64, to_write: u64, alone: &Evicting) -> Result<Evicted, KeeperError> {
-        let Some(budget) = self.budget else {
-            return Ok(Evicted::default());
-        };
+    /// Makes room within `budget` for a result of `needed` bytes; `to_write` of them are not on the disk yet.
+    pub fn make_room(
+        &self,
+        budget: u64,
+        needed: u64,
+        to_write: u64,
+        alone: &Evicting,
+    ) -> Result<(), KeeperError> {
         if needed > budget {
             return Err(KeeperError::TooLarge { needed, budget });
         }
@@ -77,7 +80,7 @@ impl Keeper {
             }
             self.evict(entry, &mut evicted)?;
         }
-        Ok(evicted)
+        Ok(())
     }
 
     /// Evicts until what stays is within `budget`, or nothing is left that may go.

@@ -176,10 +176,6 @@ impl Runner {
             || merge_to_folder(&recipe, &parents, draft.dir(), &self.options, progress),
         );
         let manifest = match merged {
-            Err(MergeError::Cancelled) if progress.is_paused() => {
-                draft.keep();
-                return Err(Outcome::Cancelled);
-            }
             Err(e) => return Err(leave_draft(draft, e.into(), progress)),
             Ok(manifest) => manifest,
         };
@@ -209,9 +205,9 @@ impl Runner {
         if free()? < to_write + DISK_RESERVE {
             self.cache.remove_waiting_drafts().map_err(CacheError::from)?;
         }
-        if self.keeper.budget.is_some() {
+        if let Some(budget) = self.keeper.budget {
             let alone = self.cache.evicting_while(&|| !progress.cancelled())?;
-            self.keeper.make_room(result, to_write, &alone)?;
+            self.keeper.make_room(budget, result, to_write, &alone)?;
         }
         match free()? {
             free if free < to_write + DISK_RESERVE => {

@@ -26,6 +26,10 @@ const COLUMNS: &str = "id, status, recipe, lambda, digest, bytes_done, bytes_tot
                        cancel_requested, attempt, epoch, created_at, started_at, finished_at, stats, warnings, \
                        priority, owner, timings";
 
+/// The job that waits for, runs or did the work of a key.
+const SAME_WORK: &str = "dedupe_key = $1 AND retired = 0 AND cancel_requested = 0 \
+                         AND status IN ('queued', 'running', 'succeeded')";
+
 type DbRow = <Db as Database>::Row;
 type Connection = <Db as Database>::Connection;
 
@@ -107,10 +111,7 @@ impl Jobs {
             tx.end("ROLLBACK").await?;
             return Ok(known);
         }
-        let same = format!(
-            "SELECT {COLUMNS} FROM jobs WHERE dedupe_key = $1 AND retired = 0 AND cancel_requested = 0 \
-             AND status IN ('queued', 'running', 'succeeded') {LOCK_ROW}"
-        );
+        let same = format!("SELECT {COLUMNS} FROM jobs WHERE {SAME_WORK} {LOCK_ROW}");
         let existing = sqlx::query(sql(same))
             .bind(&job.dedupe_key)
             .fetch_optional(&mut *tx.connection)
@@ -298,7 +299,8 @@ impl Jobs {
     ) -> Result<Beat, StoreError> {
         let lease_ms = self.lease_ms();
         let update = format!(
-            "UPDATE jobs SET lease_expires_at = COALESCE($1, {NOW}) + {lease_ms}, leased_at = COALESCE($1, {NOW}), bytes_done = $2, bytes_total = $3, \
+            "UPDATE jobs SET lease_expires_at = COALESCE($1, {NOW}) + {lease_ms}, leased_at = COALESCE($1, {NOW}), \
+             bytes_done = $2, bytes_total = $3, \
              digest = COALESCE($4, digest) WHERE id = $5 AND owner = $6 AND epoch = $7 AND status = 'running' \
              RETURNING cancel_requested"
         );
@@ -435,10 +437,7 @@ impl Jobs {
     }
 
     async fn find_job(&self, dedupe_key: &str) -> Result<Option<Job>, StoreError> {
-        let select = format!(
-            "SELECT {COLUMNS} FROM jobs WHERE dedupe_key = $1 AND retired = 0 AND cancel_requested = 0 \
-             AND status IN ('queued', 'running', 'succeeded')"
-        );
+        let select = format!("SELECT {COLUMNS} FROM jobs WHERE {SAME_WORK}");
         let row = sqlx::query(sql(select))
             .bind(dedupe_key)
             .fetch_optional(&self.pool)

@@ -26,7 +26,7 @@ const NOW: &str = "CAST(unixepoch('subsec') * 1000 AS INTEGER)";
 const SKIP_LOCKED: &str = "";
 const LOCK_ROW: &str = "";
 /// How long programs that start at once get in each other's way, at most.
-const STARTING: Duration = Duration::from_secs(10);
+const STARTING: Duration = Duration::from_secs(2);
 
 /// What is read in a transaction is what it writes to.
 const BEGIN: &str = "BEGIN IMMEDIATE";
