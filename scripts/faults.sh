@@ -9,6 +9,7 @@
 #   disk        a full disk under the cache, and under the database (needs root, for small file systems in memory)
 #   damage      every kind of damage to a checkpoint
 #   cancels     cancellations at random moments
+#   remote      a bucket behind the cache: damage, a killed fetch, a bucket that is away
 #   simulation  random schedules of the queue beside a model
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,16 +18,17 @@ names=()
 for argument in "$@"; do
     case $argument in
         --long) long=1 ;;
-        -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit ;;
+        -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit ;;
         *) names+=("$argument") ;;
     esac
 done
-[ ${#names[@]} -gt 0 ] || names=(kills publish nodes database disk damage cancels simulation)
+[ ${#names[@]} -gt 0 ] || names=(kills publish nodes database disk damage cancels remote simulation)
 if [ $long = 1 ]; then
     export CAULDRON_KILLS=${CAULDRON_KILLS:-1000} CAULDRON_CANCELS=${CAULDRON_CANCELS:-200}
     export CAULDRON_POSTGRES_SECONDS=${CAULDRON_POSTGRES_SECONDS:-120} CAULDRON_SCHEDULES=${CAULDRON_SCHEDULES:-100000}
 fi
-export CAULDRON_REQUIRE_POSTGRES=1
+export CAULDRON_REQUIRE_POSTGRES=1 CAULDRON_REQUIRE_S3=1
+scripts/s3_server.sh
 for name in "${names[@]}"; do
     case $name in
         kills) tests=faults::kills_at_random_moments ;;
@@ -36,6 +38,7 @@ for name in "${names[@]}"; do
         disk) tests=faults::a_full_ ;;
         damage) tests=faults::every_kind_of_damage ;;
         cancels) tests=faults::cancellations ;;
+        remote) tests=remote:: ;;
         simulation) tests=simulation:: ;;
         *) echo "faults.sh: no test named $name" >&2; exit 2 ;;
     esac

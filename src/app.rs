@@ -13,10 +13,12 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::cache::{Cache, KnownContents, sync_folder};
+use crate::cache::{Cache, KnownContents, Limits, Remote, sync_folder};
 use crate::config::{ApiKeys, Config, ModelName};
-use crate::jobs::{Intake, Job, JobStore, Keeper, PostgresJobs, Runner, SqliteJobs, Worker};
-use crate::serving::{self, LoadRequest, Served, Serving, ServingError, ServingLimits, check_model};
+use crate::jobs::{DISK_RESERVE, Intake, Job, JobStore, Keeper, PostgresJobs, Runner, SqliteJobs, Worker};
+use crate::serving::{
+    self, LoadRequest, Parentage, Served, Serving, ServingError, ServingLimits, WeightsFrom, check_model,
+};
 use crate::sources::ModelSources;
 
 /// How often the queue and the cache are looked after.
@@ -35,6 +37,8 @@ pub struct App {
     pub cache: Cache,
     pub keeper: Keeper,
     pub sources: Arc<ModelSources>,
+    /// Where families get their parents.
+    pub parentage: Parentage,
     pub intake: Intake,
     pub worker: Arc<Worker>,
     pub serving: Arc<Serving>,
@@ -64,7 +68,15 @@ impl App {
         if recovered > 0 {
             info!(jobs = recovered, "jobs of the last run are back in the queue");
         }
-        let cache = Cache::open(&data_dir).context("opening the cache in --data-dir")?;
+        let mut cache = Cache::open(&data_dir).context("opening the cache in --data-dir")?;
+        if let Some(url) = &config.storage.cache_remote {
+            let limits = Limits {
+                reserve: DISK_RESERVE,
+                budget: config.storage.cache_budget,
+            };
+            let remote = Remote::open(url).context("--cache-remote")?;
+            cache = cache.shared_through(remote, limits, Handle::current())?;
+        }
         let models_dir = config.storage.models_dir.clone();
         let sources = Arc::new(ModelSources::new(
             models_dir,
@@ -79,6 +91,7 @@ impl App {
             memory_bytes: config.engine.model_memory_bytes,
             kv_bytes: config.engine.kv_cache_bytes,
             max_models: config.engine.max_models as usize,
+            max_points: config.engine.max_points as usize,
             hold: config.engine.hold(),
             fixed_shapes: config.engine.deterministic,
         };
@@ -88,11 +101,12 @@ impl App {
             sources: sources.clone(),
             budget: config.storage.cache_budget,
         };
+        let known = KnownContents::open(&data_dir).context("opening the contents in --data-dir")?;
         let runner = Runner {
             sources: sources.clone(),
             cache: cache.clone(),
             keeper: keeper.clone(),
-            known: KnownContents::open(&data_dir).context("opening the contents in --data-dir")?,
+            known: known.clone(),
             options: MergeOptions {
                 max_shard_bytes: config.storage.max_shard_bytes,
                 ..MergeOptions::default()
@@ -125,6 +139,10 @@ impl App {
             jobs,
             cache,
             keeper,
+            parentage: Parentage {
+                sources: sources.clone(),
+                known,
+            },
             sources,
             intake,
             worker,
@@ -139,6 +157,11 @@ impl App {
         tokio::spawn(self.worker.clone().run(self.shutdown.clone()))
     }
 
+    /// Sends results to the remote cache, if there is one, until `shutdown`.
+    pub fn start_sending(self: &Arc<Self>) -> tokio::task::JoinHandle<()> {
+        tokio::spawn(self.cache.clone().send_entries(self.shutdown.clone()))
+    }
+
     /// Looks after the queue and the cache until `shutdown`: old jobs are forgotten, and the cache kept within its budget.
     pub fn start_upkeep(self: &Arc<Self>) -> tokio::task::JoinHandle<()> {
         let app = self.clone();
@@ -147,6 +170,7 @@ impl App {
             loop {
                 tokio::select! {
                     _ = tick.tick() => app.upkeep().await,
+                    () = app.cache.arrived() => app.keep_budget().await,
                     () = app.shutdown.cancelled() => return,
                 }
             }
@@ -160,6 +184,10 @@ impl App {
             Ok(jobs) => info!(jobs, "old jobs are forgotten"),
             Err(e) => warn!(error = %e, "old jobs cannot be forgotten"),
         }
+        self.keep_budget().await;
+    }
+
+    async fn keep_budget(&self) {
         let Some(budget) = self.config.storage.cache_budget else {
             return;
         };
@@ -179,6 +207,9 @@ impl App {
     /// The model of a name; waits while it is loading. With --load-on-first-use a folder of --models-dir is loaded when
     /// its name is asked for.
     pub async fn model(&self, name: &str) -> Result<Arc<Served>, ServingError> {
+        if let Some((family, shares)) = ModelName::split_point(name) {
+            return self.serving.point(family, shares).await;
+        }
         match self.serving.get(name).await {
             Err(ServingError::Unknown(_)) if self.config.engine.load_on_first_use => {}
             answer => return answer,
@@ -199,10 +230,8 @@ impl App {
             Ok(None) | Err(_) => return Err(unknown()),
         };
         let request = LoadRequest {
-            folder: located.folder,
-            adapter: located.adapter,
+            weights: located.into(),
             source: name.to_owned(),
-            cached: located.cached,
             arithmetic: Arithmetic::F32,
             asked: Instant::now(),
         };
@@ -225,10 +254,12 @@ fn load_result(serving: &Arc<Serving>, cache: &Cache, job: &Job, name: &str, ask
         return;
     };
     let request = LoadRequest {
-        folder: cache.path(&digest),
-        adapter: None,
+        weights: WeightsFrom::Folder {
+            folder: cache.path(&digest),
+            adapter: None,
+            cached: Some(digest),
+        },
         source: format!("merge:{}", job.id),
-        cached: Some(digest),
         arithmetic: Arithmetic::F32,
         asked,
     };

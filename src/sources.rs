@@ -115,7 +115,7 @@ impl ModelSources {
         };
         let (folder, cached) = self.find(&parsed.source).map_err(failed)?;
         if let Some(digest) = cached
-            && self.cache.lookup(&digest).map_err(Outage::from)?.is_none()
+            && self.cache.lookup_or_fetch(&digest).map_err(Outage::from)?.is_none()
         {
             return Err(failed(absent(&digest)));
         }
@@ -255,11 +255,11 @@ impl Resolution<'_> {
         match (cached, self.care) {
             (None, _) => {}
             (Some(digest), Care::Look) => {
-                cache.lookup(&digest)?.ok_or_else(|| absent(&digest))?;
+                cache.lookup_or_fetch(&digest)?.ok_or_else(|| absent(&digest))?;
             }
             (Some(digest), Care::Verify(go_on)) => {
                 let (_, pin) = cache
-                    .verify_while(&digest, go_on)?
+                    .verify_or_fetch(&digest, go_on)?
                     .ok_or_else(|| absent(&digest))?;
                 self.seen().pins.push(pin);
             }

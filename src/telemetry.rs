@@ -28,10 +28,21 @@ pub const CACHE_EVICTIONS: &str = "cauldron_cache_evictions_total";
 pub const CACHE_DAMAGED: &str = "cauldron_cache_damaged_total";
 pub const CACHE_ENTRIES: &str = "cauldron_cache_entries";
 pub const CACHE_BYTES: &str = "cauldron_cache_bytes";
+/// Checkpoints that were sent to the remote cache and fetched from it, tries that failed, and bytes of both.
+pub const REMOTE_SENT: &str = "cauldron_remote_sent_total";
+pub const REMOTE_FETCHED: &str = "cauldron_remote_fetched_total";
+pub const REMOTE_ERRORS: &str = "cauldron_remote_errors_total";
+pub const REMOTE_BYTES: &str = "cauldron_remote_bytes_total";
+/// Checkpoints that wait to be sent.
+pub const REMOTE_WAITING: &str = "cauldron_remote_waiting";
 pub const MODELS: &str = "cauldron_models";
 pub const MODEL_MEMORY_BYTES: &str = "cauldron_model_memory_bytes";
 /// From POST /models or POST /merge to the first token of the model.
 pub const MODEL_FIRST_TOKEN: &str = "cauldron_model_first_token_seconds";
+/// From the moment a point of a family was begun until its weights were there, and bytes of parents and result by second of
+/// the last pass.
+pub const POINT_SECONDS: &str = "cauldron_point_seconds";
+pub const POINT_BYTES_PER_SECOND: &str = "cauldron_point_bytes_per_second";
 /// Share of the blocks of keys and values that requests hold, over all models.
 pub const KV_CACHE_USAGE: &str = "cauldron_kv_cache_usage_perc";
 

@@ -15,7 +15,9 @@ use serde_json::Value;
 use tokio_util::io::ReaderStream;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::extract::{FromSegment, JsonBytes, Segment, json_object};
+use super::extract::{
+    FromSegment, JsonBytes, PairsOfQuery, Segment, bad_query, json_object, only_parameter,
+};
 use super::problem::Problem;
 use crate::app::AppState;
 use crate::cache::CacheError;
@@ -116,7 +118,8 @@ async fn list_checkpoints(State(AppState(app)): State<AppState>) -> Result<Json<
 
 /// The manifest of a merged checkpoint
 ///
-/// Recipe, lambda, seeds, digests of parents and files, and per-tensor statistics.
+/// Recipe, lambda, seeds, digests of parents and files, and per-tensor statistics; also of one that is in the remote
+/// cache only.
 #[utoipa::path(get, path = "/checkpoints/{digest}", tag = "checkpoints", params(("digest" = String, Path)),
     responses((status = 200, body = Object), (status = 404, body = Problem, content_type = "application/problem+json")))]
 async fn get_checkpoint(
@@ -124,22 +127,41 @@ async fn get_checkpoint(
     Segment(digest): Segment<Digest>,
 ) -> Result<Json<Manifest>, Problem> {
     let cache = app.cache.clone();
-    let manifest = blocking(move || cache.lookup(&digest)).await??;
+    let here = blocking(move || cache.lookup(&digest)).await??;
+    let manifest = match here {
+        None => app.cache.remote_manifest(&digest).await?,
+        here => here,
+    };
     manifest.map(Json).ok_or_else(unknown)
 }
 
 /// Delete a merged checkpoint
 ///
-/// Refused while it is loaded for serving, being downloaded, pinned, or named by a merge that waits or runs.
-#[utoipa::path(delete, path = "/checkpoints/{digest}", tag = "checkpoints", params(("digest" = String, Path)),
+/// Refused while it is loaded for serving, being downloaded, pinned, or named by a merge that waits or runs. With
+/// `remote=true` it leaves the remote cache too, and may be there only; what other nodes hold stays.
+#[utoipa::path(delete, path = "/checkpoints/{digest}", tag = "checkpoints",
+    params(("digest" = String, Path), ("remote" = Option<bool>, Query)),
     responses((status = 204), (status = 404, body = Problem, content_type = "application/problem+json"),
         (status = 409, body = Problem, content_type = "application/problem+json")))]
 async fn delete_checkpoint(
     State(AppState(app)): State<AppState>,
     Segment(digest): Segment<Digest>,
+    query: PairsOfQuery,
 ) -> Result<StatusCode, Problem> {
+    let remote = match only_parameter(query, "remote")?.as_deref() {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(_) => return Err(bad_query("remote", "must be true or false")),
+    };
+    let in_remote = remote && app.cache.remote_manifest(&digest).await?.is_some();
     let (keeper, alone) = (app.keeper.clone(), app.cache.evicting().await);
-    blocking(move || keeper.delete(&digest, &alone)).await??;
+    match blocking(move || keeper.delete(&digest, &alone)).await? {
+        Err(KeeperError::Cache(CacheError::Unknown)) if in_remote => {}
+        deleted => deleted?,
+    }
+    if remote {
+        app.cache.delete_remote(&digest).await?;
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -234,7 +256,8 @@ async fn collect_garbage(
 
 /// Download a file of a merged checkpoint
 ///
-/// The first download of a checkpoint waits while its bytes are checked.
+/// The first download of a checkpoint waits while its bytes are checked. One that is in the remote cache only is fetched
+/// first: 503 says that this takes longer, and how far it is.
 #[utoipa::path(get, path = "/checkpoints/{digest}/files/{name}", tag = "checkpoints",
     params(("digest" = String, Path), ("name" = String, Path)),
     responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>),
@@ -246,7 +269,11 @@ async fn download_file(
     let Path((digest, name)) = path.map_err(|_| unknown())?;
     let digest = Digest::from_segment(&digest).ok_or_else(unknown)?;
     let cache = app.cache.clone();
-    let entry = blocking(move || cache.verify(&digest)).await??;
+    let entry = blocking(move || {
+        cache.lookup_or_fetch(&digest)?;
+        cache.verify(&digest)
+    });
+    let entry = entry.await??;
     let (manifest, pin) = entry.ok_or_else(unknown)?;
     // Names come from the manifest: what a client sends is only compared.
     let entry = manifest.files.iter().find(|file| file.name == name);

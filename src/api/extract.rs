@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use axum::body::Bytes;
-use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use cauldron_checkpoint::Digest;
@@ -151,6 +152,33 @@ impl<'de> Visitor<'de> for Fields<'_> {
         }
         Ok(fields)
     }
+}
+
+/// A query string, if it could be read.
+pub type PairsOfQuery = Result<Query<Vec<(String, String)>>, QueryRejection>;
+
+pub fn pairs(query: PairsOfQuery) -> Result<Vec<(String, String)>, Problem> {
+    let Query(pairs) = query.map_err(|e| bad_query("query", &e.body_text()))?;
+    Ok(pairs)
+}
+
+/// The value of the one parameter that a route knows.
+pub fn only_parameter(query: PairsOfQuery, known: &str) -> Result<Option<String>, Problem> {
+    let mut found = None;
+    for (name, value) in pairs(query)? {
+        if name != known {
+            let shown: String = name.chars().take(100).collect();
+            return Err(bad_query(&shown, &format!("unknown parameter; known is {known}")));
+        }
+        if found.replace(value).is_some() {
+            return Err(bad_query(known, "is given twice"));
+        }
+    }
+    Ok(found)
+}
+
+pub fn bad_query(field: &str, detail: &str) -> Problem {
+    Problem::unprocessable("invalid-query", field, detail)
 }
 
 /// The type of a body, which must be one of `known`. A browser can send some types across origins without asking; these

@@ -7,16 +7,21 @@ use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use cauldron_lm::{Arithmetic, LmError};
+use cauldron_merge::{RecipeError, recipe_from_value};
 use serde::Serialize;
 use serde_json::Value;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::extract::{FromSegment, JsonBytes, Segment, json_object};
+use super::merge::submitted;
 use super::problem::Problem;
-use crate::app::AppState;
+use crate::app::{App, AppState};
 use crate::config::{ModelName, NameError};
-use crate::serving::{LoadError, LoadRequest, ServingError, SlotInfo, check_model};
-use crate::sources::SourceError;
+use crate::jobs::{RecipeBody, Submit};
+use crate::serving::{
+    LoadError, LoadRequest, OpenRecipe, PointInfo, ServingError, Shares, SlotInfo, check_family, check_model,
+};
+use crate::sources::{Care, SourceError};
 
 const MAX_BODY_BYTES: usize = 1 << 20;
 
@@ -24,6 +29,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(list_models, load_model))
         .routes(routes!(get_model, unload_model))
+        .routes(routes!(make_point))
         .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY_BYTES))
 }
 
@@ -35,7 +41,10 @@ struct LoadBody {
     name: String,
     /// A model reference: a folder under --models-dir, `merge:<job id>` or `checkpoint:<digest>`, each with an optional
     /// `+adapter`.
-    source: String,
+    /// Or a recipe without shares (no `mixup`): a family. Its models are asked by `name@lambda`, `name@share,share,share` for
+    /// more than two parents, and computed from the parents when they are.
+    #[schema(value_type = Value)]
+    source: Value,
     /// Other names that mean it, in the place of those it had. Absent: they stay.
     aliases: Option<Vec<String>>,
     /// Of the factors of matrix products: `float32` (the default), or `bfloat16`, as evaluation harnesses often load
@@ -67,6 +76,64 @@ struct ModelView {
     ready_seconds: Option<f64>,
     /// Seconds from the same POST until its first token or score.
     first_token_seconds: Option<f64>,
+    /// How a point of a family was made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    point: Option<PointView>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    family: Option<FamilyView>,
+}
+
+/// How the weights of a family's point came to be.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct PointView {
+    /// Seconds of the pass over the parents, and until the weights were where they are computed with.
+    pass_seconds: f64,
+    seconds: f64,
+    /// Bytes of the parents and of the result, by second of the pass.
+    bytes_per_second: f64,
+}
+
+/// A recipe whose shares requests choose.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct FamilyView {
+    #[schema(value_type = Object)]
+    recipe: Value,
+    /// Bytes of the parents, once they are prepared.
+    input_bytes: Option<u64>,
+    /// Its models that are in memory, or on their way.
+    #[schema(no_recursion)]
+    points: Vec<ModelView>,
+}
+
+/// Which point.
+#[derive(Debug, utoipa::ToSchema)]
+#[expect(dead_code, reason = "the schema of what is read field by field")]
+struct PointBody {
+    /// Of the first of two parents, from 0 to 1.
+    lambda: Option<f64>,
+    /// Of each parent; they sum to 1.
+    shares: Option<Vec<f64>>,
+    /// Also merge it into the cache: the job is `merge` in the answer.
+    save: Option<bool>,
+}
+
+/// A point that answers.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct MadePoint {
+    /// What requests name.
+    model: String,
+    /// Digest of the checkpoint that the recipe with these shares gives.
+    system_fingerprint: String,
+    point: Option<PointView>,
+    /// The job that publishes it, with `save`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    merge: Option<SavedPoint>,
+}
+
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct SavedPoint {
+    id: String,
+    status: &'static str,
 }
 
 #[derive(Debug, Serialize, utoipa::ToSchema)]
@@ -95,6 +162,10 @@ async fn load_model(
         aliases,
         arithmetic,
     } = parse(&body)?;
+    let source = match source {
+        Source::Reference(reference) => reference,
+        Source::Recipe(recipe) => return load_family(&app, name, *recipe, arithmetic, aliases).await,
+    };
     let asked = Instant::now();
     let (sources, reference) = (app.sources.clone(), source.clone());
     let located = tokio::task::spawn_blocking(move || {
@@ -108,15 +179,55 @@ async fn load_model(
     .await
     .map_err(|e| Problem::internal("locating a model", &e))??;
     let request = LoadRequest {
-        folder: located.folder,
-        adapter: located.adapter,
+        weights: located.into(),
         source,
-        cached: located.cached,
         arithmetic,
         asked,
     };
     app.serving.load(name.clone(), request, aliases.as_deref())?;
-    let info = app.serving.info(&name).ok_or_else(|| unknown(&name))?;
+    accepted(&app, &name)
+}
+
+/// What shows in the parents' configs and headers is refused here, as for a folder.
+async fn load_family(
+    app: &App,
+    name: ModelName,
+    recipe: OpenRecipe,
+    arithmetic: Arithmetic,
+    aliases: Option<Vec<ModelName>>,
+) -> Result<Response, Problem> {
+    let (sources, open) = (app.sources.clone(), recipe.clone());
+    let checked = tokio::task::spawn_blocking(move || {
+        let of_source = |e: RecipeError| Problem::from(in_source(e));
+        let middle = open.at(&open.middle()).map_err(of_source)?;
+        let opened = sources.open(&middle, Care::Look);
+        let (parents, _held) = opened.map_err(|e| match e {
+            SourceError::Refused(e) => of_source(e),
+            SourceError::Outage(e) => e.into(),
+        })?;
+        let config = check_family(&middle, &parents).map_err(unservable)?;
+        arithmetic
+            .check(&config)
+            .map_err(|e| Problem::unprocessable("unsupported-quantization", "quantize", e.to_string()))
+    });
+    checked.await.map_err(|e| Problem::internal("checking a family", &e))??;
+    let parentage = app.parentage.clone();
+    app.serving
+        .load_family(name.clone(), recipe, arithmetic, parentage, aliases.as_deref())?;
+    accepted(app, &name)
+}
+
+/// A recipe's error, as one of the body that it is part of.
+fn in_source(error: RecipeError) -> RecipeError {
+    let field = match error.field.as_str() {
+        "" => "source".to_owned(),
+        field => format!("source.{field}"),
+    };
+    RecipeError::new(field, error.detail)
+}
+
+fn accepted(app: &App, name: &ModelName) -> Result<Response, Problem> {
+    let info = app.serving.info(name).ok_or_else(|| unknown(name))?;
     let mut response = (StatusCode::ACCEPTED, Json(view(info))).into_response();
     if let Ok(location) = HeaderValue::from_str(&format!("/models/{name}")) {
         response.headers_mut().insert(header::LOCATION, location);
@@ -158,12 +269,82 @@ async fn unload_model(
     }
 }
 
+/// Make a point of a family
+///
+/// Answers once it is in memory, as a request for it would be; with `save` it is merged into the cache too.
+#[utoipa::path(post, path = "/models/{name}/point", tag = "models", params(("name" = String, Path)), request_body = PointBody,
+    responses((status = 200, body = MadePoint), (status = 404, body = Problem, content_type = "application/problem+json"),
+        (status = 422, body = Problem, content_type = "application/problem+json")))]
+async fn make_point(
+    State(AppState(app)): State<AppState>,
+    Segment(name): Segment<ModelName>,
+    JsonBytes(body): JsonBytes,
+) -> Result<Json<MadePoint>, Problem> {
+    let (shares, save) = parse_point(&body)?;
+    let family = app.serving.family(&name).ok_or_else(|| unknown(&name))?;
+    let served = app.serving.point(family.name.as_str(), &shares.to_string()).await?;
+    let merge = match save {
+        false => None,
+        true => {
+            let spec = family.recipe.spec_at(&shares);
+            let recipe = serde_json::to_vec(&spec).map_err(|e| Problem::internal("a recipe", &e))?;
+            let taken = app.intake.submit(RecipeBody::Json(recipe), Submit::default()).await?;
+            let job = submitted(&app, taken.submission)?;
+            Some(SavedPoint {
+                id: job.id.to_string(),
+                status: job.status.as_str(),
+            })
+        }
+    };
+    Ok(Json(MadePoint {
+        model: served.name.to_string(),
+        system_fingerprint: served.fingerprint.clone(),
+        point: served.point.map(point_view),
+        merge,
+    }))
+}
+
+fn parse_point(body: &[u8]) -> Result<(Shares, bool), Problem> {
+    let bad = |field: &str, detail: &str| Problem::unprocessable("invalid-request", field, detail);
+    let mut fields = json_object(body)?;
+    let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
+    let (lambda, shares, save) = (take("lambda"), take("shares"), take("save"));
+    if let Some(unknown) = fields.keys().next() {
+        let shown: String = unknown.chars().take(100).collect();
+        return Err(bad(&shown, "unknown field; known are lambda, shares, save"));
+    }
+    let shares = match (lambda, shares) {
+        (Some(lambda), None) => {
+            let lambda = lambda.as_f64().filter(|lambda| (0.0..=1.0).contains(lambda));
+            Shares::lambda(lambda.ok_or_else(|| bad("lambda", "must be a number from 0 to 1"))?)
+        }
+        (None, Some(Value::Array(shares))) => {
+            let numbers: Option<Vec<f64>> = shares.iter().map(Value::as_f64).collect();
+            let numbers = numbers.filter(|shares| shares.iter().all(|share| (0.0..=1.0).contains(share)));
+            Shares::each(numbers.ok_or_else(|| bad("shares", "must be numbers from 0 to 1"))?)
+        }
+        (None, Some(_)) => return Err(bad("shares", "must be a list of numbers")),
+        (Some(_), Some(_)) => return Err(bad("shares", "give lambda or shares, not both")),
+        (None, None) => return Err(bad("lambda", "is missing")),
+    };
+    let save = match save {
+        None => false,
+        Some(save) => save.as_bool().ok_or_else(|| bad("save", "must be true or false"))?,
+    };
+    Ok((shares, save))
+}
+
 /// A checked [`LoadBody`].
 struct Wanted {
     name: ModelName,
-    source: String,
+    source: Source,
     aliases: Option<Vec<ModelName>>,
     arithmetic: Arithmetic,
+}
+
+enum Source {
+    Reference(String),
+    Recipe(Box<OpenRecipe>),
 }
 
 fn parse(body: &[u8]) -> Result<Wanted, Problem> {
@@ -208,19 +389,20 @@ fn parse(body: &[u8]) -> Result<Wanted, Problem> {
         (Some(Some("q4_k")), _) => Arithmetic::Q4K,
         (Some(_), _) => return Err(bad("quantize", "must be \"q8_0\" or \"q4_k\"")),
     };
-    match source {
-        Value::String(source) => Ok(Wanted {
-            name,
-            source,
-            aliases,
-            arithmetic,
-        }),
-        Value::Object(_) => Err(bad(
-            "source",
-            "recipes cannot be served without a merge yet: POST /merge with serve_as",
-        )),
-        _ => Err(bad("source", "must be a model reference")),
-    }
+    let source = match source {
+        Value::String(reference) => Source::Reference(reference),
+        recipe @ Value::Object(_) => {
+            let open = recipe_from_value(recipe).and_then(OpenRecipe::new);
+            Source::Recipe(Box::new(open.map_err(in_source)?))
+        }
+        _ => return Err(bad("source", "must be a model reference or a recipe without shares")),
+    };
+    Ok(Wanted {
+        name,
+        source,
+        aliases,
+        arithmetic,
+    })
 }
 
 fn unlocated(error: SourceError) -> Problem {
@@ -234,6 +416,25 @@ fn unservable(error: LmError) -> Problem {
     match error {
         LmError::Checkpoint(e) => unlocated(SourceError::of_files("source", e)),
         error => Problem::unprocessable(error.slug(), "source", error.to_string()),
+    }
+}
+
+impl From<ServingError> for Problem {
+    fn from(error: ServingError) -> Self {
+        let detail = error.to_string();
+        match error {
+            ServingError::Unknown(_) => Self::not_found(detail),
+            ServingError::Failed { .. } => Self::new(StatusCode::BAD_GATEWAY, "model-failed", detail),
+            ServingError::NoPoint(_) | ServingError::BadPoint { .. } => {
+                Self::unprocessable("invalid-request", "lambda", detail)
+            }
+            ServingError::StillLoading(_) => Self::unavailable("model-loading", detail),
+            ServingError::NoRoom(_) => Self::unavailable("model-memory", detail),
+            ServingError::Busy(_) | ServingError::NoName(_) => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "overloaded", detail).with_retry_after(2)
+            }
+            ServingError::ShuttingDown => Self::unavailable("shutting-down", detail),
+        }
     }
 }
 
@@ -269,6 +470,20 @@ fn view(info: SlotInfo) -> ModelView {
         memory_bytes: info.memory_bytes,
         ready_seconds: info.ready_seconds,
         first_token_seconds: info.first_token_seconds,
+        point: info.point.map(point_view),
+        family: info.family.map(|family| FamilyView {
+            recipe: family.recipe,
+            input_bytes: family.input_bytes,
+            points: family.points.into_iter().map(view).collect(),
+        }),
+    }
+}
+
+fn point_view(point: PointInfo) -> PointView {
+    PointView {
+        pass_seconds: point.pass_seconds,
+        seconds: point.seconds,
+        bytes_per_second: point.bytes as f64 / point.pass_seconds.max(1e-9),
     }
 }
 

@@ -148,6 +148,15 @@ impl From<CacheError> for Problem {
             CacheError::Unknown => Self::not_found(error.to_string()),
             CacheError::InUse => Self::conflict("checkpoint-in-use", error.to_string()),
             CacheError::Pinned => Self::conflict("checkpoint-pinned", error.to_string()),
+            CacheError::Coming { .. } => Self::unavailable("checkpoint-coming", error.to_string()),
+            CacheError::NoRemote => Self::unprocessable("no-remote-cache", "remote", error.to_string()),
+            CacheError::Remote(cause) => {
+                error!(cause, "the remote cache failed");
+                Self::unavailable(
+                    "remote-cache-unavailable",
+                    "the remote cache does not answer; try again",
+                )
+            }
             CacheError::Cancelled => Self::unavailable("cache-unavailable", "cancelled; try again"),
             CacheError::Io(cause) => {
                 error!(cause = %cause, "the cache failed");

@@ -1,5 +1,6 @@
 //! What the cache asks of the file system.
 
+use std::collections::HashSet;
 use std::fmt::Write;
 use std::fs;
 use std::io;
@@ -75,6 +76,20 @@ pub(super) fn last_use(dir: &Path) -> io::Result<Option<SystemTime>> {
 pub(super) fn entries(root: &Path) -> io::Result<impl Iterator<Item = Digest>> {
     let names = fs::read_dir(root)?;
     Ok(names.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()))
+}
+
+/// Removes what lies in a folder and is not named.
+pub(super) fn remove_others(dir: &Path, names: &HashSet<&str>) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let named = entry.file_name().to_str().is_some_and(|name| names.contains(name));
+        if !named && entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else if !named {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Bytes of the files directly in a folder; 0 if it is gone.

@@ -3,6 +3,8 @@
 
 mod contents;
 mod disk;
+mod remote;
+mod sharing;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -22,6 +24,9 @@ use crate::{failpoint, telemetry};
 pub use contents::KnownContents;
 pub use disk::sync_folder;
 use disk::{exchange, identity};
+pub use remote::{Remote, RemoteError};
+use sharing::Sharing;
+pub use sharing::Limits;
 
 /// The cache folder, shared by workers and handlers.
 #[derive(Debug, Clone)]
@@ -38,6 +43,7 @@ pub struct Cache {
     eviction: Arc<RwLock<()>>,
     /// Files named by the digests that an operator keeps.
     pinned: PathBuf,
+    sharing: Option<Arc<Sharing>>,
 }
 
 /// The right to evict entries.
@@ -78,6 +84,13 @@ pub enum CacheError {
     Pinned,
     #[error("cancelled")]
     Cancelled,
+    #[error("the checkpoint is being fetched from the remote cache: {done} of {total} bytes are here")]
+    Coming { done: u64, total: u64 },
+    /// The remote cache did not give what it may have.
+    #[error("{0}")]
+    Remote(String),
+    #[error("there is no remote cache (--cache-remote)")]
+    NoRemote,
 }
 
 /// Keeps an entry from being deleted while it lives.
@@ -86,6 +99,12 @@ pub struct Pin {
     digest: Digest,
     dir: PathBuf,
     pins: Pins,
+}
+
+impl Pin {
+    fn dir(&self) -> &Path {
+        &self.dir
+    }
 }
 
 impl Drop for Pin {
@@ -104,6 +123,8 @@ impl Drop for Pin {
 
 /// How folders begin whose entry was found damaged.
 const DAMAGED: &str = "damaged-";
+/// How folders begin that are filled from the remote cache.
+const INCOMING: &str = "incoming-";
 /// How long a draft waits for a try that goes on with it.
 const DRAFT_AGE: Duration = Duration::from_hours(24);
 /// How often a lock is tried by who may have to give up.
@@ -153,14 +174,14 @@ fn remove_draft(dir: &Path) {
     }
 }
 
-/// Whether a folder holds shards that a merge can go on with, and not for too long.
+/// Whether a folder holds what a merge or a fetch can go on with, and not for too long.
 fn is_waiting(dir: &Path) -> bool {
     let age = |modified: SystemTime| modified.elapsed().unwrap_or_default();
     let modified = fs::metadata(dir).and_then(|metadata| metadata.modified());
     // Only under its key will a try look for it.
-    let by_key = dir.file_name().and_then(|name| name.to_str());
-    let by_key = by_key.is_some_and(|name| name.parse::<Digest>().is_ok());
-    by_key && is_resumable(dir) && modified.is_ok_and(|modified| age(modified) < DRAFT_AGE)
+    let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let by_key = name.parse::<Digest>().is_ok() && is_resumable(dir);
+    (by_key || name.starts_with(INCOMING)) && modified.is_ok_and(|modified| age(modified) < DRAFT_AGE)
 }
 
 impl Cache {
@@ -191,6 +212,7 @@ impl Cache {
             hashing: Arc::default(),
             eviction: Arc::default(),
             pinned,
+            sharing: None,
         })
     }
 
@@ -429,6 +451,19 @@ impl Cache {
         })
     }
 
+    /// A folder for an entry that comes from the remote cache, with what an earlier try left.
+    fn receiving(&self, digest: &Digest) -> io::Result<Draft> {
+        let dir = self.temp.join(format!("{INCOMING}{digest}"));
+        let mut drafting = locked(&self.drafting);
+        fs::create_dir_all(&dir)?;
+        drafting.insert(dir.clone());
+        Ok(Draft {
+            dir,
+            kept: false,
+            drafting: self.drafting.clone(),
+        })
+    }
+
     /// Removes the drafts that nobody works on, and what was found damaged, for their space.
     pub fn remove_waiting_drafts(&self) -> io::Result<()> {
         let drafting = locked(&self.drafting);
@@ -439,7 +474,8 @@ impl Cache {
                 .and_then(|name| name.to_str())
                 .unwrap_or_default();
             // Others are entries on their way out.
-            let draft = name.parse::<Digest>().is_ok() || name.starts_with(DAMAGED);
+            let kinds = [DAMAGED, INCOMING];
+            let draft = name.parse::<Digest>().is_ok() || kinds.iter().any(|kind| name.starts_with(kind));
             if draft && !drafting.contains(&left) {
                 remove_draft(&left);
             }
@@ -466,6 +502,7 @@ impl Cache {
         failpoint::reach("published");
         sync_folder(&self.root)?;
         failpoint::reach("publish-synced");
+        self.send_soon(digest);
         Ok(())
     }
 

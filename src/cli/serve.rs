@@ -50,6 +50,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let router = api::router(AppState(app.clone()))?;
     let worker = app.start_worker();
     app.start_upkeep();
+    app.start_sending();
     tokio::spawn(telemetry::upkeep());
     let server = Server::start(listener, router, Limits::new(http.max_connections as usize));
     info!(%address, version = env!("CARGO_PKG_VERSION"), "cauldron listens");

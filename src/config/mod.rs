@@ -17,6 +17,7 @@ const GPU_BATCH_TOKENS: u32 = 2048;
 const DEFAULT_RUNNING: u32 = 64;
 const DEFAULT_WAITING: u32 = 4096;
 const DEFAULT_MODELS: u32 = 32;
+const DEFAULT_POINTS: u32 = 8;
 const DEFAULT_CONNECTIONS: u32 = 1024;
 const DEFAULT_HOLD_SECONDS: u64 = 60;
 
@@ -55,6 +56,7 @@ impl Config {
                 model_memory_bytes: None,
                 load_on_first_use: false,
                 max_models: DEFAULT_MODELS,
+                max_points: DEFAULT_POINTS,
                 hold_seconds: DEFAULT_HOLD_SECONDS,
             },
             log,
@@ -105,6 +107,11 @@ pub struct StorageConfig {
     /// named by a merge that waits stays. Default: nothing is deleted unasked.
     #[arg(long, global = true, env = "CAULDRON_CACHE_BUDGET")]
     pub cache_budget: Option<u64>,
+    /// A bucket that nodes share results through, `s3://bucket/prefix`: what is merged here is stored there, and what is
+    /// missing here fetched from there. Credentials, region and endpoint come from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+    /// AWS_REGION, AWS_ENDPOINT_URL and their like; AWS_ALLOW_HTTP=true allows an endpoint without TLS.
+    #[arg(long, global = true, env = "CAULDRON_CACHE_REMOTE")]
+    pub cache_remote: Option<String>,
     /// Days after which jobs that have ended are forgotten; their checkpoints stay.
     #[arg(long, global = true, env = "CAULDRON_JOB_RETENTION_DAYS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=36_500))]
     pub job_retention_days: u32,
@@ -159,6 +166,9 @@ pub struct EngineArgs {
     /// Names that models may have at the same time; more are answered 429.
     #[arg(long, env = "CAULDRON_MAX_MODELS", default_value_t = DEFAULT_MODELS, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_models: u32,
+    /// Points of families (`name@lambda`) that are in memory at the same time; the one not asked for longest makes room.
+    #[arg(long, env = "CAULDRON_MAX_POINTS", default_value_t = DEFAULT_POINTS, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_points: u32,
     /// Seconds that requests for a model that is loading are held.
     #[arg(long, env = "CAULDRON_HOLD_SECONDS", default_value_t = DEFAULT_HOLD_SECONDS, value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub hold_seconds: u64,

@@ -22,6 +22,29 @@ impl ModelName {
     }
 }
 
+/// Stands between a family's name and the shares of a point; no name that a client chooses has it.
+const AT: char = '@';
+
+impl ModelName {
+    /// The name of a family's point.
+    pub fn of_point(family: &Self, shares: &impl fmt::Display) -> Self {
+        Self(format!("{family}{AT}{shares}"))
+    }
+
+    /// The family's name and the shares, if a text may be the name of a point.
+    pub fn split_point(text: &str) -> Option<(&str, &str)> {
+        text.split_once(AT)
+    }
+
+    pub fn is_point(&self) -> bool {
+        self.0.contains(AT)
+    }
+
+    pub fn is_point_of(&self, family: &Self) -> bool {
+        Self::split_point(&self.0).is_some_and(|(name, _)| name == family.0)
+    }
+}
+
 impl FromStr for ModelName {
     type Err = NameError;
 

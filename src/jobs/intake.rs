@@ -137,13 +137,18 @@ impl Intake {
         Err(IntakeError::Interrupted)
     }
 
-    /// A succeeded job whose result was deleted or damaged.
+    /// A succeeded job whose result was deleted or damaged, here and in the remote cache.
     async fn is_gone(&self, job: &Job) -> Result<bool, IntakeError> {
         let (JobStatus::Succeeded, Some(digest)) = (job.status, job.digest) else {
             return Ok(job.status == JobStatus::Succeeded);
         };
         let cache = self.cache.clone();
-        blocking(move || Ok(cache.lookup(&digest)?.is_none())).await
+        blocking(move || match cache.lookup_or_fetch(&digest) {
+            // Making it again needs no remote cache.
+            Err(CacheError::Remote(_)) => Ok(true),
+            found => Ok(found?.is_none()),
+        })
+        .await
     }
 
     /// The job, and why there would be no room for its result.

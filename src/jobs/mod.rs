@@ -14,8 +14,8 @@ use uuid::Uuid;
 
 pub use intake::{Intake, IntakeError, NoRoom, RecipeBody, Submit, Taken};
 pub use keeper::{Evicted, Keeper, KeeperError};
-pub use runner::{Progress, Runner, StillHeld};
-pub use sql::{BACKOFF, Clock, LEASE, MachineClock, PostgresJobs, SqliteJobs};
+pub use runner::{DISK_RESERVE, Progress, Runner, StillHeld};
+pub use sql::{BACKOFF, schema, Clock, LEASE, MachineClock, PostgresJobs, SqliteJobs};
 pub use store::{
     Beat, BoxFuture, Cancelled, JobPage, JobStore, Lease, Merged, NewJob, Outcome, StoreError, Submission,
     Submitted, Timings,

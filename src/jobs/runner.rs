@@ -156,7 +156,11 @@ impl Runner {
                 || -> Result<_, Outcome> {
                     let digest = merge_digest(&recipe, &parents, progress)?;
                     let _ = progress.digest.set(digest);
-                    Ok(self.cache.verify_while(&digest, &|| !progress.cancelled())?)
+                    match self.cache.verify_or_fetch(&digest, &|| !progress.cancelled()) {
+                        // It was said why; the merge needs no remote cache.
+                        Err(CacheError::Remote(_)) => Ok(None),
+                        found => Ok(found?),
+                    }
                 },
             )?;
             if let Some((manifest, pin)) = found {

@@ -8,14 +8,18 @@ use cauldron_checkpoint::{Digest, Dtype, Expert, TensorInfo};
 use cauldron_lm::{
     Arithmetic, ChatTemplate, Decoder, LmError, ModelConfig, Placement, TextTokenizer, WeightSource,
 };
+use cauldron_merge::Recipe;
 use tracing::warn;
 
 use super::engine::EngineThread;
 use super::memory::{Memory, Need, Reservation};
+use super::family::{Facts, Family};
 use super::served::{Parts, Served};
+use super::slot::{PointInfo, WeightsFrom};
 use super::{LoadRequest, ServingError, ServingLimits};
 use crate::cache::Cache;
 use crate::config::ModelName;
+use crate::telemetry;
 
 /// Where models are loaded from and to.
 pub(super) struct Place<'a> {
@@ -94,20 +98,52 @@ pub(super) fn load(
     place: &Place<'_>,
     turn: &dyn Turn,
 ) -> Result<Served, LoadFailure> {
-    let go_on = || match turn.is_wanted() {
-        true => Ok(()),
-        false => Err(LoadFailure::Unwanted),
-    };
-    let text = |e: &dyn std::fmt::Display| e.to_string();
-    go_on()?;
+    go_on(turn)?;
     if request.arithmetic.is_quantized() && !matches!(place.device, Device::Cpu) {
         return Err("quantize is computed on the CPU only".to_owned().into());
     }
-    verify(place.cache, request.cached)?;
-    go_on()?;
-    let expert = Expert::open(&request.folder, request.adapter.as_deref()).map_err(|e| text(&e))?;
+    let parts = match &request.weights {
+        WeightsFrom::Folder {
+            folder,
+            adapter,
+            cached,
+        } => load_folder(name, folder, adapter.as_deref(), *cached, &request, place, turn)?,
+        WeightsFrom::Family {
+            family,
+            facts,
+            recipe,
+        } => load_point(name, family, facts, recipe, &request, place, turn)?,
+    };
+    Ok(Served::new(
+        name.clone(),
+        parts,
+        place.engine.clone(),
+        place.limits,
+    )?)
+}
+
+fn go_on(turn: &dyn Turn) -> Result<(), LoadFailure> {
+    match turn.is_wanted() {
+        true => Ok(()),
+        false => Err(LoadFailure::Unwanted),
+    }
+}
+
+fn load_folder(
+    name: &ModelName,
+    folder: &Path,
+    adapter: Option<&Path>,
+    cached: Option<Digest>,
+    request: &LoadRequest,
+    place: &Place<'_>,
+    turn: &dyn Turn,
+) -> Result<Parts, LoadFailure> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    verify(place.cache, cached, turn)?;
+    go_on(turn)?;
+    let expert = Expert::open(folder, adapter).map_err(|e| text(&e))?;
     let config = ModelConfig::from_json(expert.checkpoint().config()).map_err(|e| text(&e))?;
-    let fingerprint = match (request.cached, &request.adapter) {
+    let fingerprint = match (cached, adapter) {
         // A cached merge is named by what made it.
         (Some(digest), None) => digest,
         _ => expert
@@ -119,13 +155,15 @@ pub(super) fn load(
     let weights = ExpertWeights(&expert);
     Decoder::check_weights(&config, &weights).map_err(|e| text(&e))?;
     request.arithmetic.check(&config).map_err(|e| text(&e))?;
-    let bytes = estimate(&config, &request, &expert, place.device);
+    let mut tensors = expert.checkpoint().tensors().values();
+    let are_bf16 = adapter.is_none() && tensors.all(|info| info.dtype == Dtype::BF16);
+    let bytes = weight_bytes(&config, request.arithmetic, are_bf16, place.device);
     // While it is read, the largest tensor is there as f32 beside what becomes of it.
     let largest = expert.checkpoint().tensors().values().map(numbers).max();
     let reading = bytes + 4 * largest.unwrap_or(0);
-    go_on()?;
+    go_on(turn)?;
     let mut memory = turn.make_room(place.memory.need(&config, reading))?;
-    go_on()?;
+    go_on(turn)?;
     let placement = Placement {
         device: place.device,
         arithmetic: request.arithmetic,
@@ -133,34 +171,67 @@ pub(super) fn load(
     };
     let decoder = Decoder::load_for(config, &weights, placement).map_err(|e| text(&e))?;
     memory.correct(decoder.weight_bytes() as u64);
-    let parts = Parts {
-        fingerprint: match request.arithmetic {
-            Arithmetic::F32 => fingerprint.to_string(),
-            // The same weights give other numbers.
-            other => format!("{fingerprint}-{}", other.name()),
-        },
+    Ok(Parts {
+        fingerprint: fingerprint_of(fingerprint, request.arithmetic),
         asked: request.asked,
-        source: request.source,
+        source: request.source.clone(),
         decoder: Arc::new(decoder),
         memory,
-        tokenizer,
+        tokenizer: Arc::new(tokenizer),
         template,
+        point: None,
+    })
+}
+
+/// A point of a family: its weights are computed, not read.
+fn load_point(
+    name: &ModelName,
+    family: &Family,
+    facts: &Facts,
+    recipe: &Recipe,
+    request: &LoadRequest,
+    place: &Place<'_>,
+    turn: &dyn Turn,
+) -> Result<Parts, LoadFailure> {
+    let are_bf16 = facts.dtype == Dtype::BF16;
+    let bytes = weight_bytes(&facts.config, request.arithmetic, are_bf16, place.device);
+    let reading = bytes + 4 * facts.largest_tensor;
+    let mut memory = turn.make_room(place.memory.need_of_point(&facts.config, reading))?;
+    go_on(turn)?;
+    let made = family.make(recipe, place.device, place.limits.fixed_shapes, &|| turn.is_wanted());
+    let made = made.ok_or(LoadFailure::Unwanted)??;
+    memory.correct(made.decoder.weight_bytes() as u64);
+    let point = PointInfo {
+        bytes: facts.input_bytes + facts.output_bytes,
+        pass_seconds: made.pass.as_secs_f64(),
+        seconds: made.whole.as_secs_f64(),
     };
-    Ok(Served::new(
-        name.clone(),
-        parts,
-        place.engine.clone(),
-        place.limits,
-    )?)
+    metrics::histogram!(telemetry::POINT_SECONDS).record(made.whole);
+    metrics::gauge!(telemetry::POINT_BYTES_PER_SECOND).set(point.bytes as f64 / point.pass_seconds.max(1e-9));
+    Ok(Parts {
+        fingerprint: fingerprint_of(made.digest, request.arithmetic),
+        asked: request.asked,
+        source: request.source.clone(),
+        decoder: Arc::new(made.decoder),
+        memory,
+        tokenizer: facts.tokenizer.clone(),
+        template: chat_template(name, &facts.tokenizer),
+        point: Some(point),
+    })
+}
+
+/// The same weights under another arithmetic give other numbers.
+fn fingerprint_of(weights: Digest, arithmetic: Arithmetic) -> String {
+    match arithmetic {
+        Arithmetic::F32 => weights.to_string(),
+        other => format!("{weights}-{}", other.name()),
+    }
 }
 
 /// Bytes of the weights in memory.
-fn estimate(config: &ModelConfig, request: &LoadRequest, expert: &Expert, device: &Device) -> u64 {
-    let mut tensors = expert.checkpoint().tensors().values();
-    let halves = request.adapter.is_none()
-        && matches!(device, Device::Cpu)
-        && tensors.all(|info| info.dtype == Dtype::BF16);
-    request.arithmetic.weight_bytes(config, halves) as u64
+fn weight_bytes(config: &ModelConfig, arithmetic: Arithmetic, are_bf16: bool, device: &Device) -> u64 {
+    let halves = are_bf16 && matches!(device, Device::Cpu);
+    arithmetic.weight_bytes(config, halves) as u64
 }
 
 fn numbers(info: &TensorInfo) -> u64 {
@@ -168,11 +239,11 @@ fn numbers(info: &TensorInfo) -> u64 {
 }
 
 /// Bytes of the cache are checked before they are served.
-fn verify(cache: &Cache, digest: Option<Digest>) -> Result<(), String> {
+fn verify(cache: &Cache, digest: Option<Digest>, turn: &dyn Turn) -> Result<(), String> {
     let Some(digest) = digest else {
         return Ok(());
     };
-    match cache.verify(&digest) {
+    match cache.verify_or_fetch(&digest, &|| turn.is_wanted()) {
         Ok(Some(_)) => Ok(()),
         Ok(None) => Err(format!(
             "checkpoint {digest} is damaged or gone; post its recipe again"

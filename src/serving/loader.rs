@@ -4,12 +4,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cauldron_lm::Arithmetic;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 use super::load::{LoadFailure, Place, Turn, load};
+use super::family::{Family, OpenRecipe, Parentage};
 use super::memory::{Need, Reservation};
-use super::slot::{Former, Held, Loading, Origin, Pinned, Slot, Slots};
+use super::slot::{Former, Held, Loading, Origin, Pinned, Slot, Slots, WeightsFrom};
 use super::{LoadError, LoadRequest, Look, Served, Serving, ServingError};
 use crate::config::ModelName;
 
@@ -36,29 +38,10 @@ impl Serving {
         if slots.closed {
             return Err(LoadError::ShuttingDown);
         }
-        if slots.aliases.contains_key(&name) {
-            return Err(LoadError::NameTaken("name", name));
-        }
-        let aliases = aliases.map(|aliases| (aliases, aliases.len()));
-        let kept = slots.aliases.values().filter(|to| **to == name).count();
-        let others =
-            slots.by_name.keys().filter(|other| **other != name).count() + slots.aliases.len() - kept;
-        if others + 1 + aliases.map_or(kept, |(_, count)| count) > self.limits.max_models {
-            return Err(LoadError::TooMany(self.limits.max_models));
-        }
-        for alias in aliases.iter().flat_map(|(aliases, _)| *aliases) {
-            let elsewhere = slots.aliases.get(alias).is_some_and(|to| *to != name);
-            if elsewhere || *alias == name || slots.by_name.contains_key(alias) {
-                return Err(LoadError::NameTaken("aliases", alias.clone()));
-            }
-        }
+        self.check_names(&slots, &name, aliases)?;
         self.start_loader(&mut slots)?;
-        if let Some((aliases, _)) = aliases {
-            slots.aliases.retain(|_, to| *to != name);
-            for alias in aliases {
-                slots.aliases.insert(alias.clone(), name.clone());
-            }
-        }
+        slots.set_aliases(&name, aliases);
+        slots.drop_family(&name);
         let mut held = Vec::new();
         let former = slots.by_name.remove(&name).and_then(|mut slot| {
             if let Slot::Loading(loading) = &mut slot {
@@ -68,6 +51,51 @@ impl Serving {
         });
         let model = Pinned::new(request, &self.cache);
         slots.enqueue(name, model, former, Origin::Posted, held);
+        Ok(())
+    }
+
+    /// Begins to serve a family under a name; returns at once. What was served under the name before finishes its requests.
+    pub fn load_family(
+        &self,
+        name: ModelName,
+        recipe: OpenRecipe,
+        arithmetic: Arithmetic,
+        parentage: Parentage,
+        aliases: Option<&[ModelName]>,
+    ) -> Result<(), LoadError> {
+        let mut slots = self.slots();
+        if slots.closed {
+            return Err(LoadError::ShuttingDown);
+        }
+        self.check_names(&slots, &name, aliases)?;
+        let family = Family::start(name.clone(), recipe, arithmetic, parentage)?;
+        slots.set_aliases(&name, aliases);
+        slots.drop_family(&name);
+        slots.drop_model(&name);
+        slots.families.insert(name, family);
+        Ok(())
+    }
+
+    fn check_names(
+        &self,
+        slots: &Slots,
+        name: &ModelName,
+        aliases: Option<&[ModelName]>,
+    ) -> Result<(), LoadError> {
+        if slots.aliases.contains_key(name) {
+            return Err(LoadError::NameTaken("name", name.clone()));
+        }
+        let kept = slots.aliases.values().filter(|to| *to == name).count();
+        let own = usize::from(slots.has(name)) + kept;
+        if slots.names() - own + 1 + aliases.map_or(kept, <[_]>::len) > self.limits.max_models {
+            return Err(LoadError::TooMany(self.limits.max_models));
+        }
+        for alias in aliases.into_iter().flatten() {
+            let elsewhere = slots.aliases.get(alias).is_some_and(|to| to != name);
+            if elsewhere || alias == name || slots.has(alias) {
+                return Err(LoadError::NameTaken("aliases", alias.clone()));
+            }
+        }
         Ok(())
     }
 
@@ -85,8 +113,20 @@ impl Serving {
         if slots.by_name.contains_key(&name) {
             return self.look_at(&mut slots, &name);
         }
-        if slots.by_name.len() + slots.aliases.len() >= self.limits.max_models {
-            return Err(ServingError::NoName(self.limits.max_models));
+        match &request.weights {
+            WeightsFrom::Folder { .. } if slots.families.contains_key(&name) => {
+                return Err(ServingError::NoPoint(name.to_string()));
+            }
+            WeightsFrom::Folder { .. } if slots.names() >= self.limits.max_models => {
+                return Err(ServingError::NoName(self.limits.max_models));
+            }
+            // The name means another family now.
+            WeightsFrom::Family { family, .. }
+                if !slots.families.get(&family.name).is_some_and(|now| Arc::ptr_eq(now, family)) =>
+            {
+                return Err(ServingError::Unknown(name.to_string()));
+            }
+            _ => {}
         }
         let model = Pinned::new(request, &self.cache);
         self.load_for_request(&mut slots, &name, model, Origin::FirstUse)
@@ -295,13 +335,21 @@ impl Turn for SlotTurn<'_> {
         memory.check(need)?;
         let deadline = Instant::now() + self.serving.limits.hold;
         loop {
-            if let Some(reservation) = memory.reserve(need) {
-                return Ok(reservation);
-            }
             if !self.is_wanted() {
                 return Err(LoadFailure::Unwanted);
             }
-            if !memory.will_fit(need) && self.take_from_another() {
+            let most = self.serving.limits.max_points;
+            let full = self.name.is_point() && self.serving.slots().live_points() >= most;
+            let took = match full {
+                true => self.take_a_point(),
+                false => {
+                    if let Some(reservation) = memory.reserve(need) {
+                        return Ok(reservation);
+                    }
+                    !memory.will_fit(need) && self.take_from_another()
+                }
+            };
+            if took {
                 continue;
             }
             if Instant::now() > deadline {
@@ -327,6 +375,7 @@ impl SlotTurn<'_> {
         }
         // What another name meant before its own load counts as that name's model.
         let there = slots.by_name.iter().filter_map(|(name, slot)| match slot {
+            Slot::Ready { served, .. } if served.is_settling() => None,
             Slot::Ready { served, .. } => Some((served.standing(), name.clone())),
             Slot::Loading(Loading {
                 former: Some(Former::Kept(served, _)),
@@ -345,7 +394,27 @@ impl SlotTurn<'_> {
         };
         info!(model = %name, "is unloaded to make room for {}", self.name);
         served.set_leaving(true);
-        slots.by_name.insert(name, Slot::Unloaded { model, why: None });
+        // A point is made again from its name.
+        if !model.request.weights.is_point() {
+            slots.by_name.insert(name, Slot::Unloaded { model, why: None });
+        }
+        true
+    }
+
+    /// As [`Self::take_from_another`], of points only: there are as many as may be.
+    fn take_a_point(&self) -> bool {
+        let mut slots = self.serving.slots();
+        let there = slots.by_name.iter().filter_map(|(name, slot)| match slot {
+            Slot::Ready { served, .. } if name.is_point() && !served.is_settling() => {
+                Some((served.standing(), name.clone()))
+            }
+            _ => None,
+        });
+        let Some((_, name)) = there.min() else {
+            return false;
+        };
+        info!(point = %name, "makes room for {}", self.name);
+        slots.drop_model(&name);
         true
     }
 }
@@ -359,10 +428,12 @@ mod tests {
 
     fn model(source: &str) -> Pinned {
         let request = LoadRequest {
-            folder: source.into(),
-            adapter: None,
+            weights: WeightsFrom::Folder {
+                folder: source.into(),
+                adapter: None,
+                cached: None,
+            },
             source: source.to_owned(),
-            cached: None,
             arithmetic: cauldron_lm::Arithmetic::F32,
             asked: Instant::now(),
         };

@@ -14,6 +14,8 @@ use cauldron_lm::{Engine, ModelConfig};
 const KV_SHARE: u64 = 4;
 const LEAST_KV: u64 = 256 << 20;
 const MOST_KV: u64 = 4 << 30;
+/// Points of a family that should find room beside each other.
+const POINTS: u64 = 4;
 
 /// Bytes that models may take, and how many they have.
 #[derive(Debug)]
@@ -82,6 +84,15 @@ impl Memory {
                     most_kv,
                 }
             }
+        }
+    }
+
+    /// As [`Self::need`], of a model that others of its family stand beside: it takes less room for keys and values.
+    pub(super) fn need_of_point(&self, config: &ModelConfig, weights: u64) -> Need {
+        let need = self.need(config, weights);
+        Need {
+            most_kv: need.least_kv.max(need.most_kv / POINTS),
+            ..need
         }
     }
 

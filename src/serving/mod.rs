@@ -5,12 +5,14 @@
 
 mod device;
 mod engine;
+mod family;
 mod load;
 mod loader;
 mod memory;
 mod served;
 mod slot;
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,9 +24,10 @@ use crate::config::ModelName;
 
 pub use device::open as open_device;
 pub use engine::{EngineThread, Work};
+pub use family::{Family, OpenRecipe, Parentage, Shares, check_family};
 pub use load::check_model;
 pub use served::{Generation, Served};
-pub use slot::{LoadRequest, SlotInfo};
+pub use slot::{FamilyInfo, LoadRequest, PointInfo, SlotInfo, WeightsFrom};
 
 use memory::Memory;
 use slot::{Origin, Slot, Slots};
@@ -41,6 +44,8 @@ pub struct ServingLimits {
     pub kv_bytes: Option<u64>,
     /// Names that may be taken, aliases included.
     pub max_models: usize,
+    /// Points of families that are in memory at the same time.
+    pub max_points: usize,
     /// How long requests for a loading model wait.
     pub hold: Duration,
     /// See [`cauldron_lm::Placement`].
@@ -62,6 +67,10 @@ pub enum ServingError {
     Busy(String),
     #[error("there are {0} names of models already: one must be unloaded before another is loaded")]
     NoName(usize),
+    #[error("{0} is a family: ask for one of its models, such as {0}@0.5")]
+    NoPoint(String),
+    #[error("{family}: {detail}")]
+    BadPoint { family: String, detail: String },
     #[error("the service is shutting down")]
     ShuttingDown,
 }
@@ -113,22 +122,19 @@ impl Serving {
         if slots.aliases.remove(name).is_some() {
             return Ok(());
         }
-        let Some(removed) = slots.by_name.remove(name) else {
+        if !slots.drop_model(name) && !slots.drop_family(name) {
             return Err(ServingError::Unknown(name.to_string()));
-        };
-        slots.aliases.retain(|_, to| to != name);
-        match removed {
-            Slot::Ready { served, .. } => served.set_leaving(true),
-            Slot::Loading(mut loading) => drop(loading.give_up_former()),
-            Slot::Unloaded { .. } | Slot::Failed { .. } => {}
         }
+        slots.aliases.retain(|_, to| to != name);
         Ok(())
     }
 
     /// All slots in order of name.
     pub fn list(&self) -> Vec<SlotInfo> {
         let slots = self.slots();
-        slots.by_name.keys().filter_map(|name| slots.info(name)).collect()
+        let models = slots.by_name.keys().filter(|name| !name.is_point());
+        let names: BTreeSet<&ModelName> = models.chain(slots.families.keys()).collect();
+        names.into_iter().filter_map(|name| slots.info(name)).collect()
     }
 
     /// The slot of a name or an alias.
@@ -143,7 +149,7 @@ impl Serving {
         let mut usable = slots
             .by_name
             .iter()
-            .filter(|(_, slot)| !matches!(slot, Slot::Failed { .. }))
+            .filter(|(name, slot)| !name.is_point() && !matches!(slot, Slot::Failed { .. }))
             .map(|(name, _)| name);
         usable.next().filter(|_| usable.next().is_none()).cloned()
     }
@@ -155,6 +161,44 @@ impl Serving {
             .map_err(|_| ServingError::Unknown(name.chars().take(100).collect()))?;
         let look = self.look(&key)?;
         self.wait(&key, look).await
+    }
+
+    /// The point of a family at some shares; waits while its weights are computed.
+    pub async fn point(self: &Arc<Self>, family: &str, shares: &str) -> Result<Arc<Served>, ServingError> {
+        let asked = Instant::now();
+        let unknown = || ServingError::Unknown(family.chars().take(100).collect());
+        let key: ModelName = family.parse().map_err(|_| unknown())?;
+        let family = {
+            let slots = self.slots();
+            slots.families.get(slots.resolve(&key)).cloned().ok_or_else(unknown)?
+        };
+        let bad = |detail: String| ServingError::BadPoint {
+            family: family.name.to_string(),
+            detail,
+        };
+        let shares = Shares::parse(shares)
+            .ok_or_else(|| bad("after @ comes a number from 0 to 1, or one for each model".into()))?;
+        let recipe = family.recipe.at(&shares).map_err(|e| bad(e.detail))?;
+        let ready = tokio::time::timeout(self.limits.hold, family.ready()).await;
+        let facts = ready.map_err(|_| ServingError::StillLoading(family.name.to_string()))??;
+        let name = ModelName::of_point(&family.name, &shares);
+        let request = LoadRequest {
+            source: name.to_string(),
+            arithmetic: family.arithmetic,
+            weights: WeightsFrom::Family {
+                family,
+                facts,
+                recipe: Box::new(recipe),
+            },
+            asked,
+        };
+        self.get_or_load(&name, request).await
+    }
+
+    /// The family of a name or an alias.
+    pub fn family(&self, name: &ModelName) -> Option<Arc<Family>> {
+        let slots = self.slots();
+        slots.families.get(slots.resolve(name)).cloned()
     }
 
     /// As [`Serving::get`]; if the name means nothing, `request` says what it is to mean while it is asked for.
@@ -190,6 +234,7 @@ impl Serving {
         let closed = slots.closed;
         match slots.by_name.get_mut(name) {
             None if closed => Err(ServingError::ShuttingDown),
+            None if slots.families.contains_key(name) => Err(ServingError::NoPoint(name.to_string())),
             None => Err(ServingError::Unknown(name.to_string())),
             Some(Slot::Ready { served, .. }) => {
                 served.touch();
@@ -229,6 +274,7 @@ impl Serving {
         let slots = {
             let mut slots = self.slots();
             slots.closed = true;
+            slots.families.clear();
             std::mem::take(&mut slots.by_name)
         };
         drop(slots);

@@ -12,6 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::engine::{Command, EngineThread, is_last};
 use super::memory::Reservation;
+use super::slot::PointInfo;
 use super::{ServingError, ServingLimits};
 use crate::config::ModelName;
 use crate::telemetry;
@@ -19,6 +20,9 @@ use crate::telemetry;
 static NEXT_MODEL: AtomicU64 = AtomicU64::new(1);
 /// Requests that may be held for room, a model; each has its prompts in memory.
 const MOST_HELD: usize = 256;
+
+/// How long a point stays at least before another takes its memory; longer if it took longer to make.
+const DWELL: Duration = Duration::from_millis(250);
 
 /// Counts requests, for the order in which models were used.
 static USES: AtomicU64 = AtomicU64::new(1);
@@ -41,6 +45,10 @@ pub struct Served {
     grammars: Mutex<Option<Arc<Grammars>>>,
     /// Bytes of weights, keys and values.
     pub memory_bytes: u64,
+    /// How it was made, if it is a point of a family.
+    pub point: Option<PointInfo>,
+    /// Since when it answers.
+    since: Instant,
     max_model_len: usize,
     /// From the moment it was asked for until it could answer.
     pub ready_after: Duration,
@@ -66,8 +74,9 @@ pub(super) struct Parts {
     pub source: String,
     pub decoder: Arc<Decoder>,
     pub memory: Reservation,
-    pub tokenizer: TextTokenizer,
+    pub tokenizer: Arc<TextTokenizer>,
     pub template: Option<ChatTemplate>,
+    pub point: Option<PointInfo>,
 }
 
 impl Served {
@@ -97,10 +106,12 @@ impl Served {
             source: parts.source,
             created: jiff::Timestamp::now().as_second(),
             config,
-            tokenizer: Arc::new(parts.tokenizer),
+            tokenizer: parts.tokenizer,
             template: parts.template,
             grammars: Mutex::default(),
             memory_bytes,
+            point: parts.point,
+            since: Instant::now(),
             max_model_len,
             ready_after: parts.asked.elapsed(),
             asked: parts.asked,
@@ -141,6 +152,12 @@ impl Served {
     pub(super) fn standing(&self) -> (bool, u64) {
         let busy = self.room.available_permits() < self.most_sequences;
         (busy, self.last_used.load(Ordering::Relaxed))
+    }
+
+    /// Whether a point has been there for so short that making it was hardly worth it.
+    pub(super) fn is_settling(&self) -> bool {
+        let dwell = |point: PointInfo| DWELL.max(Duration::from_secs_f64(point.seconds));
+        self.point.is_some_and(|point| self.since.elapsed() < dwell(point))
     }
 
     /// Whether its memory comes back once its requests have ended, because no name means it any more.

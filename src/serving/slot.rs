@@ -8,21 +8,61 @@ use std::path::PathBuf;
 
 use cauldron_checkpoint::Digest;
 use cauldron_lm::Arithmetic;
+use cauldron_merge::Recipe;
 use tokio::sync::oneshot;
 
+use super::family::{Facts, Family, State};
 use super::{Served, ServingError};
 use crate::cache::{Cache, Pin};
 use crate::config::ModelName;
+use crate::sources::Located;
 
-/// What to load: a folder, and what is known of it.
+/// Where a model's weights come from.
+#[derive(Debug, Clone)]
+pub enum WeightsFrom {
+    Folder {
+        folder: PathBuf,
+        adapter: Option<PathBuf>,
+        /// Set for entries of the cache: they are verified, and kept from deletion while a slot means them.
+        cached: Option<Digest>,
+    },
+    /// A point of a family.
+    Family {
+        family: Arc<Family>,
+        facts: Arc<Facts>,
+        recipe: Box<Recipe>,
+    },
+}
+
+impl From<Located> for WeightsFrom {
+    fn from(located: Located) -> Self {
+        Self::Folder {
+            folder: located.folder,
+            adapter: located.adapter,
+            cached: located.cached,
+        }
+    }
+}
+
+impl WeightsFrom {
+    fn cached(&self) -> Option<Digest> {
+        match self {
+            Self::Folder { cached, .. } => *cached,
+            Self::Family { .. } => None,
+        }
+    }
+
+    pub(super) fn is_point(&self) -> bool {
+        matches!(self, Self::Family { .. })
+    }
+}
+
+/// What to load, and what is known of it.
 #[derive(Debug, Clone)]
 pub struct LoadRequest {
-    pub folder: PathBuf,
-    pub adapter: Option<PathBuf>,
+    pub weights: WeightsFrom,
     /// The reference it came from, for people.
     pub source: String,
-    /// Set for entries of the cache: they are verified, and kept from deletion while a slot means them.
-    pub cached: Option<Digest>,
     /// Of the products with weights; everything else is f32.
     pub arithmetic: Arithmetic,
     /// When the client asked for it: by loading it, or by the merge that made it.
@@ -38,7 +78,7 @@ pub(super) struct Pinned {
 
 impl Pinned {
     pub(super) fn new(request: LoadRequest, cache: &Cache) -> Self {
-        let pin = request.cached.map(|digest| Arc::new(cache.pin(&digest)));
+        let pin = request.weights.cached().map(|digest| Arc::new(cache.pin(&digest)));
         Self { request, _pin: pin }
     }
 
@@ -185,13 +225,37 @@ pub struct SlotInfo {
     /// Seconds from the moment it was asked for until it was ready, and until its first token.
     pub ready_seconds: Option<f64>,
     pub first_token_seconds: Option<f64>,
+    /// How a point was made.
+    pub point: Option<PointInfo>,
+    pub family: Option<FamilyInfo>,
+}
+
+/// How a point of a family came to be.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PointInfo {
+    /// Bytes that were read and written, as checkpoints have them.
+    pub bytes: u64,
+    /// Seconds of the pass over the parents, and until the weights were where they are computed with.
+    pub pass_seconds: f64,
+    pub seconds: f64,
+}
+
+/// A family as others see it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FamilyInfo {
+    pub recipe: serde_json::Value,
+    /// Bytes of its parents, once they are prepared.
+    pub input_bytes: Option<u64>,
+    pub points: Vec<SlotInfo>,
 }
 
 /// The slots, and what goes with them under one lock.
 #[derive(Debug, Default)]
 pub(super) struct Slots {
     pub by_name: BTreeMap<ModelName, Slot>,
-    /// Alias to name of a slot.
+    /// Families; their points are slots of their own.
+    pub families: BTreeMap<ModelName, Arc<Family>>,
+    /// Alias to name of a slot or a family.
     pub aliases: BTreeMap<ModelName, ModelName>,
     pub last_ticket: u64,
     /// Whether the loading thread runs.
@@ -200,12 +264,98 @@ pub(super) struct Slots {
 }
 
 impl Slots {
+    /// Names that somebody gave, aliases included.
+    pub(super) fn names(&self) -> usize {
+        let models = self.by_name.keys().filter(|name| !name.is_point()).count();
+        models + self.families.len() + self.aliases.len()
+    }
+
+    pub(super) fn has(&self, name: &ModelName) -> bool {
+        self.by_name.contains_key(name) || self.families.contains_key(name)
+    }
+
+    /// None leaves them as they are.
+    pub(super) fn set_aliases(&mut self, name: &ModelName, aliases: Option<&[ModelName]>) {
+        let Some(aliases) = aliases else { return };
+        self.aliases.retain(|_, to| to != name);
+        let named = aliases.iter().map(|alias| (alias.clone(), name.clone()));
+        self.aliases.extend(named);
+    }
+
+    /// Takes a model's name away; its requests finish. False if there is none.
+    pub(super) fn drop_model(&mut self, name: &ModelName) -> bool {
+        match self.by_name.remove(name) {
+            Some(Slot::Ready { served, .. }) => served.set_leaving(true),
+            Some(Slot::Loading(mut loading)) => drop(loading.give_up_former()),
+            Some(Slot::Unloaded { .. } | Slot::Failed { .. }) => {}
+            None => return false,
+        }
+        true
+    }
+
+    /// Takes a family and its points away. False if there is none.
+    pub(super) fn drop_family(&mut self, name: &ModelName) -> bool {
+        if self.families.remove(name).is_none() {
+            return false;
+        }
+        for point in self.points(name) {
+            self.drop_model(&point);
+        }
+        true
+    }
+
+    /// Points that are in memory.
+    pub(super) fn live_points(&self) -> usize {
+        let ready = |(name, slot): &(&ModelName, &Slot)| name.is_point() && matches!(slot, Slot::Ready { .. });
+        self.by_name.iter().filter(ready).count()
+    }
+
+    /// Names of a family's points.
+    pub(super) fn points(&self, family: &ModelName) -> Vec<ModelName> {
+        let of_family = |name: &&ModelName| name.is_point_of(family);
+        self.by_name.keys().filter(of_family).cloned().collect()
+    }
+
+    fn family_info(&self, family: &Family) -> SlotInfo {
+        let (status, facts, error) = match family.state() {
+            State::Preparing => ("loading", None, None),
+            State::Ready(facts) => ("ready", Some(facts), None),
+            State::Failed(detail) => ("failed", None, Some(detail)),
+        };
+        let points = self.points(&family.name);
+        let aliases = self.aliases.iter().filter(|(_, to)| **to == family.name);
+        SlotInfo {
+            name: family.name.clone(),
+            aliases: aliases.map(|(alias, _)| alias.clone()).collect(),
+            status,
+            answers: false,
+            source: "a recipe".to_owned(),
+            system_fingerprint: None,
+            arithmetic: family.arithmetic,
+            error,
+            created: None,
+            memory_bytes: None,
+            max_model_len: None,
+            ready_seconds: facts.as_ref().map(|facts| facts.prepared_after.as_secs_f64()),
+            first_token_seconds: None,
+            point: None,
+            family: Some(FamilyInfo {
+                recipe: serde_json::to_value(family.recipe.spec()).unwrap_or_default(),
+                input_bytes: facts.as_ref().map(|facts| facts.input_bytes),
+                points: points.iter().filter_map(|point| self.info(point)).collect(),
+            }),
+        }
+    }
+
     /// The slot's name that a name stands for.
     pub(super) fn resolve<'a>(&'a self, name: &'a ModelName) -> &'a ModelName {
         self.aliases.get(name).unwrap_or(name)
     }
 
     pub(super) fn info(&self, name: &ModelName) -> Option<SlotInfo> {
+        if let Some(family) = self.families.get(name) {
+            return Some(self.family_info(family));
+        }
         let slot = self.by_name.get(name)?;
         let (status, model, served, error) = match slot {
             Slot::Loading(loading) => ("loading", Some(&loading.model), None, loading.origin.why()),
@@ -247,6 +397,8 @@ impl Slots {
             first_token_seconds: served
                 .and_then(|s| s.first_token_after())
                 .map(|d| d.as_secs_f64()),
+            point: served.and_then(|s| s.point),
+            family: None,
         })
     }
 }

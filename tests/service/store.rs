@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use cauldron::jobs::{
     BACKOFF, Beat, Cancelled, Clock, JobError, JobStatus, JobStore, LEASE, MAX_ATTEMPTS, Merged, NewJob,
-    Outcome, PostgresJobs, SqliteJobs, Submission, Timings,
+    Outcome, PostgresJobs, SqliteJobs, Submission, Timings, schema,
 };
 use cauldron_checkpoint::Digest;
 use cauldron_merge::Summary;
@@ -498,7 +498,7 @@ async fn four_nodes_that_start_at_once_make_one_schema() {
         .filename(&path)
         .create_if_missing(true);
     let pool = sqlx::SqlitePool::connect_with(old).await.unwrap();
-    let mut migrator = sqlx::migrate!("migrations/sqlite");
+    let mut migrator = schema::sqlite();
     migrator.migrations.to_mut().truncate(1);
     migrator.run(&pool).await.unwrap();
     sqlx::query(

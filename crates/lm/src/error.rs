@@ -45,6 +45,13 @@ impl LmError {
         }
     }
 
+    pub fn missing_tensor(name: &str) -> Self {
+        Self::Tensor {
+            tensor: name.to_owned(),
+            detail: "is missing".into(),
+        }
+    }
+
     pub(crate) fn config(field: &str, detail: impl Into<String>) -> Self {
         Self::Config {
             field: field.to_owned(),

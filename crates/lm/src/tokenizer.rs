@@ -41,16 +41,24 @@ pub struct TextTokenizer {
 impl TextTokenizer {
     /// Reads the tokenizer files of a checkpoint whose embedding has `vocab_rows` rows.
     pub fn load(checkpoint: &Checkpoint, vocab_rows: usize) -> Result<Self, LmError> {
-        let bytes = checkpoint
-            .read_sidecar("tokenizer.json")?
-            .ok_or_else(|| LmError::tokenizer("tokenizer.json is missing"))?;
-        let config = read_object(checkpoint, "tokenizer_config.json")?;
-        let map = read_object(checkpoint, "special_tokens_map.json")?;
-        let generation = read_object(checkpoint, "generation_config.json")?;
-        let template = checkpoint.read_sidecar("chat_template.jinja")?;
+        let read = |name: &str| Ok(checkpoint.read_sidecar(name)?);
+        Self::from_files(checkpoint.config(), &read, vocab_rows)
+    }
+
+    /// As [`Self::load`], from config.json and a way to the files beside it.
+    pub fn from_files(
+        config_json: &Map<String, Value>,
+        read: &dyn Fn(&str) -> Result<Option<Vec<u8>>, LmError>,
+        vocab_rows: usize,
+    ) -> Result<Self, LmError> {
+        let bytes =
+            read("tokenizer.json")?.ok_or_else(|| LmError::tokenizer("tokenizer.json is missing"))?;
+        let config = read_object(read, "tokenizer_config.json")?;
+        let map = read_object(read, "special_tokens_map.json")?;
+        let generation = read_object(read, "generation_config.json")?;
+        let template = read("chat_template.jinja")?;
         let special = SpecialTokens::read(&config, &map, template)?;
-        let eos_ids =
-            token_ids(&generation, "eos_token_id").or(token_ids(checkpoint.config(), "eos_token_id"));
+        let eos_ids = token_ids(&generation, "eos_token_id").or(token_ids(config_json, "eos_token_id"));
         Self::build(&bytes, vocab_rows, special, eos_ids)
     }
 
@@ -210,8 +218,11 @@ fn template_source(template: &Value) -> Option<String> {
     Some(default.or(named.first())?.get("template")?.as_str()?.to_owned())
 }
 
-fn read_object(checkpoint: &Checkpoint, file: &str) -> Result<Map<String, Value>, LmError> {
-    match checkpoint.read_sidecar(file)? {
+fn read_object(
+    read: &dyn Fn(&str) -> Result<Option<Vec<u8>>, LmError>,
+    file: &str,
+) -> Result<Map<String, Value>, LmError> {
+    match read(file)? {
         None => Ok(Map::new()),
         Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| LmError::tokenizer(format!("{file}: {e}"))),
     }

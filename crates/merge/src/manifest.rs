@@ -12,7 +12,8 @@ use crate::MergeError;
 
 /// Name of the manifest in a merged checkpoint's folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
-const MAX_MANIFEST_BYTES: u64 = 256 << 20;
+/// Larger ones are not read.
+pub const MAX_MANIFEST_BYTES: u64 = 256 << 20;
 
 /// The record of one merge.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -81,23 +82,29 @@ pub struct Summary {
 impl Manifest {
     /// Bytes of all files it lists.
     pub fn total_bytes(&self) -> u64 {
-        self.files.iter().map(|f| f.size).sum()
+        self.files.iter().fold(0, |sum, file| sum.saturating_add(file.size))
     }
 }
 
 /// Reads the manifest of a merged checkpoint.
 pub fn read_manifest(dir: &Path) -> Result<Manifest, MergeError> {
-    let corrupt = |detail: String| MergeError::Corrupt { detail };
     let failed = |e: std::io::Error| MergeError::reading(MANIFEST_FILE, e);
     let file = File::open(dir.join(MANIFEST_FILE)).map_err(failed)?;
     let mut bytes = Vec::new();
     file.take(MAX_MANIFEST_BYTES)
         .read_to_end(&mut bytes)
         .map_err(failed)?;
+    parse_manifest(&bytes)
+}
+
+/// Reads the bytes of a manifest: the names in it are names of files, and not of the manifest itself.
+pub fn parse_manifest(bytes: &[u8]) -> Result<Manifest, MergeError> {
+    let corrupt = |detail: String| MergeError::Corrupt { detail };
     let manifest: Manifest =
-        serde_json::from_slice(&bytes).map_err(|e| corrupt(format!("{MANIFEST_FILE}: {e}")))?;
+        serde_json::from_slice(bytes).map_err(|e| corrupt(format!("{MANIFEST_FILE}: {e}")))?;
     for file in &manifest.files {
-        if file.name.contains(['/', '\\', '\0']) || file.name.starts_with('.') {
+        let folder = file.name.is_empty() || file.name.starts_with('.');
+        if folder || file.name.contains(['/', '\\', '\0']) || file.name == MANIFEST_FILE {
             return Err(corrupt(format!("{:?} is not a file name", file.name)));
         }
     }

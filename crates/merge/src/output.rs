@@ -374,6 +374,13 @@ fn cosine(merged: &[(&TensorStats, f64)], parents: usize) -> Option<f64> {
 
 /// config.json, generation settings and tokenizer files. Nothing that names code goes along.
 fn write_sidecars(recipe: &Recipe, parents: &Parents, out: &Path) -> Result<Vec<FileEntry>, CheckpointError> {
+    let files = sidecars(recipe, parents)?;
+    let written = files.iter().map(|(name, bytes)| write_small(out, name, bytes));
+    written.collect()
+}
+
+/// The result's files beside its weights, by name: config.json, and those of its tokenizer.
+pub fn sidecars(recipe: &Recipe, parents: &Parents) -> Result<Vec<(&'static str, Vec<u8>)>, CheckpointError> {
     let mut config = parents.reference().expert.checkpoint().config().clone();
     strip(&mut config);
     if let Some(dtype) = recipe.dtype {
@@ -383,21 +390,21 @@ fn write_sidecars(recipe: &Recipe, parents: &Parents, out: &Path) -> Result<Vec<
         config.insert("torch_dtype".into(), dtype_name(dtype).into());
     }
     reshape(&mut config, recipe, parents);
-    let mut files = vec![write_small(out, "config.json", &pretty("config.json", &config)?)?];
-    for name in SIDECAR_FILES {
+    let mut files = vec![("config.json", pretty("config.json", &config)?)];
+    for &name in SIDECAR_FILES {
         let owner = parents.owner_of(name, recipe).expert.checkpoint();
         let merged = parents.vocab.tokenizer.as_ref();
-        if let Some(tokenizer) = merged.filter(|_| *name == "tokenizer.json") {
-            files.push(write_small(out, name, &pretty(name, tokenizer)?)?);
+        if let Some(tokenizer) = merged.filter(|_| name == "tokenizer.json") {
+            files.push((name, pretty(name, tokenizer)?));
             continue;
         }
-        if merged.is_some() && OF_ONE_VOCABULARY.contains(name) {
+        if merged.is_some() && OF_ONE_VOCABULARY.contains(&name) {
             continue;
         }
         let Some(mut bytes) = owner.read_sidecar(name)? else {
             continue;
         };
-        if PARSED_SIDECARS.contains(name)
+        if PARSED_SIDECARS.contains(&name)
             && let Some(mut entries) = read_sidecar(owner, name)?
         {
             let mut changed = strip(&mut entries);
@@ -409,7 +416,7 @@ fn write_sidecars(recipe: &Recipe, parents: &Parents, out: &Path) -> Result<Vec<
                 bytes = pretty(name, &entries)?;
             }
         }
-        files.push(write_small(out, name, &bytes)?);
+        files.push((name, bytes));
     }
     Ok(files)
 }

@@ -192,13 +192,7 @@ impl Parents {
 
     /// Total of all `advance` calls of [`crate::merge_to_folder`].
     pub fn bytes_total(&self, recipe: &Recipe) -> u64 {
-        let once: u64 = self
-            .layout
-            .tensors
-            .iter()
-            .map(|t| self.bytes_per_element(t) * t.plan.numel() as u64)
-            .sum();
-        once * crate::family::passes(recipe)
+        self.input_bytes() * crate::family::passes(recipe)
     }
 
     /// Bytes that the distinct inputs of a tensor hold for one element.
@@ -234,6 +228,18 @@ impl Parents {
         Ok(self.contents.get_or_init(|| digests))
     }
 
+    /// Name, dtype and shape of the result's tensors, in writing order.
+    pub fn result_tensors(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
+        let plans = self.layout.tensors.iter().map(|tensor| &tensor.plan);
+        plans.map(|plan| (plan.name.as_str(), plan.dtype, plan.shape.as_slice()))
+    }
+
+    /// Bytes of all tensors that a point reads.
+    pub fn input_bytes(&self) -> u64 {
+        let of = |tensor: &OutTensor| self.bytes_per_element(tensor) * tensor.plan.numel() as u64;
+        self.layout.tensors.iter().map(of).sum()
+    }
+
     /// Whether nothing has to be read for the digest of a source any more.
     pub(crate) fn has_content(&self, source: usize) -> bool {
         self.source_contents[source].digest.get().is_some()
@@ -259,7 +265,7 @@ impl Parents {
 
     /// The files must be the ones that were opened and digested: a parent that is rewritten under a merge would give a
     /// result that its recipe does not name.
-    pub(crate) fn check_unchanged(&self) -> Result<(), MergeError> {
+    pub fn check_unchanged(&self) -> Result<(), MergeError> {
         for (parent, before) in self.all().zip(&self.identities) {
             let name = parent.reference.to_string();
             let now = parent

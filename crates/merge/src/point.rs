@@ -8,7 +8,7 @@ use crate::family::Family;
 use crate::geometry::{coefficients, granularity, operands};
 use crate::kernel::{self, TiesMean};
 use crate::layout::{OutTensor, Role};
-use crate::recipe::{Granularity, Method, Trim, dtype_name, lambda_weights};
+use crate::recipe::{Granularity, Method, Recipe, Trim, dtype_name, lambda_weights};
 use crate::selection::{erase, importance};
 use crate::stream::{Chunk, Needs, Scratch, Stream, Tile, Work};
 use crate::{MergeError, Observer};
@@ -54,9 +54,29 @@ impl<'a> Family<'a> {
         self.point_of(lambda, 0..self.tensors().len())
     }
 
+    /// The model at the weights of another recipe, which differs from the family's in its shares only.
+    pub fn point_of_recipe(&self, recipe: &Recipe) -> Result<Point<'_, 'a>, MergeError> {
+        if !recipe.is_sibling(self.recipe) {
+            return Err(MergeError::Undefined {
+                tensor: "every tensor".into(),
+                detail: "the recipe is of another family".into(),
+            });
+        }
+        self.combined(recipe, None, 0..self.tensors().len())
+    }
+
     /// As [`Self::point`], of some tensors only.
     pub(crate) fn point_of(
         &self,
+        lambda: Option<f64>,
+        which: Range<usize>,
+    ) -> Result<Point<'_, 'a>, MergeError> {
+        self.combined(self.recipe, lambda, which)
+    }
+
+    fn combined(
+        &self,
+        recipe: &Recipe,
         lambda: Option<f64>,
         which: Range<usize>,
     ) -> Result<Point<'_, 'a>, MergeError> {
@@ -64,7 +84,7 @@ impl<'a> Family<'a> {
         for (index, tensor) in self.tensors().iter().enumerate() {
             let mut combination = Combination::default();
             if tensor.role == Role::Merge && which.contains(&index) {
-                combination = self.combination(index, tensor, lambda)?;
+                combination = self.combination(index, tensor, recipe, lambda)?;
             }
             tensors.push(combination);
         }
@@ -78,20 +98,21 @@ impl<'a> Family<'a> {
         &self,
         index: usize,
         tensor: &OutTensor,
+        recipe: &Recipe,
         lambda: Option<f64>,
     ) -> Result<Combination, MergeError> {
         let place = tensor.place();
         let all = match lambda {
             Some(lambda) => lambda_weights(lambda),
-            None => self.recipe.weights_at(&place),
+            None => recipe.weights_at(&place),
         };
         let mut weights = tensor.weights(&all);
         let at = |setting: &crate::setting::Setting, default: f64| setting.at(&place).unwrap_or(default);
-        let mixed = lambda.is_some() || self.recipe.mixup.is_some();
-        let (scaling, t) = match &self.recipe.method {
+        let mixed = lambda.is_some() || recipe.mixup.is_some();
+        let (scaling, t) = match &recipe.method {
             Method::TaskArithmetic { scaling, .. } | Method::Ties { scaling, .. } => (at(scaling, 1.0), 0.0),
             Method::NearSwap { t } => (1.0, at(t, 0.0)),
-            Method::Slerp { .. } if mixed => (1.0, 1.0 - lambda_at(&weights, lambda, self, &place)),
+            Method::Slerp { .. } if mixed => (1.0, 1.0 - lambda_at(&weights, lambda, recipe, &place)),
             Method::Slerp { t } => (1.0, at(t, 0.5)),
             _ => (1.0, 0.0),
         };
@@ -101,7 +122,7 @@ impl<'a> Family<'a> {
         let grams = &self.prepared[index].grams;
         let coefficients: Option<Vec<Vec<f32>>> = grams
             .iter()
-            .map(|gram| coefficients(&self.recipe.method, gram, &weights, t))
+            .map(|gram| coefficients(&recipe.method, gram, &weights, t))
             .collect();
         Ok(Combination {
             coefficients: coefficients.ok_or_else(|| MergeError::Undefined {
@@ -118,11 +139,11 @@ impl<'a> Family<'a> {
 fn lambda_at(
     weights: &[f32],
     lambda: Option<f64>,
-    family: &Family<'_>,
+    recipe: &Recipe,
     place: &crate::setting::Place<'_>,
 ) -> f64 {
     use crate::recipe::Shares;
-    match (lambda, family.recipe.mixup.as_ref().map(|m| &m.shares)) {
+    match (lambda, recipe.mixup.as_ref().map(|m| &m.shares)) {
         (Some(lambda), _) => lambda,
         (None, Some(Shares::Lambda(lambda))) => lambda.at(place).unwrap_or(0.5),
         (None, Some(Shares::Each(shares))) => shares[0],

@@ -12,11 +12,11 @@ use serde::Serialize;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
-use super::extract::{FromSegment, Segment};
+use super::extract::{FromSegment, PairsOfQuery, Segment, pairs};
 use super::problem::Problem;
 use crate::app::{App, AppState};
 use crate::jobs::{Cancelled, Job, JobStatus, RecipeBody, Submission, Submit, Taken};
-use query::{ListQuery, PairsOfQuery};
+use query::ListQuery;
 use view::{JobView, view};
 
 const MAX_RECIPE_BYTES: usize = 1 << 20;
@@ -68,7 +68,7 @@ async fn list_merges(
     State(AppState(app)): State<AppState>,
     query: PairsOfQuery,
 ) -> Result<Json<JobList>, Problem> {
-    let (status, after, limit) = ListQuery::read(query::pairs(query)?)?.check()?;
+    let (status, after, limit) = ListQuery::read(pairs(query)?)?.check()?;
     let page = app.jobs.list(status, after, limit).await?;
     let jobs = page.jobs.into_iter().map(|job| view(&app, job)).collect();
     Ok(Json(JobList {
@@ -113,16 +113,26 @@ async fn cancel_merge(
 }
 
 fn answer(app: &App, taken: Taken) -> Result<Response, Problem> {
-    match taken.submission {
+    let is_known = matches!(taken.submission, Submission::Existing(_));
+    let status = match taken.submission {
+        Submission::Created(_) => StatusCode::ACCEPTED,
+        _ => StatusCode::OK,
+    };
+    let job = submitted(app, taken.submission)?;
+    if is_known {
+        serve_finished(app, &job, taken.serve_as.as_deref());
+    }
+    Ok(accepted(app, status, job))
+}
+
+/// The job of a submission; a new one is begun.
+pub(super) fn submitted(app: &App, submission: Submission) -> Result<Job, Problem> {
+    match submission {
         Submission::Created(job) => {
             app.worker.wake();
-            Ok(accepted(app, StatusCode::ACCEPTED, job))
+            Ok(job)
         }
-        Submission::Existing(job) => {
-            serve_finished(app, &job, taken.serve_as.as_deref());
-            Ok(accepted(app, StatusCode::OK, job))
-        }
-        Submission::Replayed(job) => Ok(accepted(app, StatusCode::OK, job)),
+        Submission::Existing(job) | Submission::Replayed(job) => Ok(job),
         Submission::QueueFull => Err(Problem::new(
             StatusCode::TOO_MANY_REQUESTS,
             "queue-full",

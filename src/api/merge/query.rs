@@ -1,39 +1,21 @@
 //! The query strings of /merge.
 
-use axum::extract::Query;
-use axum::extract::rejection::QueryRejection;
 use uuid::Uuid;
 
-use crate::api::extract::FromSegment;
+use crate::api::extract::{FromSegment, PairsOfQuery, bad_query as bad, only_parameter};
 use crate::api::problem::Problem;
 use crate::jobs::JobStatus;
 
 const DEFAULT_PAGE: u32 = 50;
 const MAX_PAGE: u32 = 200;
 
-/// A query string, if it could be read.
-pub type PairsOfQuery = Result<Query<Vec<(String, String)>>, QueryRejection>;
-
-pub fn pairs(query: PairsOfQuery) -> Result<Vec<(String, String)>, Problem> {
-    let Query(pairs) = query.map_err(|e| bad("query", &e.body_text()))?;
-    Ok(pairs)
-}
-
 /// The priority that POST /merge asks for.
 pub fn priority(query: PairsOfQuery) -> Result<i64, Problem> {
-    let mut priority = None;
-    for (name, value) in pairs(query)? {
-        if name != "priority" {
-            let shown: String = name.chars().take(100).collect();
-            return Err(bad(&shown, "unknown parameter; known is priority"));
-        }
-        let value = value.parse().ok().filter(|value| (-100..=100).contains(value));
-        let value = value.ok_or_else(|| bad("priority", "must be a number from -100 to 100"))?;
-        if priority.replace(value).is_some() {
-            return Err(bad("priority", "is given twice"));
-        }
-    }
-    Ok(priority.unwrap_or(0))
+    let Some(value) = only_parameter(query, "priority")? else {
+        return Ok(0);
+    };
+    let priority = value.parse().ok().filter(|value| (-100..=100).contains(value));
+    priority.ok_or_else(|| bad("priority", "must be a number from -100 to 100"))
 }
 
 /// Which jobs, how many.
@@ -93,8 +75,4 @@ impl ListQuery {
         };
         Ok((status, after, limit))
     }
-}
-
-fn bad(field: &str, detail: &str) -> Problem {
-    Problem::unprocessable("invalid-query", field, detail)
 }

@@ -130,6 +130,9 @@ impl From<ServingError> for ApiError {
             ServingError::NoRoom(_) => (StatusCode::SERVICE_UNAVAILABLE, "model_memory", Some(5)),
             ServingError::Busy(_) => (StatusCode::TOO_MANY_REQUESTS, "overloaded", Some(2)),
             ServingError::NoName(_) => (StatusCode::TOO_MANY_REQUESTS, "model_limit", Some(30)),
+            ServingError::NoPoint(_) | ServingError::BadPoint { .. } => {
+                (StatusCode::BAD_REQUEST, "model_point", None)
+            }
             ServingError::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "shutting_down", Some(5)),
         };
         let mut out = Self::new(status, error.to_string()).with_code(code);

@@ -2,6 +2,7 @@
 //! checks types by database, and its `Any` has neither's types.
 
 mod postgres;
+pub mod schema;
 mod sqlite;
 
 use std::fmt::Debug;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
-use super::Clock;
+use super::{Clock, schema};
 use crate::jobs::StoreError;
 
 #[path = "queries.rs"]
@@ -55,7 +55,7 @@ impl PostgresJobs {
             .connect_with(options)
             .await?;
         // The migrator holds an advisory lock of its own.
-        sqlx::migrate!("migrations/postgres")
+        schema::postgres()
             .run(&pool)
             .await
             .map_err(|e| StoreError::Database(Box::new(e)))?;

@@ -9,7 +9,7 @@ use sqlx::Pool;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use tracing::debug;
 
-use super::{Clock, MachineClock};
+use super::{Clock, MachineClock, schema};
 use crate::cache::sync_folder;
 use crate::jobs::StoreError;
 
@@ -83,7 +83,7 @@ async fn prepare(options: SqliteConnectOptions) -> Result<Pool<Db>, StoreError> 
         .max_connections(4)
         .connect_with(options)
         .await?;
-    let migrated = sqlx::migrate!("migrations/sqlite").run(&pool).await;
+    let migrated = schema::sqlite().run(&pool).await;
     migrated.map_err(|e| StoreError::Database(Box::new(e)))?;
     Ok(pool)
 }

@@ -4,6 +4,7 @@ pub mod invariants;
 mod models;
 pub mod postgres;
 pub mod program;
+pub mod s3;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -104,6 +105,7 @@ impl TestApp {
             database_url: None,
             max_shard_bytes: 5_000_000_000,
             cache_budget: None,
+            cache_remote: None,
             job_retention_days: 30,
             lease_seconds: 30,
             max_queued_jobs: 1000,

@@ -318,6 +318,15 @@ impl Recipe {
             .chain(models.map(|(i, model)| (format!("models[{i}]"), &model.reference)))
     }
 
+    /// Whether two recipes differ in the shares of their parents only.
+    pub(crate) fn is_sibling(&self, other: &Self) -> bool {
+        let open = |recipe: &Self| Self {
+            mixup: None,
+            ..recipe.clone()
+        };
+        self.mixup.is_some() == other.mixup.is_some() && open(self).canonical() == open(other).canonical()
+    }
+
     /// The weights of all models at one tensor, in the order of the recipe: their shares with mixup. f64 values are
     /// rounded to f32 once, here.
     pub(crate) fn weights_at(&self, place: &Place<'_>) -> Vec<f32> {

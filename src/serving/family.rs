@@ -1,0 +1,482 @@
+//! Families: a recipe whose shares are open, with its parents opened and prepared once. Each has a thread that owns them and
+//! makes any point: the weights that the same recipe with these shares would have on disk.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use candle_core::Device;
+use cauldron_checkpoint::{Digest, Dtype, widen};
+use cauldron_lm::{Arithmetic, Decoder, LmError, ModelConfig, Placement, TextTokenizer, WeightSource};
+use cauldron_merge::{
+    Family as Prepared, MergeError, MixupSpec, Observer, Parents, Point, Recipe, RecipeError, RecipeSpec, merge_digest,
+    sidecars,
+};
+use serde_json::{Map, Value};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::ServingError;
+use crate::cache::KnownContents;
+use crate::config::ModelName;
+use crate::sources::{Care, Held, ModelSources};
+
+/// How often a wait looks whether it is still wanted.
+const LOOK: Duration = Duration::from_millis(20);
+/// Shares of parents that a request may name at most.
+const MAX_SHARES: usize = cauldron_merge::MAX_MODELS;
+
+/// The shares of a family's parents: lambda of the first of two, or one number for each.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Shares(Vec<f64>);
+
+impl Shares {
+    pub fn lambda(lambda: f64) -> Self {
+        Self(vec![lambda])
+    }
+
+    pub fn each(shares: Vec<f64>) -> Self {
+        Self(shares)
+    }
+
+    pub fn numbers(&self) -> &[f64] {
+        &self.0
+    }
+
+    /// Reads `0.35` or `0.2,0.3,0.5`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let number = |part: &str| -> Option<f64> {
+            let plain = !part.is_empty() && part.bytes().all(|c| c.is_ascii_digit() || c == b'.');
+            part.parse().ok().filter(|_| plain && part.len() <= 24)
+        };
+        let shares: Option<Vec<f64>> = text.split(',').take(MAX_SHARES + 1).map(number).collect();
+        shares.filter(|shares| shares.len() <= MAX_SHARES).map(Self)
+    }
+
+    fn mixup(&self) -> MixupSpec {
+        match self.0.as_slice() {
+            [lambda] => MixupSpec {
+                lambda: Some((*lambda).into()),
+                ..MixupSpec::default()
+            },
+            shares => MixupSpec {
+                shares: Some(shares.to_vec()),
+                ..MixupSpec::default()
+            },
+        }
+    }
+}
+
+impl fmt::Display for Shares {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, share) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{share}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A recipe without shares.
+#[derive(Debug, Clone)]
+pub struct OpenRecipe {
+    spec: RecipeSpec,
+    models: usize,
+}
+
+impl OpenRecipe {
+    /// Refuses what is no family.
+    pub fn new(spec: RecipeSpec) -> Result<Self, RecipeError> {
+        if let Some(mixup) = &spec.mixup
+            && *mixup != MixupSpec::default()
+        {
+            let detail = "a family leaves the shares open; POST /merge merges with these";
+            return Err(RecipeError::new("mixup", detail));
+        }
+        if spec.serve_as.is_some() {
+            return Err(RecipeError::new("serve_as", "a family is served under its name"));
+        }
+        let open = Self {
+            models: spec.models.len(),
+            spec,
+        };
+        // Whatever else is wrong with it is wrong for all shares.
+        open.at(&open.middle()).map_err(|e| match e.field.as_str() {
+            "mixup.lambda" | "mixup.shares" => RecipeError::new("models", "a family has at least two models"),
+            _ => e,
+        })?;
+        Ok(open)
+    }
+
+    pub fn spec(&self) -> &RecipeSpec {
+        &self.spec
+    }
+
+    /// The recipe with these shares, as a client would post it.
+    pub fn spec_at(&self, shares: &Shares) -> RecipeSpec {
+        RecipeSpec {
+            mixup: Some(shares.mixup()),
+            ..self.spec.clone()
+        }
+    }
+
+    pub fn at(&self, shares: &Shares) -> Result<Recipe, RecipeError> {
+        Recipe::from_spec(&self.spec_at(shares), &mut || 0)
+    }
+
+    /// Equal shares.
+    pub fn middle(&self) -> Shares {
+        match self.models {
+            0..=2 => Shares::lambda(0.5),
+            models => Shares::each(vec![1.0 / models as f64; models]),
+        }
+    }
+}
+
+/// Where a family's parents come from.
+#[derive(Debug, Clone)]
+pub struct Parentage {
+    pub sources: Arc<ModelSources>,
+    pub known: KnownContents,
+}
+
+/// A family that is served, or on its way.
+#[derive(Debug)]
+pub struct Family {
+    pub name: ModelName,
+    pub recipe: OpenRecipe,
+    pub arithmetic: Arithmetic,
+    asks: Mutex<Sender<Ask>>,
+    state: watch::Receiver<State>,
+    stop: Arc<AtomicBool>,
+}
+
+/// What is known of a family.
+#[derive(Debug, Clone)]
+pub enum State {
+    Preparing,
+    Ready(Arc<Facts>),
+    Failed(String),
+}
+
+/// What all points of a family have in common.
+#[derive(Debug)]
+pub struct Facts {
+    pub config: ModelConfig,
+    pub tokenizer: Arc<TextTokenizer>,
+    pub dtype: Dtype,
+    /// Bytes that a point is made of, and its own, as checkpoints have them.
+    pub input_bytes: u64,
+    pub output_bytes: u64,
+    /// Numbers of the largest tensor.
+    pub largest_tensor: u64,
+    pub prepared_after: Duration,
+}
+
+/// One point to be made.
+struct Ask {
+    recipe: Box<Recipe>,
+    device: Device,
+    arithmetic: Arithmetic,
+    fixed_shapes: bool,
+    unwanted: Arc<AtomicBool>,
+    reply: SyncSender<Result<Made, String>>,
+}
+
+/// A point.
+#[derive(Debug)]
+pub struct Made {
+    pub decoder: Decoder,
+    /// Of the checkpoint that a merge of the same recipe gives.
+    pub digest: Digest,
+    /// What the pass over the parents took.
+    pub pass: Duration,
+    /// With what else it took to have the weights where they are computed with.
+    pub whole: Duration,
+}
+
+impl Family {
+    /// Begins to open and prepare the parents; returns at once.
+    pub fn start(
+        name: ModelName,
+        recipe: OpenRecipe,
+        arithmetic: Arithmetic,
+        parentage: Parentage,
+    ) -> std::io::Result<Arc<Self>> {
+        let (asks, receiver) = channel();
+        let (told, state) = watch::channel(State::Preparing);
+        let stop = Arc::new(AtomicBool::new(false));
+        let keeper = Keeper {
+            name: name.clone(),
+            recipe: recipe.clone(),
+            parentage,
+            asks: receiver,
+            told,
+            stop: stop.clone(),
+        };
+        let thread = std::thread::Builder::new().name("family".into());
+        thread.spawn(move || keeper.run())?;
+        Ok(Arc::new(Self {
+            name,
+            recipe,
+            arithmetic,
+            asks: Mutex::new(asks),
+            state,
+            stop,
+        }))
+    }
+
+    pub fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    /// Waits until the parents are prepared.
+    pub async fn ready(&self) -> Result<Arc<Facts>, ServingError> {
+        let mut state = self.state.clone();
+        let settled = state.wait_for(|state| !matches!(state, State::Preparing)).await;
+        let failed = |detail: String| ServingError::Failed {
+            name: self.name.to_string(),
+            detail,
+        };
+        match settled.as_deref() {
+            Ok(State::Ready(facts)) => Ok(facts.clone()),
+            Ok(State::Failed(detail)) => Err(failed(detail.clone())),
+            Ok(State::Preparing) | Err(_) => Err(failed("its parents could not be prepared".into())),
+        }
+    }
+
+    /// Makes a point; None once it is no longer wanted. Blocks.
+    pub(super) fn make(
+        &self,
+        recipe: &Recipe,
+        device: &Device,
+        fixed_shapes: bool,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Option<Result<Made, String>> {
+        let (reply, answer) = sync_channel(1);
+        let unwanted = Arc::new(AtomicBool::new(false));
+        let ask = Ask {
+            recipe: Box::new(recipe.clone()),
+            device: device.clone(),
+            arithmetic: self.arithmetic,
+            fixed_shapes,
+            unwanted: unwanted.clone(),
+            reply,
+        };
+        let gone = || Some(Err("the family has gone".to_owned()));
+        if self.asks.lock().unwrap_or_else(PoisonError::into_inner).send(ask).is_err() {
+            return gone();
+        }
+        loop {
+            match answer.recv_timeout(LOOK) {
+                Ok(made) => return Some(made),
+                Err(RecvTimeoutError::Disconnected) => return gone(),
+                Err(RecvTimeoutError::Timeout) if !is_wanted() => {
+                    unwanted.store(true, Ordering::Relaxed);
+                    return None;
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+}
+
+impl Drop for Family {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The thread of a family.
+struct Keeper {
+    name: ModelName,
+    recipe: OpenRecipe,
+    parentage: Parentage,
+    asks: Receiver<Ask>,
+    told: watch::Sender<State>,
+    stop: Arc<AtomicBool>,
+}
+
+/// Ends a pass early.
+struct Until<'a>(&'a [&'a AtomicBool]);
+
+impl Observer for Until<'_> {
+    fn advance(&self, _: u64) {}
+
+    fn cancelled(&self) -> bool {
+        self.0.iter().any(|flag| flag.load(Ordering::Relaxed))
+    }
+}
+
+impl Keeper {
+    fn run(self) {
+        let kept = catch_unwind(AssertUnwindSafe(|| self.keep()));
+        let detail = match kept {
+            Ok(Ok(())) => return,
+            Ok(Err(detail)) => detail,
+            Err(_) => "preparing it panicked".to_owned(),
+        };
+        warn!(family = %self.name, error = detail, "a family is not served");
+        self.told.send_replace(State::Failed(detail));
+    }
+
+    /// Until nobody holds the family any more. An error before it is ready.
+    fn keep(&self) -> Result<(), String> {
+        let start = Instant::now();
+        let until = Until(&[&self.stop]);
+        let text = |e: &dyn fmt::Display| e.to_string();
+        let middle = self.recipe.at(&self.recipe.middle()).map_err(|e| text(&e))?;
+        let care = Care::Verify(&|| !until.cancelled());
+        let (parents, _held): (Parents, Held) = self.parentage.sources.open(&middle, care).map_err(|e| text(&e))?;
+        let known = &self.parentage.known;
+        parents.adopt_contents(&|identity| known.get(identity));
+        let prepared = Prepared::prepare(&middle, &parents, &until).map_err(|e| text(&e))?;
+        // With them the digest of every point is known at once.
+        merge_digest(&middle, &parents, &until).map_err(|e| text(&e))?;
+        for (identity, digest) in parents.contents_to_keep() {
+            known.put(identity, digest);
+        }
+        parents.check_unchanged().map_err(|e| text(&e))?;
+        let facts = Arc::new(Facts::of(&middle, &parents, start).map_err(|e| text(&e))?);
+        info!(family = %self.name, seconds = start.elapsed().as_secs_f64(), "a family is ready");
+        self.told.send_replace(State::Ready(facts.clone()));
+        while let Ok(ask) = self.asks.recv() {
+            let until = Until(&[&self.stop, &ask.unwanted]);
+            let made = catch_unwind(AssertUnwindSafe(|| make(&ask, &prepared, &parents, &facts.config, &until)));
+            let made = made.unwrap_or_else(|_| Err("making a point panicked".to_owned()));
+            // Nobody may wait any more.
+            let _ = ask.reply.send(made);
+        }
+        Ok(())
+    }
+}
+
+impl Facts {
+    fn of(recipe: &Recipe, parents: &Parents, start: Instant) -> Result<Self, LmError> {
+        let files: HashMap<&str, Vec<u8>> = sidecars(recipe, parents)?.into_iter().collect();
+        let config = config_of(&files)?;
+        let parsed = ModelConfig::from_json(&config)?;
+        check(&parsed, parents)?;
+        let read = |name: &str| Ok(files.get(name).cloned());
+        let tokenizer = TextTokenizer::from_files(&config, &read, parsed.vocab_size)?;
+        let mut dtypes = parents.result_tensors().map(|(_, dtype, _)| dtype);
+        let all_bf16 = dtypes.all(|dtype| dtype == Dtype::BF16);
+        Ok(Self {
+            config: parsed,
+            tokenizer: Arc::new(tokenizer),
+            dtype: if all_bf16 { Dtype::BF16 } else { Dtype::F32 },
+            input_bytes: parents.input_bytes(),
+            output_bytes: parents.output_bytes(),
+            largest_tensor: parents
+                .result_tensors()
+                .map(|(_, _, shape)| shape.iter().map(|size| *size as u64).product())
+                .max()
+                .unwrap_or(0),
+            prepared_after: start.elapsed(),
+        })
+    }
+}
+
+fn config_of(files: &HashMap<&str, Vec<u8>>) -> Result<Map<String, Value>, LmError> {
+    let bytes = files.get("config.json").map(Vec::as_slice).unwrap_or_default();
+    serde_json::from_slice(bytes).map_err(|e| LmError::Config {
+        field: "(the file)".to_owned(),
+        detail: e.to_string(),
+    })
+}
+
+/// Whether the points of a recipe can be served: what [`super::check_model`] is for a folder.
+pub fn check_family(recipe: &Recipe, parents: &Parents) -> Result<ModelConfig, LmError> {
+    let files: HashMap<&str, Vec<u8>> = sidecars(recipe, parents)?.into_iter().collect();
+    let config = ModelConfig::from_json(&config_of(&files)?)?;
+    check(&config, parents)?;
+    Ok(config)
+}
+
+fn check(config: &ModelConfig, parents: &Parents) -> Result<(), LmError> {
+    Decoder::check_weights(config, &Shapes(shapes(parents)))
+}
+
+fn shapes(parents: &Parents) -> HashMap<&str, (usize, &[usize])> {
+    let tensors = parents.result_tensors().enumerate();
+    tensors.map(|(index, (name, _, shape))| (name, (index, shape))).collect()
+}
+
+/// The tensors of a result that is not there yet.
+struct Shapes<'a>(HashMap<&'a str, (usize, &'a [usize])>);
+
+impl WeightSource for Shapes<'_> {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.0.get(name).map(|(_, shape)| shape.to_vec())
+    }
+
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
+        Err(LmError::missing_tensor(name))
+    }
+}
+
+/// A point as a decoder reads it.
+struct PointWeights<'a> {
+    point: Point<'a, 'a>,
+    tensors: Shapes<'a>,
+    until: &'a Until<'a>,
+    pass: Mutex<Duration>,
+}
+
+impl WeightSource for PointWeights<'_> {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.tensors.shape(name)
+    }
+
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
+        let start = Instant::now();
+        let Some((index, _)) = self.tensors.0.get(name) else {
+            return Err(LmError::missing_tensor(name));
+        };
+        let (dtype, _, bytes) = self.point.tensor(*index, self.until).map_err(|e| LmError::Tensor {
+            tensor: name.to_owned(),
+            detail: e.to_string(),
+        })?;
+        *self.pass.lock().unwrap_or_else(PoisonError::into_inner) += start.elapsed();
+        let size = cauldron_checkpoint::dtype_size(dtype).unwrap_or(1) as usize;
+        let mut values = vec![0f32; bytes.len() / size];
+        widen(dtype, &bytes, &mut values);
+        Ok(values)
+    }
+}
+
+fn make(
+    ask: &Ask,
+    prepared: &Prepared<'_>,
+    parents: &Parents,
+    config: &ModelConfig,
+    until: &Until<'_>,
+) -> Result<Made, String> {
+    let start = Instant::now();
+    let text = |e: MergeError| e.to_string();
+    let weights = PointWeights {
+        point: prepared.point_of_recipe(&ask.recipe).map_err(text)?,
+        tensors: Shapes(shapes(parents)),
+        until,
+        pass: Mutex::default(),
+    };
+    let placement = Placement {
+        device: &ask.device,
+        arithmetic: ask.arithmetic,
+        fixed_shapes: ask.fixed_shapes,
+    };
+    let decoder = Decoder::load_for(config.clone(), &weights, placement).map_err(|e| e.to_string())?;
+    let digest = merge_digest(&ask.recipe, parents, until).map_err(text)?;
+    // What was read must be what the digest names.
+    parents.check_unchanged().map_err(text)?;
+    Ok(Made {
+        decoder,
+        digest,
+        pass: *weights.pass.lock().unwrap_or_else(PoisonError::into_inner),
+        whole: start.elapsed(),
+    })
+}
