@@ -115,7 +115,11 @@ impl ModelSources {
         };
         let (folder, cached) = self.find(&parsed.source).map_err(failed)?;
         if let Some(digest) = cached
-            && self.cache.lookup_or_fetch(&digest).map_err(Outage::from)?.is_none()
+            && self
+                .cache
+                .lookup_or_fetch(&digest)
+                .map_err(Outage::from)?
+                .is_none()
         {
             return Err(failed(absent(&digest)));
         }

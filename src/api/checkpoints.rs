@@ -15,9 +15,7 @@ use serde_json::Value;
 use tokio_util::io::ReaderStream;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::extract::{
-    FromSegment, JsonBytes, PairsOfQuery, Segment, bad_query, json_object, only_parameter,
-};
+use super::extract::{FromSegment, JsonBytes, PairsOfQuery, Segment, bad_query, json_object, only_parameter};
 use super::problem::Problem;
 use crate::app::AppState;
 use crate::cache::CacheError;

@@ -210,7 +210,9 @@ async fn load_family(
             .check(&config)
             .map_err(|e| Problem::unprocessable("unsupported-quantization", "quantize", e.to_string()))
     });
-    checked.await.map_err(|e| Problem::internal("checking a family", &e))??;
+    checked
+        .await
+        .map_err(|e| Problem::internal("checking a family", &e))??;
     let parentage = app.parentage.clone();
     app.serving
         .load_family(name.clone(), recipe, arithmetic, parentage, aliases.as_deref())?;
@@ -282,13 +284,19 @@ async fn make_point(
 ) -> Result<Json<MadePoint>, Problem> {
     let (shares, save) = parse_point(&body)?;
     let family = app.serving.family(&name).ok_or_else(|| unknown(&name))?;
-    let served = app.serving.point(family.name.as_str(), &shares.to_string()).await?;
+    let served = app
+        .serving
+        .point(family.name.as_str(), &shares.to_string())
+        .await?;
     let merge = match save {
         false => None,
         true => {
             let spec = family.recipe.spec_at(&shares);
             let recipe = serde_json::to_vec(&spec).map_err(|e| Problem::internal("a recipe", &e))?;
-            let taken = app.intake.submit(RecipeBody::Json(recipe), Submit::default()).await?;
+            let taken = app
+                .intake
+                .submit(RecipeBody::Json(recipe), Submit::default())
+                .await?;
             let job = submitted(&app, taken.submission)?;
             Some(SavedPoint {
                 id: job.id.to_string(),
@@ -329,7 +337,9 @@ fn parse_point(body: &[u8]) -> Result<(Shares, bool), Problem> {
     };
     let save = match save {
         None => false,
-        Some(save) => save.as_bool().ok_or_else(|| bad("save", "must be true or false"))?,
+        Some(save) => save
+            .as_bool()
+            .ok_or_else(|| bad("save", "must be true or false"))?,
     };
     Ok((shares, save))
 }
@@ -395,7 +405,12 @@ fn parse(body: &[u8]) -> Result<Wanted, Problem> {
             let open = recipe_from_value(recipe).and_then(OpenRecipe::new);
             Source::Recipe(Box::new(open.map_err(in_source)?))
         }
-        _ => return Err(bad("source", "must be a model reference or a recipe without shares")),
+        _ => {
+            return Err(bad(
+                "source",
+                "must be a model reference or a recipe without shares",
+            ));
+        }
     };
     Ok(Wanted {
         name,

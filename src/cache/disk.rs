@@ -82,7 +82,10 @@ pub(super) fn entries(root: &Path) -> io::Result<impl Iterator<Item = Digest>> {
 pub(super) fn remove_others(dir: &Path, names: &HashSet<&str>) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        let named = entry.file_name().to_str().is_some_and(|name| names.contains(name));
+        let named = entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| names.contains(name));
         if !named && entry.file_type()?.is_dir() {
             fs::remove_dir_all(entry.path())?;
         } else if !named {

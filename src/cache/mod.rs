@@ -25,8 +25,8 @@ pub use contents::KnownContents;
 pub use disk::sync_folder;
 use disk::{exchange, identity};
 pub use remote::{Remote, RemoteError};
-use sharing::Sharing;
 pub use sharing::Limits;
+use sharing::Sharing;
 
 /// The cache folder, shared by workers and handlers.
 #[derive(Debug, Clone)]
@@ -466,6 +466,15 @@ impl Cache {
 
     /// Removes the drafts that nobody works on, and what was found damaged, for their space.
     pub fn remove_waiting_drafts(&self) -> io::Result<()> {
+        self.remove_waiting(&[DAMAGED, INCOMING])
+    }
+
+    /// As [`Self::remove_waiting_drafts`], once no merge will come back to its draft; a fetch may.
+    pub fn remove_drafts_of_merges(&self) -> io::Result<()> {
+        self.remove_waiting(&[DAMAGED])
+    }
+
+    fn remove_waiting(&self, kinds: &[&str]) -> io::Result<()> {
         let drafting = locked(&self.drafting);
         for entry in fs::read_dir(&self.temp)? {
             let left = entry?.path();
@@ -474,7 +483,6 @@ impl Cache {
                 .and_then(|name| name.to_str())
                 .unwrap_or_default();
             // Others are entries on their way out.
-            let kinds = [DAMAGED, INCOMING];
             let draft = name.parse::<Digest>().is_ok() || kinds.iter().any(|kind| name.starts_with(kind));
             if draft && !drafting.contains(&left) {
                 remove_draft(&left);

@@ -14,8 +14,8 @@ use cauldron_merge::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use object_store::aws::AmazonS3Builder;
 use object_store::{
-    Attribute, Attributes, ClientOptions, GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutMultipartOptions,
-    PutOptions, RetryConfig, WriteMultipart, path::Path as Key,
+    Attribute, Attributes, ClientOptions, GetOptions, ObjectStore, ObjectStoreExt, PutMode,
+    PutMultipartOptions, PutOptions, RetryConfig, WriteMultipart, path::Path as Key,
 };
 use tokio::io::AsyncReadExt;
 use tokio::runtime::Handle;
@@ -121,7 +121,12 @@ impl Remote {
     }
 
     /// Stores the entry in `dir`. Files that are there are not sent again; the manifest comes last, if none is there.
-    pub async fn store(&self, dir: &Path, manifest: &Manifest, stop: &CancellationToken) -> Result<(), RemoteError> {
+    pub async fn store(
+        &self,
+        dir: &Path,
+        manifest: &Manifest,
+        stop: &CancellationToken,
+    ) -> Result<(), RemoteError> {
         for entry in &manifest.files {
             if !self.has(&manifest.digest, entry).await? {
                 self.store_file(dir, &manifest.digest, entry, stop).await?;
@@ -135,7 +140,10 @@ impl Remote {
         let key = self.key(&manifest.digest, MANIFEST_FILE);
         match self.store.put_opts(&key, bytes.into(), create).await {
             // Another node was quicker: its bytes are those of the same digest.
-            Ok(_) | Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(()),
+            Ok(_)
+            | Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                Ok(())
+            }
             Err(e) => Err(e.into()),
         }
     }
@@ -161,7 +169,10 @@ impl Remote {
             Err(e) => Err(e.into()),
             Ok(found) => {
                 let noted = found.attributes.get(&Attribute::Metadata(BLAKE3.into()));
-                Ok(Some((found.meta.size, noted.and_then(|noted| noted.parse().ok()))))
+                Ok(Some((
+                    found.meta.size,
+                    noted.and_then(|noted| noted.parse().ok()),
+                )))
             }
         }
     }
@@ -175,7 +186,8 @@ impl Remote {
         stop: &CancellationToken,
     ) -> Result<(), RemoteError> {
         let key = self.key(digest, &entry.name);
-        let attributes = Attributes::from_iter([(Attribute::Metadata(BLAKE3.into()), entry.blake3.to_string())]);
+        let attributes =
+            Attributes::from_iter([(Attribute::Metadata(BLAKE3.into()), entry.blake3.to_string())]);
         let mut source = Source::open(dir, entry).await?;
         let mut part = source.next_part().await?;
         if source.is_at_end() {
@@ -199,7 +211,9 @@ impl Remote {
                 Ok(part) => part,
                 Err(e) => break Err(e),
             };
-            let room = stop.run_until_cancelled(upload.wait_for_capacity(PARTS_AT_ONCE)).await;
+            let room = stop
+                .run_until_cancelled(upload.wait_for_capacity(PARTS_AT_ONCE))
+                .await;
             match room {
                 None => break Err(RemoteError::Stopped),
                 Some(Err(e)) => break Err(e.into()),

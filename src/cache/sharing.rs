@@ -179,9 +179,11 @@ impl Cache {
         let draft = self.receiving(digest)?;
         let names: HashSet<&str> = manifest.files.iter().map(|file| file.name.as_str()).collect();
         disk::remove_others(draft.dir(), &names)?;
-        let fetched = sharing
-            .room(self, &manifest, draft.bytes()?)
-            .and_then(|()| sharing.remote.fetch(&sharing.runtime, &manifest, &bytes, draft.dir(), &fetch.done));
+        let fetched = sharing.room(self, &manifest, draft.bytes()?).and_then(|()| {
+            sharing
+                .remote
+                .fetch(&sharing.runtime, &manifest, &bytes, draft.dir(), &fetch.done)
+        });
         match fetched {
             Ok(()) => {}
             Err(e @ RemoteError::Damaged { .. }) => return self.is_damaged(sharing, digest, &e),
@@ -199,7 +201,12 @@ impl Cache {
     }
 
     /// What is damaged there counts as absent: who makes it again replaces it.
-    fn is_damaged(&self, sharing: &Sharing, digest: &Digest, error: &RemoteError) -> Result<bool, FetchError> {
+    fn is_damaged(
+        &self,
+        sharing: &Sharing,
+        digest: &Digest,
+        error: &RemoteError,
+    ) -> Result<bool, FetchError> {
         warn!(%digest, %error, "a checkpoint in the remote cache is damaged; it is taken out");
         metrics::counter!(telemetry::CACHE_DAMAGED).increment(1);
         locked(&sharing.to_send).sent.remove(digest);
@@ -285,7 +292,12 @@ impl Cache {
         }
     }
 
-    async fn send(&self, sharing: &Sharing, digest: &Digest, stop: &CancellationToken) -> Result<(), RemoteError> {
+    async fn send(
+        &self,
+        sharing: &Sharing,
+        digest: &Digest,
+        stop: &CancellationToken,
+    ) -> Result<(), RemoteError> {
         // It stays while it is read.
         let pin = self.pin(digest);
         let (local, of) = (self.clone(), *digest);

@@ -119,7 +119,7 @@ impl Worker {
             return false;
         }
         let cache = self.cache.clone();
-        match tokio::task::spawn_blocking(move || cache.remove_waiting_drafts()).await {
+        match tokio::task::spawn_blocking(move || cache.remove_drafts_of_merges()).await {
             Ok(Ok(())) => {}
             Ok(Err(e)) => warn!(error = %e, "drafts cannot be removed"),
             Err(e) => warn!(error = %e, "drafts were not removed"),

@@ -13,8 +13,8 @@ use candle_core::Device;
 use cauldron_checkpoint::{Digest, Dtype, widen};
 use cauldron_lm::{Arithmetic, Decoder, LmError, ModelConfig, Placement, TextTokenizer, WeightSource};
 use cauldron_merge::{
-    Family as Prepared, MergeError, MixupSpec, Observer, Parents, Point, Recipe, RecipeError, RecipeSpec, merge_digest,
-    sidecars,
+    Family as Prepared, MergeError, MixupSpec, Observer, Parents, Point, Recipe, RecipeError, RecipeSpec,
+    merge_digest, sidecars,
 };
 use serde_json::{Map, Value};
 use tokio::sync::watch;
@@ -268,7 +268,13 @@ impl Family {
             reply,
         };
         let gone = || Some(Err("the family has gone".to_owned()));
-        if self.asks.lock().unwrap_or_else(PoisonError::into_inner).send(ask).is_err() {
+        if self
+            .asks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .send(ask)
+            .is_err()
+        {
             return gone();
         }
         loop {
@@ -331,7 +337,8 @@ impl Keeper {
         let text = |e: &dyn fmt::Display| e.to_string();
         let middle = self.recipe.at(&self.recipe.middle()).map_err(|e| text(&e))?;
         let care = Care::Verify(&|| !until.cancelled());
-        let (parents, _held): (Parents, Held) = self.parentage.sources.open(&middle, care).map_err(|e| text(&e))?;
+        let (parents, _held): (Parents, Held) =
+            self.parentage.sources.open(&middle, care).map_err(|e| text(&e))?;
         let known = &self.parentage.known;
         parents.adopt_contents(&|identity| known.get(identity));
         let prepared = Prepared::prepare(&middle, &parents, &until).map_err(|e| text(&e))?;
@@ -346,7 +353,9 @@ impl Keeper {
         self.told.send_replace(State::Ready(facts.clone()));
         while let Ok(ask) = self.asks.recv() {
             let until = Until(&[&self.stop, &ask.unwanted]);
-            let made = catch_unwind(AssertUnwindSafe(|| make(&ask, &prepared, &parents, &facts.config, &until)));
+            let made = catch_unwind(AssertUnwindSafe(|| {
+                make(&ask, &prepared, &parents, &facts.config, &until)
+            }));
             let made = made.unwrap_or_else(|_| Err("making a point panicked".to_owned()));
             // Nobody may wait any more.
             let _ = ask.reply.send(made);
@@ -403,7 +412,9 @@ fn check(config: &ModelConfig, parents: &Parents) -> Result<(), LmError> {
 
 fn shapes(parents: &Parents) -> HashMap<&str, (usize, &[usize])> {
     let tensors = parents.result_tensors().enumerate();
-    tensors.map(|(index, (name, _, shape))| (name, (index, shape))).collect()
+    tensors
+        .map(|(index, (name, _, shape))| (name, (index, shape)))
+        .collect()
 }
 
 /// The tensors of a result that is not there yet.
@@ -437,10 +448,13 @@ impl WeightSource for PointWeights<'_> {
         let Some((index, _)) = self.tensors.0.get(name) else {
             return Err(LmError::missing_tensor(name));
         };
-        let (dtype, _, bytes) = self.point.tensor(*index, self.until).map_err(|e| LmError::Tensor {
-            tensor: name.to_owned(),
-            detail: e.to_string(),
-        })?;
+        let (dtype, _, bytes) = self
+            .point
+            .tensor(*index, self.until)
+            .map_err(|e| LmError::Tensor {
+                tensor: name.to_owned(),
+                detail: e.to_string(),
+            })?;
         *self.pass.lock().unwrap_or_else(PoisonError::into_inner) += start.elapsed();
         let size = cauldron_checkpoint::dtype_size(dtype).unwrap_or(1) as usize;
         let mut values = vec![0f32; bytes.len() / size];

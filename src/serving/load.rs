@@ -12,8 +12,8 @@ use cauldron_merge::Recipe;
 use tracing::warn;
 
 use super::engine::EngineThread;
-use super::memory::{Memory, Need, Reservation};
 use super::family::{Facts, Family};
+use super::memory::{Memory, Need, Reservation};
 use super::served::{Parts, Served};
 use super::slot::{PointInfo, WeightsFrom};
 use super::{LoadRequest, ServingError, ServingLimits};
@@ -198,7 +198,9 @@ fn load_point(
     let reading = bytes + 4 * facts.largest_tensor;
     let mut memory = turn.make_room(place.memory.need_of_point(&facts.config, reading))?;
     go_on(turn)?;
-    let made = family.make(recipe, place.device, place.limits.fixed_shapes, &|| turn.is_wanted());
+    let made = family.make(recipe, place.device, place.limits.fixed_shapes, &|| {
+        turn.is_wanted()
+    });
     let made = made.ok_or(LoadFailure::Unwanted)??;
     memory.correct(made.decoder.weight_bytes() as u64);
     let point = PointInfo {

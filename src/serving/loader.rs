@@ -8,8 +8,8 @@ use cauldron_lm::Arithmetic;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-use super::load::{LoadFailure, Place, Turn, load};
 use super::family::{Family, OpenRecipe, Parentage};
+use super::load::{LoadFailure, Place, Turn, load};
 use super::memory::{Need, Reservation};
 use super::slot::{Former, Held, Loading, Origin, Pinned, Slot, Slots, WeightsFrom};
 use super::{LoadError, LoadRequest, Look, Served, Serving, ServingError};
@@ -122,7 +122,10 @@ impl Serving {
             }
             // The name means another family now.
             WeightsFrom::Family { family, .. }
-                if !slots.families.get(&family.name).is_some_and(|now| Arc::ptr_eq(now, family)) =>
+                if !slots
+                    .families
+                    .get(&family.name)
+                    .is_some_and(|now| Arc::ptr_eq(now, family)) =>
             {
                 return Err(ServingError::Unknown(name.to_string()));
             }

@@ -170,7 +170,11 @@ impl Serving {
         let key: ModelName = family.parse().map_err(|_| unknown())?;
         let family = {
             let slots = self.slots();
-            slots.families.get(slots.resolve(&key)).cloned().ok_or_else(unknown)?
+            slots
+                .families
+                .get(slots.resolve(&key))
+                .cloned()
+                .ok_or_else(unknown)?
         };
         let bad = |detail: String| ServingError::BadPoint {
             family: family.name.to_string(),

@@ -157,7 +157,8 @@ impl Served {
     /// Whether a point has been there for so short that making it was hardly worth it.
     pub(super) fn is_settling(&self) -> bool {
         let dwell = |point: PointInfo| DWELL.max(Duration::from_secs_f64(point.seconds));
-        self.point.is_some_and(|point| self.since.elapsed() < dwell(point))
+        self.point
+            .is_some_and(|point| self.since.elapsed() < dwell(point))
     }
 
     /// Whether its memory comes back once its requests have ended, because no name means it any more.

@@ -78,7 +78,10 @@ pub(super) struct Pinned {
 
 impl Pinned {
     pub(super) fn new(request: LoadRequest, cache: &Cache) -> Self {
-        let pin = request.weights.cached().map(|digest| Arc::new(cache.pin(&digest)));
+        let pin = request
+            .weights
+            .cached()
+            .map(|digest| Arc::new(cache.pin(&digest)));
         Self { request, _pin: pin }
     }
 
@@ -306,7 +309,8 @@ impl Slots {
 
     /// Points that are in memory.
     pub(super) fn live_points(&self) -> usize {
-        let ready = |(name, slot): &(&ModelName, &Slot)| name.is_point() && matches!(slot, Slot::Ready { .. });
+        let ready =
+            |(name, slot): &(&ModelName, &Slot)| name.is_point() && matches!(slot, Slot::Ready { .. });
         self.by_name.iter().filter(ready).count()
     }
 

@@ -15,7 +15,10 @@ fn family(method: &str) -> Value {
 async fn load(app: &TestApp, name: &str, recipe: Value) -> Value {
     let body = json!({"name": name, "source": recipe});
     let answer = app.post("/models", body).await.expect(202);
-    assert_eq!(answer.json()["family"]["recipe"]["method"], recipe_method(&answer.json()));
+    assert_eq!(
+        answer.json()["family"]["recipe"]["method"],
+        recipe_method(&answer.json())
+    );
     let path = format!("/models/{name}");
     let slot = app.eventually(&path, |slot| slot["status"] != "loading").await;
     assert_eq!(slot["status"], "ready", "{slot}");
@@ -32,7 +35,11 @@ fn scoring(model: &str) -> Value {
 
 /// Fingerprint and scores.
 async fn ask(app: &TestApp, model: &str) -> (String, Value) {
-    let answer = app.post("/v1/completions", scoring(model)).await.expect(200).json();
+    let answer = app
+        .post("/v1/completions", scoring(model))
+        .await
+        .expect(200)
+        .json();
     let fingerprint = answer["system_fingerprint"].as_str().unwrap().to_owned();
     (fingerprint, answer["choices"][0]["logprobs"].clone())
 }
@@ -45,12 +52,12 @@ fn recipes() -> Vec<Value> {
     }
     let mut by_tensor = family("ties");
     by_tensor["variant"] = json!("tensor");
-    by_tensor["scaling"] = json!({"filters": {"mlp": 0.5}, "default": 1.0});
+    by_tensor["scaling"] = json!([{"filter": "mlp", "value": 0.5}, {"value": 1.0}]);
     recipes.push(by_tensor);
     for sparsify in [
         json!({"kind": "dare", "drop_rate": 0.4, "seed": 3}),
         json!({"kind": "della", "drop_rate": 0.4, "epsilon": 0.2, "seed": 3}),
-        json!({"kind": "magnitude", "density": 0.6}),
+        json!({"kind": "magnitude", "retain": 0.6}),
     ] {
         let mut recipe = family("task_arithmetic");
         recipe["sparsify"] = sparsify;
@@ -102,6 +109,7 @@ async fn more_than_two_parents_have_a_share_each() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_family_is_listed_with_its_points_and_asked_by_them_only() {
+    cauldron::telemetry::metrics_handle().unwrap();
     let app = TestApp::start().await;
     let slot = load(&app, "mix", family("task_arithmetic")).await;
     assert_eq!(slot["system_fingerprint"], Value::Null);
@@ -109,7 +117,15 @@ async fn a_family_is_listed_with_its_points_and_asked_by_them_only() {
     app.post("/v1/completions", scoring("mix"))
         .await
         .expect_error(400, Some("model"));
-    for bad in ["mix@", "mix@1.5", "mix@-0.5", "mix@nan", "mix@0.2,0.8,0", "mix@1e-3", "mix@0.5@0.5"] {
+    for bad in [
+        "mix@",
+        "mix@1.5",
+        "mix@-0.5",
+        "mix@nan",
+        "mix@0.2,0.8,0",
+        "mix@1e-3",
+        "mix@0.5@0.5",
+    ] {
         app.post("/v1/completions", scoring(bad))
             .await
             .expect_error(400, Some("model"));
@@ -123,13 +139,24 @@ async fn a_family_is_listed_with_its_points_and_asked_by_them_only() {
     let slot = app.get("/models/mix").await.json();
     let points = slot["family"]["points"].as_array().unwrap();
     assert_eq!(points.len(), 1, "{slot}");
-    assert_eq!((&points[0]["name"], &points[0]["status"]), (&json!("mix@0.25"), &json!("ready")));
+    assert_eq!(
+        (&points[0]["name"], &points[0]["status"]),
+        (&json!("mix@0.25"), &json!("ready"))
+    );
     assert!(points[0]["point"]["bytes_per_second"].as_f64().unwrap() > 0.0);
-    assert_eq!(app.get("/models").await.json()["models"].as_array().unwrap().len(), 1);
+    assert_eq!(
+        app.get("/models").await.json()["models"]
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
     let chat = json!({"model": "mix@0.25", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2});
     let chat = app.post("/v1/chat/completions", chat).await.expect(200).json();
     assert_eq!(chat["system_fingerprint"], a.0);
-    app.post("/m/mix@0.25/v1/completions", scoring("")).await.expect(200);
+    app.post("/m/mix@0.25/v1/completions", scoring(""))
+        .await
+        .expect(200);
     // Names of points are made here only.
     app.post("/models", json!({"name": "mix@0.5", "source": "math"}))
         .await
@@ -164,7 +191,11 @@ async fn what_is_no_family_is_refused_by_its_field() {
     refused(|r| r["models"] = json!(["math", "nobody"]), "source.models[1]").await;
     refused(|r| r["method"] = json!("karcher"), "source.mixup").await;
     refused(|r| r["methods"] = json!("ties"), "source.methods").await;
-    refused(|r| r["models"][0] = json!({"model": "math", "weight": 2.0}), "source.models[0].weight").await;
+    refused(
+        |r| r["models"][0] = json!({"model": "math", "weight": 2.0}),
+        "source.models[0].weight",
+    )
+    .await;
 }
 
 /// Room for two points: all are answered with their own weights, whatever the order.
@@ -205,7 +236,10 @@ async fn no_more_points_are_in_memory_than_may_be() {
     }
     let slot = app.get("/models/mix").await.json();
     let points = slot["family"]["points"].as_array().unwrap();
-    let names: Vec<&str> = points.iter().map(|point| point["name"].as_str().unwrap()).collect();
+    let names: Vec<&str> = points
+        .iter()
+        .map(|point| point["name"].as_str().unwrap())
+        .collect();
     assert_eq!(names, ["mix@0.3", "mix@0.4"]);
 }
 
@@ -220,16 +254,25 @@ async fn a_point_is_saved_as_the_checkpoint_that_it_is() {
         .json();
     assert_eq!(made["model"], "mix@0.35");
     let job = app.finished(made["merge"]["id"].as_str().unwrap()).await;
-    assert_eq!((&job["status"], &job["digest"]), (&json!("succeeded"), &made["system_fingerprint"]));
+    assert_eq!(
+        (&job["status"], &job["digest"]),
+        (&json!("succeeded"), &made["system_fingerprint"])
+    );
     assert_eq!(ask(&app, "mix@0.35").await.0, job["digest"]);
     let point = |body: Value| app.post("/models/mix/point", body);
     point(json!({})).await.expect_problem(422, Some("lambda"));
-    point(json!({"lambda": 2})).await.expect_problem(422, Some("lambda"));
+    point(json!({"lambda": 2}))
+        .await
+        .expect_problem(422, Some("lambda"));
     point(json!({"lambda": 0.5, "shares": [0.5, 0.5]}))
         .await
         .expect_problem(422, Some("shares"));
-    point(json!({"lambda": 0.5, "save": 1})).await.expect_problem(422, Some("save"));
-    point(json!({"lambda": 0.5, "store": true})).await.expect_problem(422, Some("store"));
+    point(json!({"lambda": 0.5, "save": 1}))
+        .await
+        .expect_problem(422, Some("save"));
+    point(json!({"lambda": 0.5, "store": true}))
+        .await
+        .expect_problem(422, Some("store"));
     app.post("/models/nobody/point", json!({"lambda": 0.5}))
         .await
         .expect_problem(404, None);
@@ -256,12 +299,16 @@ async fn a_family_and_a_model_replace_each_other() {
     app.load("x", "math").await;
     let math = ask(&app, "x").await;
     load(&app, "x", family("task_arithmetic")).await;
-    app.post("/v1/completions", scoring("x")).await.expect_error(400, Some("model"));
+    app.post("/v1/completions", scoring("x"))
+        .await
+        .expect_error(400, Some("model"));
     let (_, scores) = ask(&app, "x@1").await;
     assert_ne!(scores, Value::Null);
     app.load("x", "math").await;
     assert_eq!(ask(&app, "x").await, math);
-    app.post("/v1/completions", scoring("x@1")).await.expect_error(404, Some("model"));
+    app.post("/v1/completions", scoring("x@1"))
+        .await
+        .expect_error(404, Some("model"));
     let body = json!({"name": "y", "source": family("ties"), "aliases": ["z"]});
     app.post("/models", body).await.expect(202);
     let (fingerprint, _) = ask(&app, "z@0.5").await;

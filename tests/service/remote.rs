@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::common::{Shape, write_model};
 use crate::common::postgres::Postgres;
 use crate::common::program::{Program, write_large_model};
 use crate::common::s3::S3;
+use crate::common::{Shape, write_model};
 use crate::common::{invariants, names_in};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -44,7 +44,10 @@ impl Node {
 
     fn start_with(&self, environment: &[(&str, &str)]) -> Program {
         let more: Vec<&str> = self.more.iter().map(String::as_str).collect();
-        let own = self.environment.iter().map(|(name, value)| (*name, value.as_str()));
+        let own = self
+            .environment
+            .iter()
+            .map(|(name, value)| (*name, value.as_str()));
         let all: Vec<(&str, &str)> = own.chain(environment.iter().copied()).collect();
         Program::start_on(&self.data, &self.models, &more, &all)
     }
@@ -98,7 +101,9 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
 /// Waits until the whole entry is in the bucket.
 fn sent(s3: &S3, digest: &str) {
     until("an entry in the bucket", || {
-        s3.names(&key(digest, "")).iter().any(|name| name == "manifest.json")
+        s3.names(&key(digest, ""))
+            .iter()
+            .any(|name| name == "manifest.json")
     });
 }
 
@@ -128,22 +133,33 @@ fn ask(program: &Program, method: &str, path: &str, body: &str) -> (u16, Value) 
 fn what_one_node_merged_another_serves() {
     let Some(s3) = S3::start_new() else { return };
     let dir = small_models();
-    let (one, two) = (Node::new(dir.path(), "one", &s3), Node::new(dir.path(), "two", &s3));
+    let (one, two) = (
+        Node::new(dir.path(), "one", &s3),
+        Node::new(dir.path(), "two", &s3),
+    );
     let (a, b) = (one.start(), two.start());
     let digest = digest_of(&merged(&a, &average(0.3)));
     sent(&s3, &digest);
     // Its manifest can be read without its bytes.
-    assert_eq!(b.json("GET", &format!("/checkpoints/{digest}"), "")["digest"], digest);
+    assert_eq!(
+        b.json("GET", &format!("/checkpoints/{digest}"), "")["digest"],
+        digest
+    );
     assert!(!here(&two, &digest));
     // Served there, and the first one's bytes.
     let load = json!({"name": "m", "source": format!("checkpoint:{digest}")}).to_string();
     let (status, answer) = ask(&b, "POST", "/models", &load);
     assert_eq!(status, 202, "{answer}");
     until("a model", || b.json("GET", "/models/m", "")["status"] == "ready");
-    let completion = b.json("POST", "/v1/completions", r#"{"model": "m", "prompt": "hello", "max_tokens": 3}"#);
+    let completion = b.json(
+        "POST",
+        "/v1/completions",
+        r#"{"model": "m", "prompt": "hello", "max_tokens": 3}"#,
+    );
     assert_eq!(completion["system_fingerprint"], digest, "{completion}");
     for name in names_in(&one.data.join("checkpoints").join(&digest)) {
-        let [x, y] = [&one, &two].map(|node| std::fs::read(node.data.join("checkpoints").join(&digest).join(&name)).unwrap());
+        let [x, y] = [&one, &two]
+            .map(|node| std::fs::read(node.data.join("checkpoints").join(&digest).join(&name)).unwrap());
         assert!(x == y, "{name} differs");
         assert!(s3.read(&key(&digest, &name)) == x, "{name} differs in the bucket");
     }
@@ -161,11 +177,19 @@ fn what_one_node_merged_another_serves() {
     let one_entry = metric(&b, "cauldron_remote_bytes_total{direction=\"sent\"}") - before;
     assert!(one_entry > 0.0);
     assert_eq!(digest_of(&merged(&a, &average(0.8))), again);
-    until("the queue of entries", || metric(&a, "cauldron_remote_waiting") == 0.0);
+    until("the queue of entries", || {
+        metric(&a, "cauldron_remote_waiting") == 0.0
+    });
     // Gone from here and from the bucket.
     let path = format!("/checkpoints/{again}");
-    assert_eq!(b.ask("DELETE", &format!("{path}?remote=maybe"), "").unwrap().0, 422);
-    assert_eq!(b.ask("DELETE", &format!("{path}?remote=true"), "").unwrap().0, 204);
+    assert_eq!(
+        b.ask("DELETE", &format!("{path}?remote=maybe"), "").unwrap().0,
+        422
+    );
+    assert_eq!(
+        b.ask("DELETE", &format!("{path}?remote=true"), "").unwrap().0,
+        204
+    );
     assert_eq!(b.ask("GET", &path, "").unwrap().0, 404);
     assert!(s3.names(&key(&again, "")).is_empty());
     assert_eq!(a.ask("GET", &path, "").unwrap().0, 200);
@@ -178,9 +202,13 @@ fn nodes_of_one_queue_share_results() {
         return;
     };
     let dir = small_models();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     let url = runtime.block_on(server.database());
-    let [one, two] = ["one", "two"].map(|name| Node::new(dir.path(), name, &s3).with(&["--database-url", &url]));
+    let [one, two] =
+        ["one", "two"].map(|name| Node::new(dir.path(), name, &s3).with(&["--database-url", &url]));
     let a = one.start();
     let job = merged(&a, &average(0.3));
     let digest = digest_of(&job);
@@ -203,7 +231,10 @@ fn nodes_of_one_queue_share_results() {
 fn a_fetch_goes_on_where_it_was() {
     let Some(s3) = S3::start_new() else { return };
     let dir = large_models();
-    let (one, two) = (Node::new(dir.path(), "one", &s3), Node::new(dir.path(), "two", &s3));
+    let (one, two) = (
+        Node::new(dir.path(), "one", &s3),
+        Node::new(dir.path(), "two", &s3),
+    );
     let a = one.start();
     let digest = digest_of(&merged(&a, &average(0.3)));
     sent(&s3, &digest);
@@ -213,7 +244,12 @@ fn a_fetch_goes_on_where_it_was() {
     drop(b);
     let b = two.start();
     assert_eq!(ask(&b, "GET", &path, "").1["model_type"], "llama");
-    let size = b.json("GET", &format!("/checkpoints/{digest}"), "")["files"].as_array().unwrap().iter().map(|file| file["size"].as_f64().unwrap()).sum::<f64>();
+    let size = b.json("GET", &format!("/checkpoints/{digest}"), "")["files"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|file| file["size"].as_f64().unwrap())
+        .sum::<f64>();
     let fetched = metric(&b, "cauldron_remote_bytes_total{direction=\"fetched\"}");
     assert!(fetched > 0.0 && fetched < 0.8 * size, "{fetched} of {size}");
     invariants::check(b, &two.data, &BTreeSet::new(), |_| false);
@@ -223,7 +259,10 @@ fn a_fetch_goes_on_where_it_was() {
 fn damage_in_the_bucket_is_found_and_mended() {
     let Some(s3) = S3::start_new() else { return };
     let dir = small_models();
-    let (one, two) = (Node::new(dir.path(), "one", &s3), Node::new(dir.path(), "two", &s3));
+    let (one, two) = (
+        Node::new(dir.path(), "one", &s3),
+        Node::new(dir.path(), "two", &s3),
+    );
     let (a, b) = (one.start(), two.start());
     let other = digest_of(&merged(&a, &average(0.9)));
     sent(&s3, &other);
@@ -253,12 +292,18 @@ fn damage_in_the_bucket_is_found_and_mended() {
             s3.write(&key, bytes[..bytes.len() / 2].to_vec());
         }),
         ("another's manifest", |s3, digest, other| {
-            s3.write(&key(digest, "manifest.json"), s3.read(&key(other, "manifest.json")));
+            s3.write(
+                &key(digest, "manifest.json"),
+                s3.read(&key(other, "manifest.json")),
+            );
         }),
         ("a manifest that leads elsewhere", |s3, digest, _| {
             let key = key(digest, "manifest.json");
             let text = String::from_utf8(s3.read(&key)).unwrap();
-            s3.write(&key, text.replace("tokenizer.json", "../escaped.json").into_bytes());
+            s3.write(
+                &key,
+                text.replace("tokenizer.json", "../escaped.json").into_bytes(),
+            );
         }),
     ];
     for (index, (kind, damage)) in kinds.into_iter().enumerate() {
@@ -269,16 +314,26 @@ fn damage_in_the_bucket_is_found_and_mended() {
         damage(&s3, &digest, &other);
         let load = json!({"name": "m", "source": format!("checkpoint:{digest}")}).to_string();
         let (status, answer) = ask(&b, "POST", "/models", &load);
-        assert_eq!((status, &answer["type"]), (422, &json!("unknown-model")), "{kind}: {answer}");
+        assert_eq!(
+            (status, &answer["type"]),
+            (422, &json!("unknown-model")),
+            "{kind}: {answer}"
+        );
         assert!(!here(&two, &digest), "{kind}");
-        assert!(!s3.names(&key(&digest, "")).contains(&"manifest.json".to_owned()), "{kind}");
+        assert!(
+            !s3.names(&key(&digest, "")).contains(&"manifest.json".to_owned()),
+            "{kind}"
+        );
         // Made again, it is whole for all.
         assert_eq!(digest_of(&merged(&b, &recipe)), digest, "{kind}");
         sent(&s3, &digest);
         assert!(s3.read(&key(&digest, "manifest.json")) == whole, "{kind}");
         for name in names_in(&two.data.join("checkpoints").join(&digest)) {
             let file = two.data.join("checkpoints").join(&digest).join(&name);
-            assert!(s3.read(&key(&digest, &name)) == std::fs::read(file).unwrap(), "{kind}: {name}");
+            assert!(
+                s3.read(&key(&digest, &name)) == std::fs::read(file).unwrap(),
+                "{kind}: {name}"
+            );
         }
     }
     assert!(!two.data.join("escaped.json").exists() && !two.data.join("tmp/escaped.json").exists());
@@ -297,11 +352,18 @@ fn without_its_bucket_a_node_goes_on() {
     // What only the bucket could tell is not known now.
     let nowhere = "0".repeat(64);
     let (status, answer) = a.ask("GET", &format!("/checkpoints/{nowhere}"), "").unwrap();
-    assert_eq!((status, &answer["type"]), (503, &json!("remote-cache-unavailable")), "{answer}");
+    assert_eq!(
+        (status, &answer["type"]),
+        (503, &json!("remote-cache-unavailable")),
+        "{answer}"
+    );
     until("an error", || metric(&a, "cauldron_remote_errors_total") > 0.0);
     s3.start();
     sent(&s3, &digest);
-    assert_eq!(a.ask("GET", &format!("/checkpoints/{nowhere}"), "").unwrap().0, 404);
+    assert_eq!(
+        a.ask("GET", &format!("/checkpoints/{nowhere}"), "").unwrap().0,
+        404
+    );
     // Entries from before the bucket was there are sent too.
     drop(a);
     s3.delete(&key(&digest, "manifest.json"));
@@ -331,7 +393,13 @@ fn what_is_fetched_keeps_to_the_budget() {
     // One that never fits is not fetched.
     let three = Node::new(dir.path(), "three", &s3).with(&["--cache-budget", &(size / 2).to_string()]);
     let c = three.start();
-    let (status, answer) = c.ask("GET", &format!("/checkpoints/{}/files/config.json", digests[0]), "").unwrap();
+    let (status, answer) = c
+        .ask(
+            "GET",
+            &format!("/checkpoints/{}/files/config.json", digests[0]),
+            "",
+        )
+        .unwrap();
     assert_eq!(status, 503, "{answer}");
     assert!(!here(&three, &digests[0]));
 }
@@ -346,5 +414,8 @@ fn a_remote_cache_must_be_a_bucket() {
         .unwrap();
     assert!(!output.status.success());
     let text = String::from_utf8_lossy(&output.stderr);
-    assert!(text.contains("--cache-remote") && text.contains("s3://"), "{text}");
+    assert!(
+        text.contains("--cache-remote") && text.contains("s3://"),
+        "{text}"
+    );
 }

@@ -51,8 +51,7 @@ impl TextTokenizer {
         read: &dyn Fn(&str) -> Result<Option<Vec<u8>>, LmError>,
         vocab_rows: usize,
     ) -> Result<Self, LmError> {
-        let bytes =
-            read("tokenizer.json")?.ok_or_else(|| LmError::tokenizer("tokenizer.json is missing"))?;
+        let bytes = read("tokenizer.json")?.ok_or_else(|| LmError::tokenizer("tokenizer.json is missing"))?;
         let config = read_object(read, "tokenizer_config.json")?;
         let map = read_object(read, "special_tokens_map.json")?;
         let generation = read_object(read, "generation_config.json")?;

@@ -82,7 +82,9 @@ pub struct Summary {
 impl Manifest {
     /// Bytes of all files it lists.
     pub fn total_bytes(&self) -> u64 {
-        self.files.iter().fold(0, |sum, file| sum.saturating_add(file.size))
+        self.files
+            .iter()
+            .fold(0, |sum, file| sum.saturating_add(file.size))
     }
 }
 

@@ -5,8 +5,16 @@ use sqlx::migrate::{Migration, MigrationType, Migrator};
 
 pub fn sqlite() -> Migrator {
     migrator([
-        (1, "jobs", include_str!("../../../migrations/sqlite/0001_jobs.sql")),
-        (2, "results", include_str!("../../../migrations/sqlite/0002_results.sql")),
+        (
+            1,
+            "jobs",
+            include_str!("../../../migrations/sqlite/0001_jobs.sql"),
+        ),
+        (
+            2,
+            "results",
+            include_str!("../../../migrations/sqlite/0002_results.sql"),
+        ),
         (
             3,
             "operations",
@@ -16,7 +24,11 @@ pub fn sqlite() -> Migrator {
 }
 
 pub fn postgres() -> Migrator {
-    migrator([(1, "jobs", include_str!("../../../migrations/postgres/0001_jobs.sql"))])
+    migrator([(
+        1,
+        "jobs",
+        include_str!("../../../migrations/postgres/0001_jobs.sql"),
+    )])
 }
 
 fn migrator<const N: usize>(steps: [(i64, &'static str, &'static str); N]) -> Migrator {

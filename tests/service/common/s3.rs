@@ -98,7 +98,9 @@ impl S3 {
     /// Names of the objects below a folder.
     pub fn names(&self, folder: &str) -> Vec<String> {
         let folder = Path::from(folder);
-        let listed = self.runtime.block_on(self.bucket.list(Some(&folder)).try_collect::<Vec<_>>());
+        let listed = self
+            .runtime
+            .block_on(self.bucket.list(Some(&folder)).try_collect::<Vec<_>>());
         listed
             .unwrap()
             .into_iter()
@@ -108,7 +110,16 @@ impl S3 {
 
     pub fn read(&self, key: &str) -> Vec<u8> {
         let key = Path::from(key);
-        self.runtime.block_on(async { self.bucket.get(&key).await.unwrap().bytes().await.unwrap().to_vec() })
+        self.runtime.block_on(async {
+            self.bucket
+                .get(&key)
+                .await
+                .unwrap()
+                .bytes()
+                .await
+                .unwrap()
+                .to_vec()
+        })
     }
 
     pub fn write(&self, key: &str, bytes: Vec<u8>) {
@@ -118,7 +129,9 @@ impl S3 {
     }
 
     pub fn delete(&self, key: &str) {
-        self.runtime.block_on(self.bucket.delete(&Path::from(key))).unwrap();
+        self.runtime
+            .block_on(self.bucket.delete(&Path::from(key)))
+            .unwrap();
     }
 }
 
