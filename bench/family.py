@@ -50,7 +50,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
     started, found, samples = time.time(), {}, []
-    service = Service("--max-points", "2", names=())
+    service = Service("--max-points", "6", names=())
     for name, recipe in RECIPES.items():
         service.ask("POST", "/models", {"name": name, "source": recipe})
         while (slot := service.ask("GET", f"/models/{name}"))["status"] == "loading":

@@ -15,6 +15,7 @@ use tracing::{error, info, warn};
 
 use crate::cache::{Cache, KnownContents, Limits, Remote, sync_folder};
 use crate::config::{ApiKeys, Config, ModelName};
+use crate::eval::Evals;
 use crate::jobs::{DISK_RESERVE, Intake, Job, JobStore, Keeper, PostgresJobs, Runner, SqliteJobs, Worker};
 use crate::serving::{
     self, LoadRequest, Parentage, Served, Serving, ServingError, ServingLimits, WeightsFrom, check_model,
@@ -42,6 +43,7 @@ pub struct App {
     pub intake: Intake,
     pub worker: Arc<Worker>,
     pub serving: Arc<Serving>,
+    pub evals: Arc<Evals>,
     /// Cancelled once the service begins to drain.
     pub shutdown: CancellationToken,
     _lock: File,
@@ -68,6 +70,7 @@ impl App {
         if recovered > 0 {
             info!(jobs = recovered, "jobs of the last run are back in the queue");
         }
+        let shutdown = CancellationToken::new();
         let mut cache = Cache::open(&data_dir).context("opening the cache in --data-dir")?;
         if let Some(url) = &config.storage.cache_remote {
             let limits = Limits {
@@ -75,7 +78,7 @@ impl App {
                 budget: config.storage.cache_budget,
             };
             let remote = Remote::open(url).context("--cache-remote")?;
-            cache = cache.shared_through(remote, limits, Handle::current())?;
+            cache = cache.shared_through(remote, limits, Handle::current(), shutdown.clone())?;
         }
         let models_dir = config.storage.models_dir.clone();
         let sources = Arc::new(ModelSources::new(
@@ -147,7 +150,8 @@ impl App {
             intake,
             worker,
             serving,
-            shutdown: CancellationToken::new(),
+            evals: Arc::new(Evals::open(&data_dir).context("opening the evaluations in --data-dir")?),
+            shutdown,
             _lock: lock,
         }))
     }
@@ -208,7 +212,7 @@ impl App {
     /// its name is asked for.
     pub async fn model(&self, name: &str) -> Result<Arc<Served>, ServingError> {
         if let Some((family, shares)) = ModelName::split_point(name) {
-            return self.serving.point(family, shares).await;
+            return self.serving.point_named(family, shares).await;
         }
         match self.serving.get(name).await {
             Err(ServingError::Unknown(_)) if self.config.engine.load_on_first_use => {}

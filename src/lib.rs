@@ -11,6 +11,7 @@ pub mod app;
 pub mod cache;
 pub mod cli;
 pub mod config;
+pub mod eval;
 mod failpoint;
 pub mod jobs;
 pub mod server;

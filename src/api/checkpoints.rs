@@ -151,16 +151,22 @@ async fn delete_checkpoint(
         Some("true") => true,
         Some(_) => return Err(bad_query("remote", "must be true or false")),
     };
-    let in_remote = remote && app.cache.remote_manifest(&digest).await?.is_some();
     let (keeper, alone) = (app.keeper.clone(), app.cache.evicting().await);
     match blocking(move || keeper.delete(&digest, &alone)).await? {
-        Err(KeeperError::Cache(CacheError::Unknown)) if in_remote => {}
-        deleted => deleted?,
+        Err(KeeperError::Cache(CacheError::Unknown)) if remote => {
+            match app.cache.delete_remote(&digest).await? {
+                true => Ok(StatusCode::NO_CONTENT),
+                false => Err(unknown()),
+            }
+        }
+        deleted => {
+            deleted?;
+            if remote {
+                app.cache.delete_remote(&digest).await?;
+            }
+            Ok(StatusCode::NO_CONTENT)
+        }
     }
-    if remote {
-        app.cache.delete_remote(&digest).await?;
-    }
-    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Keep a merged checkpoint
@@ -267,11 +273,7 @@ async fn download_file(
     let Path((digest, name)) = path.map_err(|_| unknown())?;
     let digest = Digest::from_segment(&digest).ok_or_else(unknown)?;
     let cache = app.cache.clone();
-    let entry = blocking(move || {
-        cache.lookup_or_fetch(&digest)?;
-        cache.verify(&digest)
-    });
-    let entry = entry.await??;
+    let entry = blocking(move || cache.verify_or_fetch_soon(&digest)).await??;
     let (manifest, pin) = entry.ok_or_else(unknown)?;
     // Names come from the manifest: what a client sends is only compared.
     let entry = manifest.files.iter().find(|file| file.name == name);

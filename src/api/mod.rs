@@ -3,6 +3,7 @@
 
 mod checkpoints;
 mod docs;
+mod evals;
 mod extract;
 mod guard;
 mod health;

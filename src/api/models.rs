@@ -284,10 +284,7 @@ async fn make_point(
 ) -> Result<Json<MadePoint>, Problem> {
     let (shares, save) = parse_point(&body)?;
     let family = app.serving.family(&name).ok_or_else(|| unknown(&name))?;
-    let served = app
-        .serving
-        .point(family.name.as_str(), &shares.to_string())
-        .await?;
+    let served = app.serving.point(family.clone(), &shares).await?;
     let merge = match save {
         false => None,
         true => {
@@ -328,8 +325,11 @@ fn parse_point(body: &[u8]) -> Result<(Shares, bool), Problem> {
         }
         (None, Some(Value::Array(shares))) => {
             let numbers: Option<Vec<f64>> = shares.iter().map(Value::as_f64).collect();
-            let numbers = numbers.filter(|shares| shares.iter().all(|share| (0.0..=1.0).contains(share)));
-            Shares::each(numbers.ok_or_else(|| bad("shares", "must be numbers from 0 to 1"))?)
+            let numbers = numbers
+                .filter(|shares| shares.len() > 1 && shares.iter().all(|share| (0.0..=1.0).contains(share)));
+            Shares::each(
+                numbers.ok_or_else(|| bad("shares", "must be numbers from 0 to 1, one for each model"))?,
+            )
         }
         (None, Some(_)) => return Err(bad("shares", "must be a list of numbers")),
         (Some(_), Some(_)) => return Err(bad("shares", "give lambda or shares, not both")),

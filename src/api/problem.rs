@@ -150,13 +150,8 @@ impl From<CacheError> for Problem {
             CacheError::Pinned => Self::conflict("checkpoint-pinned", error.to_string()),
             CacheError::Coming { .. } => Self::unavailable("checkpoint-coming", error.to_string()),
             CacheError::NoRemote => Self::unprocessable("no-remote-cache", "remote", error.to_string()),
-            CacheError::Remote(cause) => {
-                error!(cause, "the remote cache failed");
-                Self::unavailable(
-                    "remote-cache-unavailable",
-                    "the remote cache does not answer; try again",
-                )
-            }
+            CacheError::Remote => Self::unavailable("remote-cache-unavailable", error.to_string()),
+            CacheError::NoRoom(detail) => insufficient_storage(detail),
             CacheError::Cancelled => Self::unavailable("cache-unavailable", "cancelled; try again"),
             CacheError::Io(cause) => {
                 error!(cause = %cause, "the cache failed");

@@ -86,9 +86,12 @@ pub enum CacheError {
     Cancelled,
     #[error("the checkpoint is being fetched from the remote cache: {done} of {total} bytes are here")]
     Coming { done: u64, total: u64 },
-    /// The remote cache did not give what it may have.
+    /// It did not give what it may have; the log says why.
+    #[error("the remote cache does not answer")]
+    Remote,
+    /// For what the remote cache has.
     #[error("{0}")]
-    Remote(String),
+    NoRoom(String),
     #[error("there is no remote cache (--cache-remote)")]
     NoRemote,
 }
@@ -99,12 +102,6 @@ pub struct Pin {
     digest: Digest,
     dir: PathBuf,
     pins: Pins,
-}
-
-impl Pin {
-    fn dir(&self) -> &Path {
-        &self.dir
-    }
 }
 
 impl Drop for Pin {
@@ -154,6 +151,10 @@ impl Draft {
     /// Leaves what is there to the next try, in this process or another one.
     pub fn keep(mut self) {
         self.kept = true;
+    }
+
+    fn discard(mut self) {
+        self.kept = false;
     }
 }
 
@@ -451,7 +452,7 @@ impl Cache {
         })
     }
 
-    /// A folder for an entry that comes from the remote cache, with what an earlier try left.
+    /// A folder for an entry that comes from the remote cache, with what an earlier try left. It is kept unless it is discarded.
     fn receiving(&self, digest: &Digest) -> io::Result<Draft> {
         let dir = self.temp.join(format!("{INCOMING}{digest}"));
         let mut drafting = locked(&self.drafting);
@@ -459,7 +460,7 @@ impl Cache {
         drafting.insert(dir.clone());
         Ok(Draft {
             dir,
-            kept: false,
+            kept: true,
             drafting: self.drafting.clone(),
         })
     }
@@ -494,6 +495,18 @@ impl Cache {
     /// Moves a complete, synced draft to its place. A whole entry that is there already stays; a damaged one gives
     /// way at once, whoever uses it: the bytes that belong there are these.
     pub fn publish(&self, draft: Draft, digest: &Digest) -> Result<(), CacheError> {
+        self.publish_here(draft, digest)?;
+        // What an earlier fetch left of it is of no use now.
+        let incoming = self.temp.join(format!("{INCOMING}{digest}"));
+        if !locked(&self.drafting).contains(&incoming) {
+            remove_draft(&incoming);
+        }
+        self.send_soon(digest);
+        Ok(())
+    }
+
+    fn publish_here(&self, mut draft: Draft, digest: &Digest) -> Result<(), CacheError> {
+        draft.kept = false;
         let to = self.path(digest);
         failpoint::reach("publish");
         disk::touch(draft.dir());
@@ -510,7 +523,6 @@ impl Cache {
         failpoint::reach("published");
         sync_folder(&self.root)?;
         failpoint::reach("publish-synced");
-        self.send_soon(digest);
         Ok(())
     }
 

@@ -1,5 +1,5 @@
-//! Merged checkpoints in a bucket of S3-compatible storage: `<prefix>/<digest>/<file>`, the manifest last. What is there
-//! is believed only as far as its bytes have the digests of its manifest.
+//! Merged checkpoints in a bucket of S3-compatible storage: `<prefix>/<digest>/manifest.json`, put there last, and the files
+//! that it is of in a folder beside it. What is there is believed only as far as its bytes have the digests of its manifest.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use cauldron_checkpoint::{Digest, FileEntry};
-use cauldron_merge::{MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, parse_manifest};
-use futures_util::stream::{self, StreamExt, TryStreamExt};
+use cauldron_merge::{MANIFEST_FILE, MANIFEST_FORMAT, Manifest, parse_manifest};
+use futures_util::stream::{self, Stream, StreamExt, TryStreamExt};
 use object_store::aws::AmazonS3Builder;
 use object_store::{
     Attribute, Attributes, ClientOptions, GetOptions, ObjectStore, ObjectStoreExt, PutMode,
@@ -27,6 +27,10 @@ use crate::telemetry;
 /// Bytes of one request to store or to fetch a part, and requests at the same time.
 const PART: usize = 16 << 20;
 const PARTS_AT_ONCE: usize = 4;
+/// Larger manifests are not read.
+const MAX_REMOTE_MANIFEST: u64 = 32 << 20;
+/// How often a fetch looks whether it is still wanted.
+const LOOK: Duration = Duration::from_millis(200);
 /// Metadata of each object: what its bytes must be.
 const BLAKE3: &str = "blake3";
 
@@ -55,8 +59,26 @@ pub enum RemoteError {
     DamagedHere(String),
     #[error("the checkpoint needs {needed} bytes and there is room for {room}")]
     NoRoom { needed: u64, room: u64 },
+    #[error("its manifest has the format {0}, which this version does not know")]
+    Unsupported(u32),
+    #[error("another node changes the same entry of the remote cache")]
+    Contended,
     #[error("stopped")]
     Stopped,
+}
+
+/// An entry that is there.
+#[derive(Debug)]
+pub struct Found {
+    pub manifest: Manifest,
+    bytes: Bytes,
+    folder: Key,
+}
+
+/// What must be known of a manifest before the rest of it.
+#[derive(serde::Deserialize)]
+struct Head {
+    format: u32,
 }
 
 impl Remote {
@@ -73,10 +95,12 @@ impl Remote {
         let options = ClientOptions::new()
             .with_allow_http(http)
             .with_connect_timeout(Duration::from_secs(5))
-            .with_timeout(Duration::from_secs(60));
+            // A slow link may take its time, as long as something comes.
+            .with_timeout(Duration::from_secs(600))
+            .with_read_timeout(Duration::from_secs(30));
         let retries = RetryConfig {
             max_retries: 3,
-            retry_timeout: Duration::from_secs(60),
+            retry_timeout: Duration::from_secs(900),
             ..RetryConfig::default()
         };
         let store = AmazonS3Builder::from_env()
@@ -94,13 +118,14 @@ impl Remote {
         self.prefix.clone().join(digest.to_string())
     }
 
-    fn key(&self, digest: &Digest, name: &str) -> Key {
-        self.folder(digest).join(name)
+    fn manifest_key(&self, digest: &Digest) -> Key {
+        self.folder(digest).join(MANIFEST_FILE)
     }
 
-    /// The manifest of a whole entry; None if there is none.
-    pub async fn manifest(&self, digest: &Digest) -> Result<Option<(Manifest, Bytes)>, RemoteError> {
-        let got = match self.store.get(&self.key(digest, MANIFEST_FILE)).await {
+    /// The whole entry of a digest; None if there is none. A manifest that cannot be read is [`RemoteError::Damaged`], one of
+    /// another version of this program [`RemoteError::Unsupported`].
+    pub async fn find(&self, digest: &Digest) -> Result<Option<Found>, RemoteError> {
+        let got = match self.store.get(&self.manifest_key(digest)).await {
             Err(object_store::Error::NotFound { .. }) => return Ok(None),
             got => got?,
         };
@@ -109,62 +134,81 @@ impl Remote {
             file: MANIFEST_FILE.to_owned(),
             detail,
         };
-        if got.meta.size > MAX_MANIFEST_BYTES {
-            return Err(damaged(format!("{} bytes", got.meta.size)));
+        if got.meta.size > MAX_REMOTE_MANIFEST {
+            return Err(damaged(format!("has {} bytes", got.meta.size)));
         }
         let bytes = got.bytes().await?;
-        let manifest = parse_manifest(&bytes).map_err(|e| damaged(e.to_string()))?;
-        match manifest.digest == *digest {
-            true => Ok(Some((manifest, bytes))),
-            false => Err(damaged("it names another digest".to_owned())),
+        let head: Head = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+        if head.format != MANIFEST_FORMAT {
+            return Err(RemoteError::Unsupported(head.format));
         }
+        let manifest = parse_manifest(&bytes).map_err(|e| damaged(e.to_string()))?;
+        if manifest.digest != *digest {
+            return Err(damaged("it names another digest".to_owned()));
+        }
+        Ok(Some(Found {
+            folder: self.folder(digest).join(folder_of(&bytes)),
+            manifest,
+            bytes,
+        }))
     }
 
-    /// Stores the entry in `dir`. Files that are there are not sent again; the manifest comes last, if none is there.
+    /// Stores the entry in `dir`, unless a whole one is there. Files that are there are not sent again; the manifest comes
+    /// last. Whether it was stored.
     pub async fn store(
         &self,
         dir: &Path,
         manifest: &Manifest,
         stop: &CancellationToken,
-    ) -> Result<(), RemoteError> {
+    ) -> Result<bool, RemoteError> {
+        let mode = match self.find(&manifest.digest).await {
+            Ok(Some(_)) => return Ok(false),
+            Ok(None) => PutMode::Create,
+            // Nobody can read it: this one takes its place.
+            Err(RemoteError::Damaged { .. }) => PutMode::Overwrite,
+            Err(e) => return Err(e),
+        };
+        let bytes = Bytes::from(tokio::fs::read(dir.join(MANIFEST_FILE)).await?);
+        // Two nodes may have other names for the same parents, or other sizes of shards: their files do not mix.
+        let folder = self.folder(&manifest.digest).join(folder_of(&bytes));
         for entry in &manifest.files {
-            if !self.has(&manifest.digest, entry).await? {
-                self.store_file(dir, &manifest.digest, entry, stop).await?;
+            let key = folder.clone().join(&*entry.name);
+            if !self.has(&key, entry).await? {
+                self.store_file(dir, &key, entry, stop).await?;
             }
         }
-        let bytes = tokio::fs::read(dir.join(MANIFEST_FILE)).await?;
-        let create = PutOptions {
-            mode: PutMode::Create,
+        let copy = PutOptions {
+            mode,
             ..PutOptions::default()
         };
-        let key = self.key(&manifest.digest, MANIFEST_FILE);
-        match self.store.put_opts(&key, bytes.into(), create).await {
-            // Another node was quicker: its bytes are those of the same digest.
-            Ok(_)
-            | Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
-                Ok(())
+        let key = self.manifest_key(&manifest.digest);
+        match self.store.put_opts(&key, bytes.into(), copy).await {
+            Ok(_) => Ok(true),
+            // Another node was quicker, or something is being deleted there.
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                match self.find(&manifest.digest).await? {
+                    Some(found) if found.folder == folder => Ok(true),
+                    Some(_) => self.remove_all(&folder).await.map(|_| false),
+                    None => Err(RemoteError::Contended),
+                }
             }
             Err(e) => Err(e.into()),
         }
     }
 
     /// Whether a file is there, as far as its size and what was noted of it tell.
-    async fn has(&self, digest: &Digest, entry: &FileEntry) -> Result<bool, RemoteError> {
-        let found = self.look(digest, entry).await?;
+    async fn has(&self, key: &Key, entry: &FileEntry) -> Result<bool, RemoteError> {
+        let found = self.look(key).await?;
         Ok(found.is_some_and(|(size, noted)| size == entry.size && noted == Some(entry.blake3)))
     }
 
     /// Size of a file's object, and the digest that was noted with it.
-    async fn look(
-        &self,
-        digest: &Digest,
-        entry: &FileEntry,
-    ) -> Result<Option<(u64, Option<Digest>)>, RemoteError> {
+    async fn look(&self, key: &Key) -> Result<Option<(u64, Option<Digest>)>, RemoteError> {
         let head = GetOptions {
             head: true,
             ..GetOptions::default()
         };
-        match self.store.get_opts(&self.key(digest, &entry.name), head).await {
+        match self.store.get_opts(key, head).await {
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(e) => Err(e.into()),
             Ok(found) => {
@@ -181,11 +225,10 @@ impl Remote {
     async fn store_file(
         &self,
         dir: &Path,
-        digest: &Digest,
+        key: &Key,
         entry: &FileEntry,
         stop: &CancellationToken,
     ) -> Result<(), RemoteError> {
-        let key = self.key(digest, &entry.name);
         let attributes =
             Attributes::from_iter([(Attribute::Metadata(BLAKE3.into()), entry.blake3.to_string())]);
         let mut source = Source::open(dir, entry).await?;
@@ -193,12 +236,12 @@ impl Remote {
         if source.is_at_end() {
             source.check(entry)?;
             let bytes = part.len() as u64;
-            self.store.put_opts(&key, part.into(), attributes.into()).await?;
+            self.store.put_opts(key, part.into(), attributes.into()).await?;
             moved("sent", bytes);
             return Ok(());
         }
         let options = PutMultipartOptions::from(attributes);
-        let upload = self.store.put_multipart_opts(&key, options).await?;
+        let upload = self.store.put_multipart_opts(key, options).await?;
         let mut upload = WriteMultipart::new_with_chunk_size(upload, PART);
         let sent = loop {
             let bytes = part.len() as u64;
@@ -233,36 +276,34 @@ impl Remote {
         }
     }
 
-    /// Fetches an entry's files into `dir`, and goes on with what an earlier try left there. Blocks. Each file has the
-    /// bytes of its manifest, and is synced.
+    /// Fetches an entry's files into `dir`, as long as `go_on` says so, and goes on with what an earlier try left there.
+    /// Blocks. Each file has the bytes of its manifest, and is synced.
     pub fn fetch(
         &self,
         runtime: &Handle,
-        manifest: &Manifest,
-        manifest_bytes: &[u8],
+        found: &Found,
         dir: &Path,
         done: &AtomicU64,
+        go_on: &dyn Fn() -> bool,
     ) -> Result<(), RemoteError> {
-        for entry in &manifest.files {
-            let found = runtime.block_on(self.look(&manifest.digest, entry))?;
+        for entry in &found.manifest.files {
+            let key = found.folder.clone().join(&*entry.name);
+            let there = runtime.block_on(self.look(&key))?;
             let mut target = Target::open(dir, entry)?;
             done.fetch_add(target.len, Ordering::Relaxed);
-            if found.is_some_and(|(size, _)| size == entry.size) {
-                let key = self.key(&manifest.digest, &entry.name);
+            if there.is_some_and(|(size, _)| size == entry.size) {
                 let resumed = target.len > 0;
-                self.fetch_rest(runtime, &key, &mut target, done)?;
+                self.fetch_rest(runtime, &key, &mut target, done, go_on)?;
                 if resumed && !target.is_whole() {
                     // What was there may have been what was wrong.
                     target.clear()?;
-                    self.fetch_rest(runtime, &key, &mut target, done)?;
+                    self.fetch_rest(runtime, &key, &mut target, done, go_on)?;
                 }
             }
-            if !target.is_whole() {
+            if there.is_none() || !target.is_whole() {
                 target.clear()?;
-                // It would be damaged for the next one too.
-                runtime.block_on(self.forget(&manifest.digest, Some(&entry.name)))?;
                 return Err(RemoteError::Damaged {
-                    digest: manifest.digest,
+                    digest: found.manifest.digest,
                     file: entry.name.clone(),
                     detail: "its bytes are not those of the manifest".to_owned(),
                 });
@@ -270,7 +311,7 @@ impl Remote {
             target.file.sync_all()?;
         }
         let mut file = File::create(dir.join(MANIFEST_FILE))?;
-        file.write_all(manifest_bytes)?;
+        file.write_all(&found.bytes)?;
         file.sync_all()?;
         Ok(sync_folder(dir)?)
     }
@@ -281,36 +322,36 @@ impl Remote {
         key: &Key,
         target: &mut Target<'_>,
         done: &AtomicU64,
+        go_on: &dyn Fn() -> bool,
     ) -> Result<(), RemoteError> {
         let size = target.entry.size;
         let starts = (target.len..size).step_by(PART);
         let parts = starts.map(|start| self.store.get_range(key, start..size.min(start + PART as u64)));
         let mut parts = stream::iter(parts).buffered(PARTS_AT_ONCE);
-        loop {
-            let part = match runtime.block_on(parts.next()) {
-                None => return Ok(()),
-                // Gone meanwhile: the file stays short.
-                Some(Err(object_store::Error::NotFound { .. })) => return Ok(()),
-                Some(part) => part?,
-            };
+        while let Some(part) = next_while(runtime, &mut parts, go_on)? {
+            let part = part?;
             target.append(&part)?;
             done.fetch_add(part.len() as u64, Ordering::Relaxed);
             moved("fetched", part.len() as u64);
             crate::failpoint::reach("fetched-part");
         }
+        Ok(())
     }
 
-    /// Removes an entry's manifest, so that it counts as absent, and then `file` or all that is there.
-    pub async fn forget(&self, digest: &Digest, file: Option<&str>) -> Result<(), RemoteError> {
-        self.remove(&self.key(digest, MANIFEST_FILE)).await?;
-        if let Some(file) = file {
-            return self.remove(&self.key(digest, file)).await;
-        }
-        let left: Vec<_> = self.store.list(Some(&self.folder(digest))).try_collect().await?;
-        for object in left {
+    /// Takes an entry out: its manifest first, so that it counts as absent. Whether anything was there.
+    pub async fn forget(&self, digest: &Digest) -> Result<bool, RemoteError> {
+        let there = self.store.head(&self.manifest_key(digest)).await.is_ok();
+        self.remove(&self.manifest_key(digest)).await?;
+        let removed = self.remove_all(&self.folder(digest)).await?;
+        Ok(there || removed)
+    }
+
+    async fn remove_all(&self, folder: &Key) -> Result<bool, RemoteError> {
+        let left: Vec<_> = self.store.list(Some(folder)).try_collect().await?;
+        for object in &left {
             self.remove(&object.location).await?;
         }
-        Ok(())
+        Ok(!left.is_empty())
     }
 
     async fn remove(&self, key: &Key) -> Result<(), RemoteError> {
@@ -319,6 +360,28 @@ impl Remote {
             Err(e) => Err(e.into()),
         }
     }
+}
+
+/// The next part, as long as it is wanted.
+fn next_while<T>(
+    runtime: &Handle,
+    parts: &mut (impl Stream<Item = T> + Unpin),
+    go_on: &dyn Fn() -> bool,
+) -> Result<Option<T>, RemoteError> {
+    loop {
+        if !go_on() {
+            return Err(RemoteError::Stopped);
+        }
+        let next = async { tokio::time::timeout(LOOK, parts.next()).await };
+        if let Ok(next) = runtime.block_on(next) {
+            return Ok(next);
+        }
+    }
+}
+
+/// Files of one manifest lie beside each other, apart from those of another one of the same digest.
+fn folder_of(manifest: &[u8]) -> String {
+    format!("files-{}", &Digest::of(manifest).to_string()[..16])
 }
 
 fn moved(direction: &'static str, bytes: u64) {

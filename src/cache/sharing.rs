@@ -3,36 +3,49 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use cauldron_checkpoint::Digest;
 use cauldron_merge::Manifest;
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::remote::{Remote, RemoteError};
-use super::{Cache, CacheError, Pin, WAIT, disk, locked};
+use super::remote::{Found, Remote, RemoteError};
+use super::{Cache, CacheError, Draft, Pin, WAIT, disk, locked};
 use crate::telemetry;
 
-/// How long a request waits for a checkpoint that is being fetched.
+/// How long a request waits for a checkpoint that is being fetched, and how many may.
 const PATIENCE: Duration = Duration::from_secs(10);
+const MOST_WAITING: usize = 64;
+/// Fetches at the same time: each has some parts in memory.
+const FETCHES: usize = 4;
+/// A fetch that nobody has asked for that long is left where it is.
+const UNWANTED_AFTER: Duration = Duration::from_secs(120);
 /// Pauses after something could not be sent.
 const AGAIN: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// How long a remote cache that did not answer is not asked again by those who cannot wait.
+const REST: Duration = Duration::from_secs(5);
 
 /// How a cache is shared.
 #[derive(Debug)]
 pub(super) struct Sharing {
     remote: Remote,
     runtime: Handle,
-    /// What one entry may have at most.
     limits: Limits,
+    stop: CancellationToken,
     fetches: Mutex<HashMap<Digest, Arc<Fetch>>>,
-    to_send: Mutex<ToSend>,
+    turns: Semaphore,
+    waiting: AtomicUsize,
+    /// Bytes that running fetches have still to write.
+    coming: AtomicU64,
+    /// Until when it counts as away.
+    away: Mutex<Option<Instant>>,
+    to_send: Mutex<VecDeque<Digest>>,
     more: Notify,
     /// Told after something was fetched.
     arrived: Notify,
@@ -47,32 +60,67 @@ pub struct Limits {
     pub budget: Option<u64>,
 }
 
-#[derive(Debug, Default)]
-struct ToSend {
-    waiting: VecDeque<Digest>,
-    /// Known to be there.
-    sent: HashSet<Digest>,
-}
-
 /// One entry on its way.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Fetch {
     done: AtomicU64,
     total: AtomicU64,
-    /// Whether it is here now, or why that is not known.
-    outcome: OnceLock<Result<bool, String>>,
+    wanted: Mutex<Instant>,
+    outcome: OnceLock<Ended>,
+    /// The entry stays until those who waited have seen it.
+    pin: Mutex<Option<Pin>>,
+}
+
+/// How a fetch ended.
+#[derive(Debug, Clone)]
+enum Ended {
+    Here,
+    Nowhere,
+    NoRoom(String),
+    /// It was said why.
+    Failed,
+    Stopped,
+}
+
+impl Fetch {
+    fn want(&self) {
+        *locked(&self.wanted) = Instant::now();
+    }
+
+    fn is_wanted(&self) -> bool {
+        locked(&self.wanted).elapsed() < UNWANTED_AFTER
+    }
+}
+
+/// Counts a request that waits.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Cache {
     /// This cache with a remote one behind it.
-    pub fn shared_through(mut self, remote: Remote, limits: Limits, runtime: Handle) -> io::Result<Self> {
-        let mut to_send = ToSend::default();
-        to_send.waiting.extend(disk::entries(&self.root)?);
+    pub fn shared_through(
+        mut self,
+        remote: Remote,
+        limits: Limits,
+        runtime: Handle,
+        stop: CancellationToken,
+    ) -> io::Result<Self> {
+        let to_send = disk::entries(&self.root)?.collect();
         self.sharing = Some(Arc::new(Sharing {
             remote,
             runtime,
             limits,
+            stop,
             fetches: Mutex::default(),
+            turns: Semaphore::new(FETCHES),
+            waiting: AtomicUsize::new(0),
+            coming: AtomicU64::new(0),
+            away: Mutex::default(),
             to_send: Mutex::new(to_send),
             more: Notify::new(),
             arrived: Notify::new(),
@@ -80,11 +128,29 @@ impl Cache {
         Ok(self)
     }
 
+    pub fn is_shared(&self) -> bool {
+        self.sharing.is_some()
+    }
+
     /// As [`Self::lookup`]; what is not here is fetched from the remote cache. [`CacheError::Coming`] if that takes
     /// long: it goes on meanwhile. Blocks, not in an asynchronous context.
     pub fn lookup_or_fetch(&self, digest: &Digest) -> Result<Option<Manifest>, CacheError> {
         match self.lookup(digest)? {
-            None if self.fetch_soon(digest)? => self.lookup(digest),
+            None => match self.fetch_soon(digest)? {
+                Some(_fetch) => self.lookup(digest),
+                None => Ok(None),
+            },
+            found => Ok(found),
+        }
+    }
+
+    /// As [`Self::verify`], and as [`Self::lookup_or_fetch`].
+    pub fn verify_or_fetch_soon(&self, digest: &Digest) -> Result<Option<(Manifest, Pin)>, CacheError> {
+        match self.verify(digest)? {
+            None => match self.fetch_soon(digest)? {
+                Some(_fetch) => self.verify(digest),
+                None => Ok(None),
+            },
             found => Ok(found),
         }
     }
@@ -96,29 +162,53 @@ impl Cache {
         go_on: &dyn Fn() -> bool,
     ) -> Result<Option<(Manifest, Pin)>, CacheError> {
         match self.verify_while(digest, go_on)? {
-            None if self.fetch_while(digest, go_on)? => self.verify_while(digest, go_on),
+            None => match self.fetch_while(digest, go_on)? {
+                Some(_fetch) => self.verify_while(digest, go_on),
+                None => Ok(None),
+            },
             found => Ok(found),
         }
     }
 
-    /// Fetches an entry for a request: not for long. False if it is nowhere.
-    fn fetch_soon(&self, digest: &Digest) -> Result<bool, CacheError> {
+    /// Fetches an entry for a request: not for long. None if it is nowhere.
+    fn fetch_soon(&self, digest: &Digest) -> Result<Option<Arc<Fetch>>, CacheError> {
+        let Some(sharing) = &self.sharing else {
+            return Ok(None);
+        };
+        let before = sharing.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waiting = Waiting(&sharing.waiting);
         let start = Instant::now();
-        match self.fetch_while(digest, &|| start.elapsed() < PATIENCE) {
+        let patience = if before < MOST_WAITING {
+            PATIENCE
+        } else {
+            Duration::ZERO
+        };
+        match self.fetch_while(digest, &|| start.elapsed() < patience) {
             Err(CacheError::Cancelled) => Err(self.coming(digest)),
             known => known,
         }
     }
 
-    fn fetch_while(&self, digest: &Digest, go_on: &dyn Fn() -> bool) -> Result<bool, CacheError> {
+    fn fetch_while(
+        &self,
+        digest: &Digest,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<Option<Arc<Fetch>>, CacheError> {
         let Some(sharing) = &self.sharing else {
-            return Ok(false);
+            return Ok(None);
         };
+        if sharing.is_away() {
+            return Err(CacheError::Remote);
+        }
         let fetch = self.begin_fetch(sharing, digest);
         loop {
+            fetch.want();
             match fetch.outcome.get() {
-                Some(Ok(here)) => return Ok(*here),
-                Some(Err(e)) => return Err(CacheError::Remote(e.clone())),
+                Some(Ended::Here) => return Ok(Some(fetch)),
+                Some(Ended::Nowhere) => return Ok(None),
+                Some(Ended::NoRoom(detail)) => return Err(CacheError::NoRoom(detail.clone())),
+                Some(Ended::Failed) => return Err(CacheError::Remote),
+                Some(Ended::Stopped) => return Err(CacheError::Cancelled),
                 None if !go_on() => return Err(CacheError::Cancelled),
                 None => std::thread::sleep(WAIT),
             }
@@ -135,91 +225,111 @@ impl Cache {
         }
     }
 
-    /// The fetch of an entry that runs, or a new one. It ends by itself, whoever still waits for it.
+    /// The fetch of an entry that runs, or a new one. It goes on for a while, whoever still waits for it.
     fn begin_fetch(&self, sharing: &Arc<Sharing>, digest: &Digest) -> Arc<Fetch> {
         let mut fetches = locked(&sharing.fetches);
         if let Some(running) = fetches.get(digest) {
             return running.clone();
         }
-        let fetch = Arc::new(Fetch::default());
+        let fetch = Arc::new(Fetch {
+            done: AtomicU64::new(0),
+            total: AtomicU64::new(0),
+            wanted: Mutex::new(Instant::now()),
+            outcome: OnceLock::new(),
+            pin: Mutex::default(),
+        });
         fetches.insert(*digest, fetch.clone());
         let (local, sharing, mine, digest) = (self.clone(), sharing.clone(), fetch.clone(), *digest);
-        sharing.runtime.clone().spawn_blocking(move || {
-            let run = std::panic::AssertUnwindSafe(|| local.fetch_now(&sharing, &digest, &mine));
-            let outcome = match std::panic::catch_unwind(run) {
-                Ok(outcome) => outcome.map_err(|e| e.to_string()),
-                Err(_) => Err("the fetch panicked".to_owned()),
+        sharing.runtime.clone().spawn(async move {
+            // Never closed.
+            let _turn = sharing.turns.acquire().await;
+            let (run_in, run_mine) = (sharing.clone(), mine.clone());
+            let run = move || local.fetch_now(&run_in, &digest, &run_mine);
+            let ended = match tokio::task::spawn_blocking(run).await {
+                Ok(ended) => sharing.ended(&digest, ended),
+                Err(_) => Ended::Failed,
             };
-            if let Err(error) = &outcome {
-                metrics::counter!(telemetry::REMOTE_ERRORS).increment(1);
-                warn!(%digest, error, "a checkpoint cannot be fetched from the remote cache");
-            }
             // First nobody finds it any more, then those who have it are told.
             locked(&sharing.fetches).remove(&digest);
-            let _ = mine.outcome.set(outcome);
+            let _ = mine.outcome.set(ended);
         });
         fetch
     }
 
-    /// Whether the entry is here now.
-    fn fetch_now(&self, sharing: &Sharing, digest: &Digest, fetch: &Fetch) -> Result<bool, FetchError> {
+    fn fetch_now(&self, sharing: &Sharing, digest: &Digest, fetch: &Fetch) -> Result<Ended, FetchError> {
         // Another fetch may have ended since the caller looked.
         if self.lookup(digest)?.is_some() {
-            return Ok(true);
+            return Ok(Ended::Here);
         }
-        let found = match sharing.runtime.block_on(sharing.remote.manifest(digest)) {
-            Err(e @ RemoteError::Damaged { .. }) => return self.is_damaged(sharing, digest, &e),
+        let found = match sharing.runtime.block_on(sharing.remote.find(digest)) {
+            Err(e @ (RemoteError::Damaged { .. } | RemoteError::Unsupported(_))) => {
+                warn!(%digest, error = %e, "a checkpoint in the remote cache cannot be used");
+                return Ok(Ended::Nowhere);
+            }
             found => found?,
         };
-        let Some((manifest, bytes)) = found else {
-            return Ok(false);
+        let Some(found) = found else {
+            return Ok(Ended::Nowhere);
         };
-        info!(%digest, bytes = manifest.total_bytes(), "fetching a checkpoint from the remote cache");
-        fetch.total.store(manifest.total_bytes(), Ordering::Relaxed);
+        let size = found.manifest.total_bytes();
+        info!(%digest, bytes = size, "fetching a checkpoint from the remote cache");
+        fetch.total.store(size, Ordering::Relaxed);
         let draft = self.receiving(digest)?;
-        let names: HashSet<&str> = manifest.files.iter().map(|file| file.name.as_str()).collect();
-        disk::remove_others(draft.dir(), &names)?;
-        let fetched = sharing.room(self, &manifest, draft.bytes()?).and_then(|()| {
-            sharing
-                .remote
-                .fetch(&sharing.runtime, &manifest, &bytes, draft.dir(), &fetch.done)
-        });
+        let fetched = self.fetch_into(sharing, &found, &draft, fetch);
         match fetched {
             Ok(()) => {}
-            Err(e @ RemoteError::Damaged { .. }) => return self.is_damaged(sharing, digest, &e),
+            Err(FetchError::Remote(e @ RemoteError::Damaged { .. })) => {
+                warn!(%digest, error = %e, "a checkpoint in the remote cache is damaged; it is taken out");
+                metrics::counter!(telemetry::CACHE_DAMAGED).increment(1);
+                draft.discard();
+                // Else it would be damaged for the next one too. Who makes it again replaces it.
+                if let Err(error) = sharing.runtime.block_on(sharing.remote.forget(digest)) {
+                    warn!(%digest, %error, "it cannot be taken out");
+                }
+                return Ok(Ended::Nowhere);
+            }
             Err(e) => {
-                draft.keep();
-                return Err(e.into());
+                if e.is_lack_of_room() {
+                    draft.discard();
+                }
+                return Err(e);
             }
         }
-        // Nobody has to send it back.
-        locked(&sharing.to_send).sent.insert(*digest);
-        self.publish(draft, digest)?;
+        *locked(&fetch.pin) = Some(self.pin(digest));
+        self.publish_here(draft, digest)?;
         metrics::counter!(telemetry::REMOTE_FETCHED).increment(1);
         sharing.arrived.notify_one();
-        Ok(true)
+        Ok(Ended::Here)
     }
 
-    /// What is damaged there counts as absent: who makes it again replaces it.
-    fn is_damaged(
+    fn fetch_into(
         &self,
         sharing: &Sharing,
-        digest: &Digest,
-        error: &RemoteError,
-    ) -> Result<bool, FetchError> {
-        warn!(%digest, %error, "a checkpoint in the remote cache is damaged; it is taken out");
-        metrics::counter!(telemetry::CACHE_DAMAGED).increment(1);
-        locked(&sharing.to_send).sent.remove(digest);
-        sharing.runtime.block_on(sharing.remote.forget(digest, None))?;
-        Ok(false)
+        found: &Found,
+        draft: &Draft,
+        fetch: &Fetch,
+    ) -> Result<(), FetchError> {
+        let names: HashSet<&str> = found
+            .manifest
+            .files
+            .iter()
+            .map(|file| file.name.as_str())
+            .collect();
+        disk::remove_others(draft.dir(), &names)?;
+        let _coming = sharing.take_room(self, &found.manifest, draft.bytes()?)?;
+        let go_on = || fetch.is_wanted() && !sharing.stop.is_cancelled();
+        let fetched = sharing
+            .remote
+            .fetch(&sharing.runtime, found, draft.dir(), &fetch.done, &go_on);
+        Ok(fetched?)
     }
 
-    /// Has a new entry sent to the remote cache, if there is one.
+    /// Has an entry sent to the remote cache.
     pub(super) fn send_soon(&self, digest: &Digest) {
         let Some(sharing) = &self.sharing else { return };
         let mut to_send = locked(&sharing.to_send);
-        if !to_send.sent.contains(digest) && !to_send.waiting.contains(digest) {
-            to_send.waiting.push_back(*digest);
+        if !to_send.contains(digest) {
+            to_send.push_back(*digest);
             sharing.more.notify_one();
         }
     }
@@ -237,24 +347,21 @@ impl Cache {
         let Some(sharing) = &self.sharing else {
             return Ok(None);
         };
-        match sharing.remote.manifest(digest).await {
-            Ok(found) => Ok(found.map(|(manifest, _)| manifest)),
-            Err(e) => Err(CacheError::Remote(e.to_string())),
+        match sharing.remote.find(digest).await {
+            Ok(found) => Ok(found.map(|found| found.manifest)),
+            Err(RemoteError::Damaged { .. } | RemoteError::Unsupported(_)) => Ok(None),
+            Err(e) => Err(unanswered(&e)),
         }
     }
 
-    /// Takes an entry out of the remote cache. What other nodes have of it stays.
-    pub async fn delete_remote(&self, digest: &Digest) -> Result<(), CacheError> {
+    /// Takes an entry out of the remote cache; what other nodes have of it stays. Whether anything was there.
+    pub async fn delete_remote(&self, digest: &Digest) -> Result<bool, CacheError> {
         let Some(sharing) = &self.sharing else {
             return Err(CacheError::NoRemote);
         };
-        {
-            let mut to_send = locked(&sharing.to_send);
-            to_send.waiting.retain(|waiting| waiting != digest);
-            to_send.sent.remove(digest);
-        }
-        let forgotten = sharing.remote.forget(digest, None).await;
-        forgotten.map_err(|e| CacheError::Remote(e.to_string()))
+        locked(&sharing.to_send).retain(|waiting| waiting != digest);
+        let forgotten = sharing.remote.forget(digest).await;
+        forgotten.map_err(|e| unanswered(&e))
     }
 
     /// Sends entries to the remote cache until `stop`, those first that were here at the start. What cannot be sent is
@@ -265,23 +372,19 @@ impl Cache {
         };
         let mut pause = AGAIN;
         while !stop.is_cancelled() {
-            let next = sharing.next_to_send();
-            let Some(digest) = next else {
+            let Some(digest) = sharing.next_to_send() else {
                 tokio::select! {
                     () = sharing.more.notified() => continue,
                     () = stop.cancelled() => return,
                 }
             };
-            match self.send(&sharing, &digest, &stop).await {
+            match self.send(&sharing, digest, &stop).await {
                 Ok(()) => pause = AGAIN,
-                Err(RemoteError::Stopped) => return,
-                Err(RemoteError::DamagedHere(file)) => {
-                    warn!(%digest, file, "a damaged checkpoint is not sent to the remote cache");
-                }
+                Err(FetchError::Remote(RemoteError::Stopped)) => return,
                 Err(error) => {
                     metrics::counter!(telemetry::REMOTE_ERRORS).increment(1);
                     warn!(%digest, %error, "a checkpoint cannot be sent to the remote cache; trying again");
-                    locked(&sharing.to_send).waiting.push_back(digest);
+                    locked(&sharing.to_send).push_back(digest);
                     tokio::select! {
                         () = tokio::time::sleep(pause) => {}
                         () = stop.cancelled() => return,
@@ -292,61 +395,117 @@ impl Cache {
         }
     }
 
+    /// An entry may be evicted while it is sent: then nothing comes of it.
     async fn send(
         &self,
         sharing: &Sharing,
-        digest: &Digest,
+        digest: Digest,
         stop: &CancellationToken,
-    ) -> Result<(), RemoteError> {
-        // It stays while it is read.
-        let pin = self.pin(digest);
-        let (local, of) = (self.clone(), *digest);
-        let looked = tokio::task::spawn_blocking(move || local.lookup(&of));
-        let Ok(Ok(Some(manifest))) = looked.await else {
-            // Evicted or damaged since.
+    ) -> Result<(), FetchError> {
+        let local = self.clone();
+        let looked = tokio::task::spawn_blocking(move || local.lookup(&digest));
+        let Some(manifest) = looked.await.map_err(io::Error::other)?? else {
             return Ok(());
         };
-        let known = stop.run_until_cancelled(sharing.remote.manifest(digest)).await;
-        match known.ok_or(RemoteError::Stopped)? {
-            Ok(Some(_)) => {}
-            // Damaged ones are written over.
-            Ok(None) => sharing.remote.store(pin.dir(), &manifest, stop).await?,
-            Err(e @ RemoteError::Damaged { .. }) => {
-                warn!(%digest, error = %e, "a checkpoint in the remote cache is damaged; it is sent again");
-                sharing.remote.forget(digest, None).await?;
-                sharing.remote.store(pin.dir(), &manifest, stop).await?;
+        let dir = self.path(&digest);
+        match sharing.remote.store(&dir, &manifest, stop).await {
+            Ok(true) => {
+                metrics::counter!(telemetry::REMOTE_SENT).increment(1);
+                info!(%digest, "a checkpoint is in the remote cache");
+                Ok(())
             }
-            Err(e) => return Err(e),
+            Ok(false) => Ok(()),
+            Err(RemoteError::Unsupported(format)) => {
+                warn!(%digest, format, "another version's checkpoint is in the remote cache");
+                Ok(())
+            }
+            Err(RemoteError::Io(e)) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(RemoteError::DamagedHere(file)) => {
+                warn!(%digest, file, "a damaged checkpoint is not sent to the remote cache");
+                let local = self.clone();
+                let checked = tokio::task::spawn_blocking(move || local.verify_again(&digest));
+                checked.await.map_err(io::Error::other)??;
+                Ok(())
+            }
+            Err(e) => Err(e.into()),
         }
-        if locked(&sharing.to_send).sent.insert(*digest) {
-            metrics::counter!(telemetry::REMOTE_SENT).increment(1);
-            info!(%digest, "a checkpoint is in the remote cache");
-        }
-        Ok(())
+    }
+}
+
+fn unanswered(error: &RemoteError) -> CacheError {
+    metrics::counter!(telemetry::REMOTE_ERRORS).increment(1);
+    warn!(%error, "the remote cache does not answer");
+    CacheError::Remote
+}
+
+/// Bytes that are taken while it lives.
+struct Coming<'a> {
+    all: &'a AtomicU64,
+    own: u64,
+}
+
+impl Drop for Coming<'_> {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.own, Ordering::Relaxed);
     }
 }
 
 impl Sharing {
     fn next_to_send(&self) -> Option<Digest> {
         let mut to_send = locked(&self.to_send);
-        metrics::gauge!(telemetry::REMOTE_WAITING).set(to_send.waiting.len() as f64);
-        to_send.waiting.pop_front()
+        metrics::gauge!(telemetry::REMOTE_WAITING).set(to_send.len() as f64);
+        to_send.pop_front()
     }
 
-    /// Refuses what does not fit, beside what is there already.
-    fn room(&self, cache: &Cache, manifest: &Manifest, there: u64) -> Result<(), RemoteError> {
+    fn is_away(&self) -> bool {
+        locked(&self.away).is_some_and(|until| Instant::now() < until)
+    }
+
+    fn ended(&self, digest: &Digest, ended: Result<Ended, FetchError>) -> Ended {
+        let error = match ended {
+            Ok(ended) => return ended,
+            Err(FetchError::Remote(RemoteError::Stopped)) => return Ended::Stopped,
+            Err(error) => error,
+        };
+        metrics::counter!(telemetry::REMOTE_ERRORS).increment(1);
+        warn!(%digest, %error, "a checkpoint cannot be fetched from the remote cache");
+        if let FetchError::Remote(RemoteError::Store(_)) = error {
+            *locked(&self.away) = Some(Instant::now() + REST);
+        }
+        match error.is_lack_of_room() {
+            true => Ended::NoRoom(error.to_string()),
+            false => Ended::Failed,
+        }
+    }
+
+    /// Refuses what does not fit, beside what is there and what else is coming.
+    fn take_room(&self, cache: &Cache, manifest: &Manifest, there: u64) -> Result<Coming<'_>, FetchError> {
         let size = manifest.total_bytes();
-        let needed = size.saturating_sub(there);
-        let free = cache.free_bytes()?.saturating_sub(self.limits.reserve);
-        match self.limits.budget {
-            Some(room) if room < size => Err(RemoteError::NoRoom { needed: size, room }),
-            _ if free < needed => Err(RemoteError::NoRoom { needed, room: free }),
-            _ => Ok(()),
+        if let Some(room) = self.limits.budget.filter(|budget| *budget < size) {
+            return Err(RemoteError::NoRoom { needed: size, room }.into());
+        }
+        let own = size.saturating_sub(there);
+        let others = self.coming.fetch_add(own, Ordering::Relaxed);
+        let coming = Coming {
+            all: &self.coming,
+            own,
+        };
+        let room = || -> io::Result<u64> {
+            Ok(cache
+                .free_bytes()?
+                .saturating_sub(self.limits.reserve.saturating_add(others)))
+        };
+        if room()? < own {
+            cache.remove_waiting_drafts()?;
+        }
+        match room()? {
+            room if room < own => Err(RemoteError::NoRoom { needed: own, room }.into()),
+            _ => Ok(coming),
         }
     }
 }
 
-/// Why an entry could not be fetched.
+/// Why an entry could not be fetched or sent.
 #[derive(Debug, thiserror::Error)]
 enum FetchError {
     #[error(transparent)]
@@ -355,4 +514,20 @@ enum FetchError {
     Cache(#[from] CacheError),
     #[error("the cache folder: {0}")]
     Io(#[from] io::Error),
+}
+
+impl FetchError {
+    fn is_lack_of_room(&self) -> bool {
+        let full = |e: &io::Error| {
+            matches!(
+                e.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            )
+        };
+        match self {
+            Self::Remote(RemoteError::NoRoom { .. }) => true,
+            Self::Io(e) | Self::Remote(RemoteError::Io(e)) | Self::Cache(CacheError::Io(e)) => full(e),
+            _ => false,
+        }
+    }
 }

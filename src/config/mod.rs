@@ -96,6 +96,9 @@ pub struct StorageConfig {
     /// Folder whose subfolders are the models and adapters that recipes may name.
     #[arg(long, global = true, env = "CAULDRON_MODELS_DIR", default_value = "models")]
     pub models_dir: PathBuf,
+    /// Folder whose files are the tasks that evaluations may name: JSON lines.
+    #[arg(long, global = true, env = "CAULDRON_TASKS_DIR", default_value = "tasks")]
+    pub tasks_dir: PathBuf,
     /// The queue's database, `sqlite:` or `postgres:`; default: sqlite file cauldron.db in the data folder. Nodes that share
     /// a postgres database share its queue.
     #[arg(long, global = true, env = "CAULDRON_DATABASE_URL")]

@@ -102,6 +102,9 @@ impl Intake {
                 serve_as: None,
             });
         }
+        if self.cache.is_shared() {
+            self.bring(&body).await?;
+        }
         let this = self.clone();
         // Nothing that the recipe names is evicted before its job says that it is needed.
         let _no_eviction = self.cache.no_eviction().await;
@@ -137,6 +140,16 @@ impl Intake {
         Err(IntakeError::Interrupted)
     }
 
+    /// Fetches what the recipe names and what its job gave, before anything is held up.
+    async fn bring(&self, body: &RecipeBody) -> Result<(), IntakeError> {
+        let (this, body) = (self.clone(), body.clone());
+        let (job, _) = blocking(move || this.check(&body)).await?;
+        if let Some(known) = self.store.find(&job.dedupe_key).await? {
+            self.is_gone(&known).await?;
+        }
+        Ok(())
+    }
+
     /// A succeeded job whose result was deleted or damaged, here and in the remote cache.
     async fn is_gone(&self, job: &Job) -> Result<bool, IntakeError> {
         let (JobStatus::Succeeded, Some(digest)) = (job.status, job.digest) else {
@@ -145,7 +158,7 @@ impl Intake {
         let cache = self.cache.clone();
         blocking(move || match cache.lookup_or_fetch(&digest) {
             // Making it again needs no remote cache.
-            Err(CacheError::Remote(_)) => Ok(true),
+            Err(CacheError::Remote | CacheError::NoRoom(_) | CacheError::Coming { total: 0, .. }) => Ok(true),
             found => Ok(found?.is_none()),
         })
         .await

@@ -158,7 +158,7 @@ impl Runner {
                     let _ = progress.digest.set(digest);
                     match self.cache.verify_or_fetch(&digest, &|| !progress.cancelled()) {
                         // It was said why; the merge needs no remote cache.
-                        Err(CacheError::Remote(_)) => Ok(None),
+                        Err(CacheError::Remote | CacheError::NoRoom(_)) => Ok(None),
                         found => Ok(found?),
                     }
                 },

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
@@ -27,6 +28,10 @@ use crate::sources::{Care, Held, ModelSources};
 
 /// How often a wait looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(20);
+/// Memory that a family keeps for its next pass.
+const SPARE_BYTES: usize = 512 << 20;
+/// Of a number in a name: the smallest f64 is written without an exponent.
+const MAX_DIGITS: usize = 400;
 /// Shares of parents that a request may name at most.
 const MAX_SHARES: usize = cauldron_merge::MAX_MODELS;
 
@@ -36,10 +41,13 @@ pub struct Shares(Vec<f64>);
 
 impl Shares {
     pub fn lambda(lambda: f64) -> Self {
-        Self(vec![lambda])
+        Self::each(vec![lambda])
     }
 
-    pub fn each(shares: Vec<f64>) -> Self {
+    /// One number is lambda.
+    pub fn each(mut shares: Vec<f64>) -> Self {
+        // -0 is 0.
+        shares.iter_mut().for_each(|share| *share += 0.0);
         Self(shares)
     }
 
@@ -51,10 +59,10 @@ impl Shares {
     pub fn parse(text: &str) -> Option<Self> {
         let number = |part: &str| -> Option<f64> {
             let plain = !part.is_empty() && part.bytes().all(|c| c.is_ascii_digit() || c == b'.');
-            part.parse().ok().filter(|_| plain && part.len() <= 24)
+            part.parse().ok().filter(|_| plain && part.len() <= MAX_DIGITS)
         };
         let shares: Option<Vec<f64>> = text.split(',').take(MAX_SHARES + 1).map(number).collect();
-        shares.filter(|shares| shares.len() <= MAX_SHARES).map(Self)
+        shares.filter(|shares| shares.len() <= MAX_SHARES).map(Self::each)
     }
 
     fn mixup(&self) -> MixupSpec {
@@ -234,6 +242,11 @@ impl Family {
         self.state.borrow().clone()
     }
 
+    /// Its thread ends after what it does now.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
     /// Waits until the parents are prepared.
     pub async fn ready(&self) -> Result<Arc<Facts>, ServingError> {
         let mut state = self.state.clone();
@@ -293,7 +306,7 @@ impl Family {
 
 impl Drop for Family {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.stop();
     }
 }
 
@@ -351,12 +364,20 @@ impl Keeper {
         let facts = Arc::new(Facts::of(&middle, &parents, start).map_err(|e| text(&e))?);
         info!(family = %self.name, seconds = start.elapsed().as_secs_f64(), "a family is ready");
         self.told.send_replace(State::Ready(facts.clone()));
+        let mut spare = Vec::new();
         while let Ok(ask) = self.asks.recv() {
             let until = Until(&[&self.stop, &ask.unwanted]);
-            let made = catch_unwind(AssertUnwindSafe(|| {
-                make(&ask, &prepared, &parents, &facts.config, &until)
-            }));
-            let made = made.unwrap_or_else(|_| Err("making a point panicked".to_owned()));
+            let run = || make(&ask, &prepared, &parents, &facts.config, &until, &mut spare);
+            let made = catch_unwind(AssertUnwindSafe(run));
+            let changed = matches!(made, Ok(Err(MergeError::ParentChanged { .. })));
+            let made = match made {
+                Ok(made) => made.map_err(|e| e.to_string()),
+                Err(_) => Err("making a point panicked".to_owned()),
+            };
+            if let (true, Err(detail)) = (changed, &made) {
+                // No point can be made any more: whoever asks hears so at once.
+                self.told.send_replace(State::Failed(detail.clone()));
+            }
             // Nobody may wait any more.
             let _ = ask.reply.send(made);
         }
@@ -410,19 +431,24 @@ fn check(config: &ModelConfig, parents: &Parents) -> Result<(), LmError> {
     Decoder::check_weights(config, &Shapes(shapes(parents)))
 }
 
-fn shapes(parents: &Parents) -> HashMap<&str, (usize, &[usize])> {
+fn shapes(parents: &Parents) -> HashMap<&str, Place<'_>> {
     let tensors = parents.result_tensors().enumerate();
-    tensors
-        .map(|(index, (name, _, shape))| (name, (index, shape)))
-        .collect()
+    let place = |(index, (name, dtype, shape))| (name, Place { index, dtype, shape });
+    tensors.map(place).collect()
 }
 
 /// The tensors of a result that is not there yet.
-struct Shapes<'a>(HashMap<&'a str, (usize, &'a [usize])>);
+struct Shapes<'a>(HashMap<&'a str, Place<'a>>);
+
+struct Place<'a> {
+    index: usize,
+    dtype: Dtype,
+    shape: &'a [usize],
+}
 
 impl WeightSource for Shapes<'_> {
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.0.get(name).map(|(_, shape)| shape.to_vec())
+        self.0.get(name).map(|tensor| tensor.shape.to_vec())
     }
 
     fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
@@ -432,10 +458,10 @@ impl WeightSource for Shapes<'_> {
 
 /// A point as a decoder reads it.
 struct PointWeights<'a> {
-    point: Point<'a, 'a>,
     tensors: Shapes<'a>,
-    until: &'a Until<'a>,
-    pass: Mutex<Duration>,
+    buffers: Vec<Vec<u8>>,
+    /// By tensor, in order: which buffer, and where in it.
+    runs: Vec<Vec<(usize, Range<usize>)>>,
 }
 
 impl WeightSource for PointWeights<'_> {
@@ -444,22 +470,59 @@ impl WeightSource for PointWeights<'_> {
     }
 
     fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
-        let start = Instant::now();
-        let Some((index, _)) = self.tensors.0.get(name) else {
-            return Err(LmError::missing_tensor(name));
-        };
-        let (dtype, _, bytes) = self
-            .point
-            .tensor(*index, self.until)
-            .map_err(|e| LmError::Tensor {
-                tensor: name.to_owned(),
-                detail: e.to_string(),
-            })?;
-        *self.pass.lock().unwrap_or_else(PoisonError::into_inner) += start.elapsed();
+        let mut bytes = Vec::new();
+        let dtype = self.append(name, &mut bytes)?.dtype;
         let size = cauldron_checkpoint::dtype_size(dtype).unwrap_or(1) as usize;
         let mut values = vec![0f32; bytes.len() / size];
         widen(dtype, &bytes, &mut values);
         Ok(values)
+    }
+
+    fn read_bf16(&self, name: &str, out: &mut Vec<u8>) -> Result<bool, LmError> {
+        match self.tensors.0.get(name) {
+            Some(tensor) if tensor.dtype == Dtype::BF16 => self.append(name, out).map(|_| true),
+            _ => Ok(false),
+        }
+    }
+}
+
+impl<'a> PointWeights<'a> {
+    /// The pass over the parents.
+    fn compute(
+        point: &Point<'_, '_>,
+        parents: &'a Parents,
+        until: &Until<'_>,
+        spare: &mut Vec<Vec<u8>>,
+    ) -> Result<Self, MergeError> {
+        let tensors = Shapes(shapes(parents));
+        let mut buffers = Vec::new();
+        let mut runs = vec![Vec::new(); parents.result_tensors().count()];
+        let take = || spare.pop().unwrap_or_default();
+        point.tensors(until, take, |parts, bytes| {
+            let mut start = 0;
+            for part in parts {
+                runs[part.tensor].push((buffers.len(), start..start + part.len));
+                start += part.len;
+            }
+            buffers.push(bytes);
+        })?;
+        Ok(Self {
+            tensors,
+            buffers,
+            runs,
+        })
+    }
+
+    fn append(&self, name: &str, out: &mut Vec<u8>) -> Result<&Place<'a>, LmError> {
+        let place = self
+            .tensors
+            .0
+            .get(name)
+            .ok_or_else(|| LmError::missing_tensor(name))?;
+        for (buffer, range) in &self.runs[place.index] {
+            out.extend_from_slice(&self.buffers[*buffer][range.clone()]);
+        }
+        Ok(place)
     }
 }
 
@@ -469,28 +532,34 @@ fn make(
     parents: &Parents,
     config: &ModelConfig,
     until: &Until<'_>,
-) -> Result<Made, String> {
+    spare: &mut Vec<Vec<u8>>,
+) -> Result<Made, MergeError> {
     let start = Instant::now();
-    let text = |e: MergeError| e.to_string();
-    let weights = PointWeights {
-        point: prepared.point_of_recipe(&ask.recipe).map_err(text)?,
-        tensors: Shapes(shapes(parents)),
-        until,
-        pass: Mutex::default(),
-    };
+    // What the digest names must be what is read: looked at before, for the sake of time, and after.
+    parents.check_unchanged()?;
+    let point = prepared.point_of_recipe(&ask.recipe)?;
+    let weights = PointWeights::compute(&point, parents, until, spare)?;
+    let pass = start.elapsed();
     let placement = Placement {
         device: &ask.device,
         arithmetic: ask.arithmetic,
         fixed_shapes: ask.fixed_shapes,
     };
-    let decoder = Decoder::load_for(config.clone(), &weights, placement).map_err(|e| e.to_string())?;
-    let digest = merge_digest(&ask.recipe, parents, until).map_err(text)?;
-    // What was read must be what the digest names.
-    parents.check_unchanged().map_err(text)?;
+    let decoder = Decoder::load_for(config.clone(), &weights, placement);
+    let decoder = decoder.map_err(|e| MergeError::Internal {
+        detail: e.to_string(),
+    })?;
+    let digest = merge_digest(&ask.recipe, parents, until)?;
+    parents.check_unchanged()?;
+    let mut kept = 0;
+    spare.extend(weights.buffers.into_iter().take_while(|buffer| {
+        kept += buffer.capacity();
+        kept <= SPARE_BYTES
+    }));
     Ok(Made {
         decoder,
         digest,
-        pass: *weights.pass.lock().unwrap_or_else(PoisonError::into_inner),
+        pass,
         whole: start.elapsed(),
     })
 }

@@ -34,6 +34,8 @@ pub(super) struct Place<'a> {
 pub(super) trait Turn: Sync {
     /// Whether somebody still waits for it: a later load of the name, or its unloading, makes it pointless.
     fn is_wanted(&self) -> bool;
+    /// It goes on, whoever still waits.
+    fn commit(&self);
     /// Takes memory, from other models if it must.
     fn make_room(&self, need: Need) -> Result<Reservation, LoadFailure>;
 }
@@ -78,6 +80,13 @@ impl WeightSource for ExpertWeights<'_> {
 
     fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
         Ok(self.0.read_f32(name)?)
+    }
+
+    fn read_bf16(&self, name: &str, out: &mut Vec<u8>) -> Result<bool, LmError> {
+        match self.0.adapter() {
+            None => self.0.checkpoint().read_bf16(name, out),
+            Some(_) => Ok(false),
+        }
     }
 }
 
@@ -198,6 +207,7 @@ fn load_point(
     let reading = bytes + 4 * facts.largest_tensor;
     let mut memory = turn.make_room(place.memory.need_of_point(&facts.config, reading))?;
     go_on(turn)?;
+    turn.commit();
     let made = family.make(recipe, place.device, place.limits.fixed_shapes, &|| {
         turn.is_wanted()
     });

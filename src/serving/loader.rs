@@ -18,6 +18,9 @@ use crate::config::ModelName;
 /// How long a load that waits for memory sleeps before it looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// Points that may wait for their turn.
+const MOST_WAITING_POINTS: usize = 256;
+
 /// A slot's turn.
 struct SlotTurn<'a> {
     serving: &'a Serving,
@@ -119,6 +122,9 @@ impl Serving {
             }
             WeightsFrom::Folder { .. } if slots.names() >= self.limits.max_models => {
                 return Err(ServingError::NoName(self.limits.max_models));
+            }
+            WeightsFrom::Family { .. } if slots.waiting_points() >= MOST_WAITING_POINTS => {
+                return Err(ServingError::Busy(name.to_string()));
             }
             // The name means another family now.
             WeightsFrom::Family { family, .. }
@@ -227,6 +233,7 @@ impl Slots {
             model,
             ticket: self.last_ticket,
             begun: false,
+            committed: false,
             former,
             origin,
             held,
@@ -331,6 +338,15 @@ impl Turn for SlotTurn<'_> {
         }
     }
 
+    fn commit(&self) {
+        let mut slots = self.serving.slots();
+        if let Some(Slot::Loading(loading)) = slots.by_name.get_mut(&self.name)
+            && loading.ticket == self.ticket
+        {
+            loading.committed = true;
+        }
+    }
+
     /// First what the model replaces gives its memory, then the models that were not asked for longest. They keep it until
     /// their requests have ended, which is waited for.
     fn make_room(&self, need: Need) -> Result<Reservation, LoadFailure> {
@@ -342,9 +358,10 @@ impl Turn for SlotTurn<'_> {
                 return Err(LoadFailure::Unwanted);
             }
             let most = self.serving.limits.max_points;
-            let full = self.name.is_point() && self.serving.slots().live_points() >= most;
+            let full = self.name.is_point() && memory.points() >= most;
             let took = match full {
-                true => self.take_a_point(),
+                // Those that leave already are waited for.
+                true => self.serving.slots().live_points() >= most && self.take_a_point(),
                 false => {
                     if let Some(reservation) = memory.reserve(need) {
                         return Ok(reservation);

@@ -33,6 +33,8 @@ pub(super) struct Memory {
 struct Taken {
     used: u64,
     leaving: u64,
+    /// Points of families.
+    points: usize,
 }
 
 /// What a model needs.
@@ -41,6 +43,7 @@ pub(super) struct Need {
     pub weights: u64,
     pub least_kv: u64,
     pub most_kv: u64,
+    pub is_point: bool,
 }
 
 /// A model's share; given back when it is dropped.
@@ -49,6 +52,7 @@ pub(super) struct Reservation {
     memory: Arc<Memory>,
     weights: u64,
     pub kv_bytes: u64,
+    is_point: bool,
     /// Changed under the memory's lock.
     leaving: AtomicBool,
 }
@@ -74,6 +78,7 @@ impl Memory {
                 weights,
                 least_kv: given.min(useful),
                 most_kv: given.min(useful),
+                is_point: false,
             },
             None => {
                 let most_kv = self.kv_default.min(useful);
@@ -82,6 +87,7 @@ impl Memory {
                     weights,
                     least_kv: longest.max(LEAST_KV).min(most_kv),
                     most_kv,
+                    is_point: false,
                 }
             }
         }
@@ -92,6 +98,7 @@ impl Memory {
         let need = self.need(config, weights);
         Need {
             most_kv: need.least_kv.max(need.most_kv / POINTS),
+            is_point: true,
             ..need
         }
     }
@@ -119,10 +126,12 @@ impl Memory {
             return None;
         }
         taken.used += need.weights + kv_bytes;
+        taken.points += usize::from(need.is_point);
         Some(Reservation {
             memory: self.clone(),
             weights: need.weights,
             kv_bytes,
+            is_point: need.is_point,
             leaving: AtomicBool::new(false),
         })
     }
@@ -133,6 +142,11 @@ impl Memory {
         let used = taken.used.saturating_sub(taken.leaving);
         self.limit
             .is_none_or(|limit| need.least() <= limit.saturating_sub(used))
+    }
+
+    /// Points of families that are in memory, named or not.
+    pub(super) fn points(&self) -> usize {
+        self.taken().points
     }
 
     pub(super) fn used_bytes(&self) -> u64 {
@@ -187,6 +201,7 @@ impl Drop for Reservation {
         let bytes = self.bytes();
         let mut taken = self.memory.taken();
         taken.used = taken.used.saturating_sub(bytes);
+        taken.points -= usize::from(self.is_point);
         drop(taken);
         self.memory.freed.notify_all();
     }
@@ -305,6 +320,7 @@ mod tests {
             weights,
             least_kv,
             most_kv,
+            is_point: false,
         };
         let first = memory.reserve(need(40, 10, 20)).expect("room");
         assert_eq!((first.bytes(), first.kv_bytes), (60, 20));

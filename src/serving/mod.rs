@@ -160,43 +160,89 @@ impl Serving {
             .parse()
             .map_err(|_| ServingError::Unknown(name.chars().take(100).collect()))?;
         let look = self.look(&key)?;
-        self.wait(&key, look).await
+        self.wait(&key, look, self.limits.hold).await
+    }
+
+    /// The point of a family that `name@shares` means; waits while its weights are computed.
+    pub async fn point_named(
+        self: &Arc<Self>,
+        family: &str,
+        shares: &str,
+    ) -> Result<Arc<Served>, ServingError> {
+        let unknown = || ServingError::Unknown(family.chars().take(100).collect());
+        let key: ModelName = family.parse().map_err(|_| unknown())?;
+        let family = self.family(&key).ok_or_else(unknown)?;
+        let shares = Shares::parse(shares).ok_or_else(|| ServingError::BadPoint {
+            family: family.name.to_string(),
+            detail: "after @ comes a number from 0 to 1, or one for each model".into(),
+        })?;
+        self.point(family, &shares).await
     }
 
     /// The point of a family at some shares; waits while its weights are computed.
-    pub async fn point(self: &Arc<Self>, family: &str, shares: &str) -> Result<Arc<Served>, ServingError> {
+    pub async fn point(
+        self: &Arc<Self>,
+        mut family: Arc<Family>,
+        shares: &Shares,
+    ) -> Result<Arc<Served>, ServingError> {
         let asked = Instant::now();
-        let unknown = || ServingError::Unknown(family.chars().take(100).collect());
-        let key: ModelName = family.parse().map_err(|_| unknown())?;
-        let family = {
-            let slots = self.slots();
-            slots
-                .families
-                .get(slots.resolve(&key))
-                .cloned()
-                .ok_or_else(unknown)?
+        let name = ModelName::of_point(&family.name, shares);
+        loop {
+            let answer = self.point_until(&family, &name, shares, asked).await;
+            let closed = self.slots().closed;
+            let now = self.family(&family.name);
+            match (answer, now) {
+                (Ok(served), _) => return Ok(served),
+                (Err(_), _) if closed => return Err(ServingError::ShuttingDown),
+                // The name means another family meanwhile.
+                (Err(_), Some(now)) if !Arc::ptr_eq(&now, &family) => family = now,
+                (Err(error), _) => return Err(error),
+            }
+        }
+    }
+
+    async fn point_until(
+        self: &Arc<Self>,
+        family: &Arc<Family>,
+        name: &ModelName,
+        shares: &Shares,
+        asked: Instant,
+    ) -> Result<Arc<Served>, ServingError> {
+        let left = || (asked + self.limits.hold).saturating_duration_since(Instant::now());
+        let there = {
+            let mut slots = self.slots();
+            let known = slots.by_name.contains_key(name);
+            known.then(|| self.look_at(&mut slots, name))
         };
-        let bad = |detail: String| ServingError::BadPoint {
+        if let Some(look) = there {
+            return self.wait(name, look?, left()).await;
+        }
+        let recipe = family.recipe.at(shares).map_err(|e| ServingError::BadPoint {
             family: family.name.to_string(),
-            detail,
-        };
-        let shares = Shares::parse(shares)
-            .ok_or_else(|| bad("after @ comes a number from 0 to 1, or one for each model".into()))?;
-        let recipe = family.recipe.at(&shares).map_err(|e| bad(e.detail))?;
-        let ready = tokio::time::timeout(self.limits.hold, family.ready()).await;
+            detail: e.detail,
+        })?;
+        let ready = tokio::time::timeout(left(), family.ready()).await;
         let facts = ready.map_err(|_| ServingError::StillLoading(family.name.to_string()))??;
-        let name = ModelName::of_point(&family.name, &shares);
         let request = LoadRequest {
             source: name.to_string(),
             arithmetic: family.arithmetic,
             weights: WeightsFrom::Family {
-                family,
+                family: family.clone(),
                 facts,
                 recipe: Box::new(recipe),
             },
             asked,
         };
-        self.get_or_load(&name, request).await
+        let look = self.first_use(name.clone(), request)?;
+        self.wait(name, look, left()).await
+    }
+
+    /// The slot of a point by any text that means it, if it is in memory or on its way.
+    pub fn point_info(&self, family: &str, shares: &str) -> Option<SlotInfo> {
+        let key: ModelName = family.parse().ok()?;
+        let slots = self.slots();
+        let family = slots.families.get(slots.resolve(&key))?;
+        slots.info(&ModelName::of_point(&family.name, &Shares::parse(shares)?))
     }
 
     /// The family of a name or an alias.
@@ -212,15 +258,15 @@ impl Serving {
         request: LoadRequest,
     ) -> Result<Arc<Served>, ServingError> {
         let look = self.first_use(name.clone(), request)?;
-        self.wait(name, look).await
+        self.wait(name, look, self.limits.hold).await
     }
 
-    async fn wait(&self, name: &ModelName, look: Look) -> Result<Arc<Served>, ServingError> {
+    async fn wait(&self, name: &ModelName, look: Look, most: Duration) -> Result<Arc<Served>, ServingError> {
         let coming = match look {
             Look::There(served) => return Ok(served),
             Look::Coming(receiver) => receiver,
         };
-        match tokio::time::timeout(self.limits.hold, coming).await {
+        match tokio::time::timeout(most, coming).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) if self.slots().closed => Err(ServingError::ShuttingDown),
             Ok(Err(_)) => Err(ServingError::Unknown(name.to_string())),
@@ -278,7 +324,9 @@ impl Serving {
         let slots = {
             let mut slots = self.slots();
             slots.closed = true;
-            slots.families.clear();
+            std::mem::take(&mut slots.families)
+                .values()
+                .for_each(|family| family.stop());
             std::mem::take(&mut slots.by_name)
         };
         drop(slots);

@@ -137,6 +137,28 @@ impl Served {
         Ok(grammars.insert(made).clone())
     }
 
+    /// Tokens of a context and of a text that goes on with it. They are encoded together, white space at the context's end
+    /// counting as the text's, and cut after as many tokens as the context has by itself: lm-eval's rule.
+    pub fn split(&self, context: &str, text: &str, special: bool) -> Result<(Vec<u32>, Vec<u32>), LmError> {
+        let encode = |text: &str, special: bool| self.tokenizer.encode(text, special);
+        if context.is_empty() {
+            return Ok((encode("", special)?, encode(text, false)?));
+        }
+        let kept = context.trim_end();
+        let moved = format!("{}{text}", &context[kept.len()..]);
+        let mut before = encode(&format!("{kept}{moved}"), special)?;
+        let start = encode(kept, special)?.len().min(before.len());
+        let own = before.split_off(start);
+        Ok((before, own))
+    }
+
+    /// What stands before a text without a context: BOS, or else EOS.
+    pub fn first_token(&self) -> Option<u32> {
+        let bos = self.tokenizer.special().bos_token.as_deref();
+        let bos = bos.and_then(|bos| self.tokenizer.token_id(bos));
+        bos.or(self.tokenizer.eos_ids().first().copied())
+    }
+
     /// From the moment it was asked for until its first token or score, once there was one.
     pub fn first_token_after(&self) -> Option<Duration> {
         self.first_token_after.get().copied()
@@ -156,7 +178,11 @@ impl Served {
 
     /// Whether a point has been there for so short that making it was hardly worth it.
     pub(super) fn is_settling(&self) -> bool {
-        let dwell = |point: PointInfo| DWELL.max(Duration::from_secs_f64(point.seconds));
+        let dwell = |point: PointInfo| {
+            let took = Duration::from_secs_f64(point.seconds);
+            // Requests that wait for its memory must still be answered.
+            DWELL.max(took).min(self.hold / 4)
+        };
         self.point
             .is_some_and(|point| self.since.elapsed() < dwell(point))
     }

@@ -122,6 +122,9 @@ pub(super) struct Loading {
     pub ticket: u64,
     /// Whether the loader has taken it.
     pub begun: bool,
+    /// Whether it has its memory and goes on to the end: a point that takes longer than its clients wait is there when they
+    /// ask again.
+    pub committed: bool,
     /// What the name meant before: it comes back if the load fails.
     pub former: Option<Former>,
     pub origin: Origin,
@@ -156,7 +159,9 @@ impl Loading {
     pub(super) fn is_wanted(&self) -> bool {
         match self.origin {
             Origin::Posted | Origin::InsteadOf(_) => true,
-            Origin::FirstUse | Origin::Again => self.held.iter().any(|held| !held.is_closed()),
+            Origin::FirstUse | Origin::Again => {
+                self.committed || self.held.iter().any(|held| !held.is_closed())
+            }
         }
     }
 
@@ -298,16 +303,23 @@ impl Slots {
 
     /// Takes a family and its points away. False if there is none.
     pub(super) fn drop_family(&mut self, name: &ModelName) -> bool {
-        if self.families.remove(name).is_none() {
+        let Some(family) = self.families.remove(name) else {
             return false;
-        }
+        };
+        family.stop();
         for point in self.points(name) {
             self.drop_model(&point);
         }
         true
     }
 
-    /// Points that are in memory.
+    /// Points that wait for their turn.
+    pub(super) fn waiting_points(&self) -> usize {
+        let waits = |(name, slot): &(&ModelName, &Slot)| name.is_point() && matches!(slot, Slot::Loading(_));
+        self.by_name.iter().filter(waits).count()
+    }
+
+    /// Points that answer.
     pub(super) fn live_points(&self) -> usize {
         let ready =
             |(name, slot): &(&ModelName, &Slot)| name.is_point() && matches!(slot, Slot::Ready { .. });

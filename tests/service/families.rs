@@ -154,6 +154,11 @@ async fn a_family_is_listed_with_its_points_and_asked_by_them_only() {
     let chat = json!({"model": "mix@0.25", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2});
     let chat = app.post("/v1/chat/completions", chat).await.expect(200).json();
     assert_eq!(chat["system_fingerprint"], a.0);
+    let listed = app.get("/v1/models").await.json();
+    assert_eq!(listed["data"][0]["id"], "mix@0.25", "{listed}");
+    app.get("/m/mix@0.25/v1/models").await.expect(200);
+    let one = app.get("/v1/models/mix@0.250").await.expect(200).json();
+    assert_eq!(one["system_fingerprint"], a.0);
     app.post("/m/mix@0.25/v1/completions", scoring(""))
         .await
         .expect(200);

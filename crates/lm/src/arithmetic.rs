@@ -18,6 +18,13 @@ pub struct Placement<'a> {
     pub fixed_shapes: bool,
 }
 
+impl Placement<'_> {
+    /// Whether weights that are bf16 numbers are held as they are.
+    pub(crate) fn keeps_bf16(&self) -> bool {
+        matches!(self.device, Device::Cpu) && self.arithmetic == Arithmetic::F32
+    }
+}
+
 /// The arithmetic of products with weights; everything else is f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Arithmetic {

@@ -98,10 +98,7 @@ impl Decoder {
             placement.arithmetic,
             placement.fixed_shapes,
         )?;
-        let loader = Loader {
-            source: weights,
-            placement,
-        };
+        let loader = Loader::new(weights, placement);
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = Arc::new(loader.stacked(&[("model.embed_tokens.weight".to_owned(), vocab)], hidden)?);
         let lm_head = match config.tie_word_embeddings {

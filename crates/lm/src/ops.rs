@@ -47,6 +47,11 @@ impl Matrix {
         })
     }
 
+    /// From W row by row, in little-endian bf16, in CPU memory for products in f32.
+    pub(crate) fn of_bf16(bytes: &[u8], inner: usize) -> Self {
+        Self::Packed(PackedMatrix::from_bf16(bytes, inner))
+    }
+
     /// The tensor on the GPU.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_gpu(&self) -> candle_core::Result<&Tensor> {

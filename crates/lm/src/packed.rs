@@ -51,6 +51,21 @@ impl PackedMatrix {
         Self::new(panels, values, inner)
     }
 
+    /// As [`PackedMatrix::from_rows`], from little-endian bf16.
+    pub(crate) fn from_bf16(bytes: &[u8], inner: usize) -> Self {
+        let columns = bytes.len() / 2 / inner;
+        let mut panels = vec![[0; TILE_COLUMNS]; columns.div_ceil(TILE_COLUMNS) * inner];
+        panels
+            .par_chunks_exact_mut(inner)
+            .zip(bytes.par_chunks(2 * inner * TILE_COLUMNS))
+            .for_each(|(panel, rows)| transpose(panel, rows, 2 * inner));
+        Self {
+            panels: Panels::Bf16(panels),
+            columns,
+            inner,
+        }
+    }
+
     /// As [`PackedMatrix::from_rows`], for products of factors rounded to bf16.
     pub(crate) fn rounded(values: &[f32], inner: usize) -> Self {
         Self::new(Panels::Pairs(pack(values, inner, 2, Pairs::pack)), values, inner)
@@ -167,6 +182,20 @@ fn pack<W: Copy + Default + Send>(
             }
         });
     panels
+}
+
+/// Rows of bytes become the columns of a panel, a few cache lines at a time.
+fn transpose(panel: &mut [[u16; TILE_COLUMNS]], rows: &[u8], row_bytes: usize) {
+    const STEPS: usize = 32;
+    for (block, steps) in panel.chunks_mut(STEPS).enumerate() {
+        let from = 2 * STEPS * block;
+        for (column, row) in rows.chunks_exact(row_bytes).enumerate() {
+            let numbers = row[from..from + 2 * steps.len()].chunks_exact(2);
+            for (step, number) in steps.iter_mut().zip(numbers) {
+                step[column] = u16::from_le_bytes([number[0], number[1]]);
+            }
+        }
+    }
 }
 
 /// Column stretches \[rows, share\] one after the other become rows.
@@ -447,6 +476,26 @@ mod tests {
         assert_eq!(ours.len(), exact.len(), "{what}");
         for (a, b) in ours.iter().zip(exact) {
             assert!((a - b).abs() < 1e-5 * b.abs().max(1.0), "{what}: {a} {b}");
+        }
+    }
+
+    #[test]
+    fn bf16_is_packed_as_its_f32_is() {
+        for (columns, inner) in [(1, 1), (16, 32), (37, 75), (48, 576)] {
+            let halves: Vec<u16> = (0..columns * inner)
+                .map(|i| (i * 40_503 % 65_536) as u16)
+                .collect();
+            let bytes: Vec<u8> = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
+            let values: Vec<f32> = halves.iter().map(|half| f32_of(*half)).collect();
+            let (direct, detour) = (
+                PackedMatrix::from_bf16(&bytes, inner),
+                PackedMatrix::from_rows(&values, inner),
+            );
+            match (&direct.panels, &detour.panels) {
+                (Panels::Bf16(a), Panels::Bf16(b)) => assert_eq!(a, b),
+                _ => panic!("not bf16"),
+            }
+            assert_eq!((direct.columns, direct.inner), (detour.columns, detour.inner));
         }
     }
 

@@ -69,6 +69,33 @@ pub enum FinishReason {
 }
 
 impl Request {
+    /// Log-probabilities of a text's tokens from `start` on, each with the likeliest one at its place.
+    pub fn to_score(tokens: Vec<u32>, start: usize) -> Self {
+        Self {
+            prompt_logprobs: Some(1),
+            score_from: start,
+            ..Self::greedy(tokens, 0, Vec::new())
+        }
+    }
+
+    /// The likeliest token each time, until one of `stop_ids`.
+    pub fn greedy(prompt: Vec<u32>, max_tokens: usize, stop_ids: Vec<u32>) -> Self {
+        Self {
+            id: 0,
+            group: 0,
+            prompt,
+            max_tokens,
+            min_tokens: 0,
+            sampling: Sampling::default(),
+            logit_bias: Vec::new(),
+            constraint: None,
+            stop_ids,
+            prompt_logprobs: None,
+            score_from: 0,
+            logprobs: None,
+        }
+    }
+
     /// Checks what does not depend on the engine's load.
     pub(crate) fn validate(&self, config: &ModelConfig) -> Result<(), LmError> {
         check_tokens(config, &self.prompt)?;

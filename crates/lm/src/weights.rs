@@ -1,8 +1,10 @@
 //! Where a decoder's weights come from: an opened checkpoint, or one with an adapter folded in. Checks every
 //! shape against the config before a byte of the tensor is read.
 
+use std::cell::RefCell;
+
 use candle_core::Tensor;
-use cauldron_checkpoint::{Checkpoint, Expert};
+use cauldron_checkpoint::{Checkpoint, Dtype, Expert};
 
 use crate::arithmetic::Placement;
 use crate::ops::Matrix;
@@ -14,6 +16,10 @@ pub trait WeightSource: Sync {
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
     /// The whole tensor, row-major, widened to f32.
     fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError>;
+    /// Appends the little-endian bytes of a tensor that is bf16; false if it is something else, and then nothing is appended.
+    fn read_bf16(&self, _name: &str, _out: &mut Vec<u8>) -> Result<bool, LmError> {
+        Ok(false)
+    }
 }
 
 impl WeightSource for Checkpoint {
@@ -23,6 +29,16 @@ impl WeightSource for Checkpoint {
 
     fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
         Ok(Checkpoint::read_f32(self, name)?)
+    }
+
+    fn read_bf16(&self, name: &str, out: &mut Vec<u8>) -> Result<bool, LmError> {
+        let Some(info) = self.get(name).filter(|info| info.dtype == Dtype::BF16) else {
+            return Ok(false);
+        };
+        let start = out.len();
+        out.resize(start + info.byte_len() as usize, 0);
+        self.read_into(name, 0, &mut out[start..])?;
+        Ok(true)
     }
 }
 
@@ -96,9 +112,18 @@ pub(crate) fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)
 pub(crate) struct Loader<'a> {
     pub source: &'a dyn WeightSource,
     pub placement: Placement<'a>,
+    spare: RefCell<Vec<u8>>,
 }
 
-impl Loader<'_> {
+impl<'a> Loader<'a> {
+    pub(crate) fn new(source: &'a dyn WeightSource, placement: Placement<'a>) -> Self {
+        Self {
+            source,
+            placement,
+            spare: RefCell::default(),
+        }
+    }
+
     /// What an RMS norm multiplies by: Gemma keeps it less one.
     pub(crate) fn norm(&self, name: &str, len: usize, config: &ModelConfig) -> Result<Tensor, LmError> {
         let mut values = self.read(name, &[len])?;
@@ -110,6 +135,9 @@ impl Loader<'_> {
 
     /// Matrices of `columns` columns stacked into one \[sum of rows, columns\].
     pub(crate) fn stacked(&self, parts: &[(String, usize)], columns: usize) -> Result<Matrix, LmError> {
+        if let Some(matrix) = self.stacked_bf16(parts, columns)? {
+            return Ok(matrix);
+        }
         let mut values = Vec::new();
         for (name, rows) in parts {
             let mut part = self.read(name, &[*rows, columns])?;
@@ -119,6 +147,31 @@ impl Loader<'_> {
             }
         }
         Ok(Matrix::new(values, columns, self.placement)?)
+    }
+
+    /// Without a detour over f32, where all parts are bf16 and stay so.
+    fn stacked_bf16(&self, parts: &[(String, usize)], columns: usize) -> Result<Option<Matrix>, LmError> {
+        if !self.placement.keeps_bf16() {
+            return Ok(None);
+        }
+        // Memory that was touched before is cheaper than new one.
+        let mut bytes = self.spare.take();
+        bytes.clear();
+        let mut are_bf16 = true;
+        for (name, rows) in parts {
+            check_shape(self.source, name, &[*rows, columns])?;
+            let start = bytes.len();
+            are_bf16 = self.source.read_bf16(name, &mut bytes)?;
+            if !are_bf16 {
+                break;
+            }
+            if bytes.len() - start != 2 * rows * columns {
+                return Err(unfilled(name));
+            }
+        }
+        let matrix = are_bf16.then(|| Matrix::of_bf16(&bytes, columns));
+        self.spare.replace(bytes);
+        Ok(matrix)
     }
 
     /// Vectors joined end to end.
@@ -135,12 +188,16 @@ impl Loader<'_> {
         check_shape(self.source, name, shape)?;
         let values = self.source.read_f32(name)?;
         if values.len() != shape.iter().product::<usize>() {
-            return Err(LmError::Tensor {
-                tensor: name.to_owned(),
-                detail: "its bytes do not fill its shape".into(),
-            });
+            return Err(unfilled(name));
         }
         Ok(values)
+    }
+}
+
+fn unfilled(name: &str) -> LmError {
+    LmError::Tensor {
+        tensor: name.to_owned(),
+        detail: "its bytes do not fill its shape".into(),
     }
 }
 

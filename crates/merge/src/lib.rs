@@ -42,14 +42,14 @@ pub use error::{MergeError, RecipeError};
 pub use family::Family;
 pub use journal::{is_resumable, merge_key};
 pub use manifest::{
-    MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, ParentEntry, Summary, TensorStats, parse_manifest,
-    read_manifest, verify_folder, verify_folder_full,
+    MANIFEST_FILE, MANIFEST_FORMAT, MAX_MANIFEST_BYTES, Manifest, ParentEntry, Summary, TensorStats,
+    parse_manifest, read_manifest, verify_folder, verify_folder_full,
 };
 pub use mergekit::parse_mergekit;
 pub use mixup::{draw_lambda, draw_shares};
 pub use output::{ARITHMETIC_VERSION, MergeOptions, Observer, merge_digest, merge_to_folder, sidecars};
 pub use parents::{ParentResolver, Parents};
-pub use point::Point;
+pub use point::{Part, Point};
 pub use recipe::{MAX_MODELS, Method, Mixup, ModelRef, Recipe};
 #[cfg(feature = "cuda")]
 pub use resident::{Resident, Written};

@@ -1,5 +1,6 @@
 //! manifest.json: all that made a merged checkpoint, and what its files must be.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -12,6 +13,9 @@ use crate::MergeError;
 
 /// Name of the manifest in a merged checkpoint's folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
+/// Layout that this version writes and reads.
+pub const MANIFEST_FORMAT: u32 = 1;
+const MAX_FILES: usize = 10_000;
 /// Larger ones are not read.
 pub const MAX_MANIFEST_BYTES: u64 = 256 << 20;
 
@@ -104,8 +108,15 @@ pub fn parse_manifest(bytes: &[u8]) -> Result<Manifest, MergeError> {
     let corrupt = |detail: String| MergeError::Corrupt { detail };
     let manifest: Manifest =
         serde_json::from_slice(bytes).map_err(|e| corrupt(format!("{MANIFEST_FILE}: {e}")))?;
+    let names: HashSet<&str> = manifest.files.iter().map(|file| file.name.as_str()).collect();
+    if names.is_empty() || names.len() != manifest.files.len() || names.len() > MAX_FILES {
+        return Err(corrupt(format!(
+            "{MANIFEST_FILE} names {} files",
+            manifest.files.len()
+        )));
+    }
     for file in &manifest.files {
-        let folder = file.name.is_empty() || file.name.starts_with('.');
+        let folder = !(1..=255).contains(&file.name.len()) || file.name.starts_with('.');
         if folder || file.name.contains(['/', '\\', '\0']) || file.name == MANIFEST_FILE {
             return Err(corrupt(format!("{:?} is not a file name", file.name)));
         }

@@ -17,7 +17,7 @@ use crate::card;
 use crate::family::{Family, passes};
 use crate::journal::{FinishedShard, Journal, merge_key};
 use crate::layout::{OutTensor, Role};
-use crate::manifest::{MANIFEST_FILE, Manifest, ParentEntry, Summary, TensorStats};
+use crate::manifest::{MANIFEST_FILE, MANIFEST_FORMAT, Manifest, ParentEntry, Summary, TensorStats};
 use crate::parents::{PARSED_SIDECARS, read_sidecar};
 use crate::point::ChunkStats;
 use crate::recipe::{Recipe, dtype_name};
@@ -99,7 +99,7 @@ pub fn merge_to_folder(
     let contents = parents.contents(obs)?;
     let summary = summarise(&tensors, &shards);
     let mut manifest = Manifest {
-        format: 1,
+        format: MANIFEST_FORMAT,
         arithmetic: ARITHMETIC_VERSION,
         cauldron: env!("CARGO_PKG_VERSION").to_owned(),
         digest,

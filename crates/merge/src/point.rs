@@ -20,6 +20,14 @@ pub struct Point<'f, 'a> {
     tensors: Vec<Combination>,
 }
 
+/// A run of one tensor's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// Its place in writing order.
+    pub tensor: usize,
+    pub len: usize,
+}
+
 /// What one tensor is made of, by member.
 #[derive(Debug, Default)]
 pub(crate) struct Combination {
@@ -208,19 +216,45 @@ impl Point<'_, '_> {
     ) -> Result<(Dtype, Vec<usize>, Vec<u8>), MergeError> {
         let plan = &self.family.tensors()[index].plan;
         let mut all = Vec::with_capacity(plan.byte_len() as usize);
+        self.write(&[index], obs, Vec::new, |_, bytes| all.extend(bytes))?;
+        Ok((plan.dtype, plan.shape.clone(), all))
+    }
+
+    /// The bytes of all tensors, in writing order and in buffers of some MiB, each with what is in it. `spare` gives buffers to
+    /// be used again: memory that was touched before is cheaper than new one.
+    pub fn tensors(
+        &self,
+        obs: &dyn Observer,
+        spare: impl FnMut() -> Vec<u8>,
+        consume: impl FnMut(Vec<Part>, Vec<u8>),
+    ) -> Result<(), MergeError> {
+        let all: Vec<usize> = (0..self.tensors.len()).collect();
+        self.write(&all, obs, spare, consume)
+    }
+
+    fn write(
+        &self,
+        which: &[usize],
+        obs: &dyn Observer,
+        spare: impl FnMut() -> Vec<u8>,
+        mut consume: impl FnMut(Vec<Part>, Vec<u8>),
+    ) -> Result<(), MergeError> {
+        let part = |chunk: &Chunk| Part {
+            tensor: chunk.tensor,
+            len: chunk.len * self.family.tensors()[chunk.tensor].plan.item_bytes(),
+        };
         self.stream(|stream| {
             stream.write_each(
-                &[index],
+                which,
                 obs,
-                Vec::new,
+                spare,
                 |work, scratch, chunk, out| self.merge(work, scratch, chunk, out),
-                |_, _, bytes| {
-                    all.extend(bytes);
+                |window, _, bytes| {
+                    consume(window.iter().map(part).collect(), bytes);
                     Ok(())
                 },
             )
-        })?;
-        Ok((plan.dtype, plan.shape.clone(), all))
+        })
     }
 
     /// Merges one loaded chunk into `out`, rounding once.

@@ -39,7 +39,12 @@ pub async fn list_served(
         None => app.serving.list(),
         Some(model) => vec![slot(&app, model)?],
     };
-    let answering = slots.into_iter().filter(|slot| slot.answers);
+    // Of a family, its points.
+    let points = |slot: SlotInfo| match slot.family {
+        Some(family) => family.points,
+        None => vec![slot],
+    };
+    let answering = slots.into_iter().flat_map(points).filter(|slot| slot.answers);
     Ok(Json(ServedList {
         object: "list",
         data: answering.flat_map(views).collect(),
@@ -62,9 +67,14 @@ pub async fn get_served(
 }
 
 fn slot(app: &App, name: &str) -> Result<SlotInfo, ApiError> {
-    let key = name.parse::<ModelName>().ok();
-    key.and_then(|key| app.serving.info(&key))
-        .ok_or_else(|| ServingError::Unknown(name.chars().take(100).collect()).into())
+    let found = match ModelName::split_point(name) {
+        Some((family, shares)) => app.serving.point_info(family, shares),
+        None => name
+            .parse::<ModelName>()
+            .ok()
+            .and_then(|key| app.serving.info(&key)),
+    };
+    found.ok_or_else(|| ServingError::Unknown(name.chars().take(100).collect()).into())
 }
 
 /// A model under its name and its aliases.

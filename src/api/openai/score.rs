@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use cauldron_lm::{Event, Request, Sampling, TokenLogprobs};
+use cauldron_lm::{Event, Request, TokenLogprobs};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -273,28 +273,13 @@ fn tokens_of(
             return Ok((context, own, bytes));
         }
     };
-    if context.is_empty() {
-        return Ok((
-            tokenizer.encode("", special)?,
-            tokenizer.encode(text, false)?,
-            text.len(),
-        ));
-    }
-    let kept = context.trim_end();
-    let moved = format!("{}{text}", &context[kept.len()..]);
-    let whole = tokenizer.encode(&format!("{kept}{moved}"), special)?;
-    let start = tokenizer.encode(kept, special)?.len().min(whole.len());
-    let own = whole[start..].to_vec();
-    Ok((whole[..start].to_vec(), own, text.len()))
+    let (before, own) = served.split(context, text, special)?;
+    Ok((before, own, text.len()))
 }
 
 /// What stands before a text without a context.
 fn first_token(served: &Served, field: &str) -> Result<u32, ApiError> {
-    let tokenizer = &served.tokenizer;
-    let bos = tokenizer.special().bos_token.as_deref();
-    let first = bos.and_then(|bos| tokenizer.token_id(bos));
-    let first = first.or(tokenizer.eos_ids().first().copied());
-    first.ok_or_else(|| {
+    served.first_token().ok_or_else(|| {
         ApiError::invalid(
             field,
             "is empty, and the model has neither a BOS nor an EOS token",
@@ -303,20 +288,9 @@ fn first_token(served: &Served, field: &str) -> Result<u32, ApiError> {
 }
 
 async fn run(served: &Arc<Served>, pairs: &[Pair]) -> Result<Vec<Vec<TokenLogprobs>>, ApiError> {
-    let requests = pairs.iter().map(|pair| Request {
-        id: 0,
-        group: 0,
-        prompt: pair.tokens.clone(),
-        max_tokens: 0,
-        min_tokens: 0,
-        sampling: Sampling::default(),
-        logit_bias: Vec::new(),
-        constraint: None,
-        stop_ids: Vec::new(),
-        prompt_logprobs: Some(1),
-        score_from: pair.start,
-        logprobs: None,
-    });
+    let requests = pairs
+        .iter()
+        .map(|pair| Request::to_score(pair.tokens.clone(), pair.start));
     let generations = served.submit(requests.collect()).await?;
     let mut scored = Vec::with_capacity(pairs.len());
     for (generation, pair) in generations.into_iter().zip(pairs) {

@@ -102,6 +102,7 @@ impl TestApp {
         let storage = StorageConfig {
             data_dir: dirs.path().join("data"),
             models_dir: dirs.path().join("models"),
+            tasks_dir: dirs.path().join("tasks"),
             database_url: None,
             max_shard_bytes: 5_000_000_000,
             cache_budget: None,

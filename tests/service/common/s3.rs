@@ -95,8 +95,8 @@ impl S3 {
         variables(self.port)
     }
 
-    /// Names of the objects below a folder.
-    pub fn names(&self, folder: &str) -> Vec<String> {
+    /// The objects below a folder.
+    pub fn keys(&self, folder: &str) -> Vec<String> {
         let folder = Path::from(folder);
         let listed = self
             .runtime
@@ -104,7 +104,7 @@ impl S3 {
         listed
             .unwrap()
             .into_iter()
-            .map(|object| object.location.filename().unwrap().to_owned())
+            .map(|object| object.location.to_string())
             .collect()
     }
 

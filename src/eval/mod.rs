@@ -1,0 +1,413 @@
+//! Scores of served models on tasks: what a model did with each item is kept by (weights, task), so nothing is asked twice.
+//! Knows nothing of HTTP.
+
+mod ask;
+mod metric;
+mod store;
+mod task;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cauldron_checkpoint::Digest;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::sync::Semaphore;
+use tracing::{info, warn};
+
+pub use ask::AskError;
+pub use metric::{Metric, Outcome, is_better_higher, mean, measure, value};
+pub use store::read_task_file;
+pub use task::{Answer, Item, Kind, MAX_FILE_BYTES, Match, Task, TaskError, TaskSettings, parse_lines};
+
+use crate::serving::Served;
+use store::Store;
+
+/// Evaluations that may be under way; more are refused.
+const MOST_RUNNING: usize = 64;
+/// Evaluations that ask at the same time.
+const AT_ONCE: usize = 2;
+/// Tasks of one evaluation.
+pub const MAX_TASKS: usize = 64;
+
+/// The evaluations of this process.
+#[derive(Debug)]
+pub struct Evals {
+    store: Store,
+    running: Mutex<HashMap<Digest, Arc<Progress>>>,
+    turns: Semaphore,
+}
+
+/// How items are parted: dev items choose, test items tell.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Split {
+    pub seed: u64,
+    /// Share of the items that are dev.
+    pub dev: f64,
+}
+
+/// What is asked of a model.
+#[derive(Debug, Clone)]
+pub struct Evaluation {
+    pub tasks: Vec<Arc<Task>>,
+    pub split: Option<Split>,
+}
+
+/// How far an evaluation is.
+#[derive(Debug, Default)]
+struct Progress {
+    done: AtomicUsize,
+    failed: Mutex<Option<String>>,
+}
+
+/// An evaluation as it is kept.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    pub id: Digest,
+    pub model: String,
+    pub system_fingerprint: String,
+    pub split: Option<Split>,
+    pub tasks: Vec<TaskRecord>,
+}
+
+/// What is kept of a task without its items.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TaskRecord {
+    pub name: String,
+    pub digest: Digest,
+    pub kind: Kind,
+    /// The metric that selects, and all that there are.
+    pub metric: String,
+    pub metrics: Vec<String>,
+    pub items: usize,
+}
+
+/// An evaluation as others see it.
+#[derive(Debug, Clone)]
+pub struct View {
+    pub record: Record,
+    pub status: Status,
+    pub done: usize,
+    /// By task; empty until it is done.
+    pub scores: Vec<TaskScores>,
+}
+
+/// Where an evaluation is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Status {
+    Running,
+    Done,
+    Failed(String),
+    /// The process ended before it was done; asking again goes on with the tasks that are left.
+    Interrupted,
+}
+
+/// Metrics by name, of all items and of each part.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TaskScores {
+    pub all: Scores,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dev: Option<Scores>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub test: Option<Scores>,
+}
+
+/// Metrics in the order of their kind.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Scores(pub Vec<(String, Metric)>);
+
+impl Scores {
+    pub fn get(&self, metric: &str) -> Option<Metric> {
+        self.0
+            .iter()
+            .find(|(name, _)| name == metric)
+            .map(|(_, metric)| *metric)
+    }
+}
+
+impl Serialize for Scores {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, metric)| (name, metric)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Scores {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let map = serde_json::Map::<String, Value>::deserialize(deserializer)?;
+        let entries = map
+            .into_iter()
+            .map(|(name, value)| Ok((name, serde_json::from_value(value)?)));
+        let entries: Result<Vec<_>, serde_json::Error> = entries.collect();
+        entries.map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+/// Why an evaluation was not begun or cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum EvalError {
+    #[error("there are {MOST_RUNNING} evaluations already")]
+    TooMany,
+    #[error("no such evaluation")]
+    Unknown,
+    #[error("the folder of evaluations: {0}")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Ask(#[from] AskError),
+}
+
+impl Split {
+    /// Whether each item is a dev item. The same items of the same task are, whatever the model.
+    pub fn of(self, task: Digest, items: usize) -> Vec<bool> {
+        let rank = |index: &usize| {
+            let text = format!("cauldron split v1\n{}\n{task}\n{index}", self.seed);
+            Digest::of(text.as_bytes())
+        };
+        let mut order: Vec<usize> = (0..items).collect();
+        order.sort_by_cached_key(rank);
+        let count = (items as f64 * self.dev).round() as usize;
+        let mut is_dev = vec![false; items];
+        order.iter().take(count).for_each(|index| is_dev[*index] = true);
+        is_dev
+    }
+}
+
+impl TaskRecord {
+    fn of(task: &Task) -> Self {
+        Self {
+            name: task.name.clone(),
+            digest: task.digest,
+            kind: task.kind,
+            metric: task.metric.to_owned(),
+            metrics: metric::names(task.kind, &task.matching)
+                .iter()
+                .map(|&name| name.to_owned())
+                .collect(),
+            items: task.items.len(),
+        }
+    }
+
+    /// Its metrics from what a model did with its items.
+    pub fn scores(&self, outcomes: &[Outcome], split: Option<Split>) -> TaskScores {
+        let of = |which: &dyn Fn(usize) -> bool| {
+            let chosen: Vec<&Outcome> = outcomes
+                .iter()
+                .enumerate()
+                .filter(|(i, _)| which(*i))
+                .map(|(_, o)| o)
+                .collect();
+            let named = |name: &String| Some((name.clone(), measure(name, &chosen)?));
+            Scores(self.metrics.iter().filter_map(named).collect())
+        };
+        let parts = split.map(|split| split.of(self.digest, outcomes.len()));
+        TaskScores {
+            all: of(&|_| true),
+            dev: parts.as_ref().map(|is_dev| of(&|index| is_dev[index])),
+            test: parts.as_ref().map(|is_dev| of(&|index| !is_dev[index])),
+        }
+    }
+}
+
+impl Evaluation {
+    fn record(&self, served: &Served) -> Record {
+        let tasks: Vec<TaskRecord> = self.tasks.iter().map(|task| TaskRecord::of(task)).collect();
+        let mut text = format!(
+            "cauldron evaluation v1\n{}\n{}\n",
+            served.name, served.fingerprint
+        );
+        for task in &tasks {
+            text += &format!("{} {} {}\n", task.digest, task.metric, task.name);
+        }
+        if let Some(split) = self.split {
+            text += &format!("{} {}\n", split.seed, split.dev);
+        }
+        Record {
+            id: Digest::of(text.as_bytes()),
+            model: served.name.to_string(),
+            system_fingerprint: served.fingerprint.clone(),
+            split: self.split,
+            tasks,
+        }
+    }
+}
+
+impl Evals {
+    pub fn open(data_dir: &Path) -> io::Result<Self> {
+        Ok(Self {
+            store: Store::open(data_dir)?,
+            running: Mutex::default(),
+            turns: Semaphore::new(AT_ONCE),
+        })
+    }
+
+    fn running(&self) -> MutexGuard<'_, HashMap<Digest, Arc<Progress>>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins an evaluation, or finds the one that is under way or done. The model stays in memory until it ends.
+    pub async fn begin(
+        self: &Arc<Self>,
+        served: Arc<Served>,
+        evaluation: Evaluation,
+    ) -> Result<View, EvalError> {
+        let record = evaluation.record(&served);
+        let id = record.id;
+        if !self.take_turn(id)? {
+            return self.view(id).await;
+        }
+        let (this, kept) = (self.clone(), record.clone());
+        let written = tokio::task::spawn_blocking(move || this.store.put_record(&kept)).await;
+        if let Err(e) = written.map_err(io::Error::other).and_then(|written| written) {
+            self.running().remove(&id);
+            return Err(e.into());
+        }
+        let view = self.view(id).await?;
+        if view.status == Status::Done {
+            self.running().remove(&id);
+            return Ok(view);
+        }
+        let this = self.clone();
+        tokio::spawn(async move { this.run(id, &served, &evaluation).await });
+        Ok(view)
+    }
+
+    /// False if it is under way.
+    fn take_turn(&self, id: Digest) -> Result<bool, EvalError> {
+        let mut running = self.running();
+        let is_under_way = |progress: &Arc<Progress>| progress.failure().is_none();
+        if running.get(&id).is_some_and(is_under_way) {
+            return Ok(false);
+        }
+        if running.values().filter(|progress| is_under_way(progress)).count() >= MOST_RUNNING {
+            return Err(EvalError::TooMany);
+        }
+        // Failures are told until there are many.
+        if running.len() >= 2 * MOST_RUNNING {
+            running.retain(|_, progress| is_under_way(progress));
+        }
+        running.insert(id, Arc::new(Progress::default()));
+        Ok(true)
+    }
+
+    /// Outcomes of all tasks, asked or known; for callers that wait.
+    pub async fn outcomes(
+        &self,
+        served: &Arc<Served>,
+        task: &Arc<Task>,
+        done: &AtomicUsize,
+    ) -> Result<Arc<Vec<Outcome>>, EvalError> {
+        if let Some(known) = self
+            .known(&served.fingerprint, task.digest, task.items.len())
+            .await?
+        {
+            done.fetch_add(known.len(), Ordering::Relaxed);
+            return Ok(known);
+        }
+        let found = Arc::new(ask::ask(served, task, done).await?);
+        let (store, fingerprint, digest, kept) = (
+            self.store.clone(),
+            served.fingerprint.clone(),
+            task.digest,
+            found.clone(),
+        );
+        let put = tokio::task::spawn_blocking(move || store.put_outcomes(&fingerprint, digest, &kept));
+        put.await.map_err(io::Error::other)??;
+        Ok(found)
+    }
+
+    /// What weights did with a task's items, if they were asked before.
+    pub async fn known(
+        &self,
+        fingerprint: &str,
+        task: Digest,
+        items: usize,
+    ) -> io::Result<Option<Arc<Vec<Outcome>>>> {
+        let (store, fingerprint) = (self.store.clone(), fingerprint.to_owned());
+        let found = tokio::task::spawn_blocking(move || store.outcomes(&fingerprint, task));
+        let found = found.await.map_err(io::Error::other)?;
+        Ok(found.filter(|found| found.len() == items).map(Arc::new))
+    }
+
+    async fn run(&self, id: Digest, served: &Arc<Served>, evaluation: &Evaluation) {
+        let Some(progress) = self.running().get(&id).cloned() else {
+            return;
+        };
+        // Never closed.
+        let _turn = self.turns.acquire().await;
+        for task in &evaluation.tasks {
+            if let Err(error) = self.outcomes(served, task, &progress.done).await {
+                warn!(evaluation = %id, model = %served.name, task = task.name, %error, "an evaluation failed");
+                progress.fail(error.to_string());
+                return;
+            }
+        }
+        info!(evaluation = %id, model = %served.name, "an evaluation is done");
+        self.running().remove(&id);
+    }
+
+    pub async fn view(&self, id: Digest) -> Result<View, EvalError> {
+        let progress = self.running().get(&id).cloned();
+        let store = self.store.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            let record = store.record(id)?;
+            let outcomes = record.tasks.iter().map(|task| {
+                let found = store.outcomes(&record.system_fingerprint, task.digest);
+                Some(task.scores(&found?, record.split))
+            });
+            let scores: Option<Vec<TaskScores>> = outcomes.collect();
+            Some((record, scores))
+        });
+        let found = read.await.map_err(io::Error::other)?;
+        let (record, scores) = found.ok_or(EvalError::Unknown)?;
+        let items = record.tasks.iter().map(|task| task.items).sum();
+        let (status, done, scores) = match (scores, progress) {
+            (Some(scores), _) => (Status::Done, items, scores),
+            (None, Some(progress)) => {
+                let done = progress.done.load(Ordering::Relaxed);
+                let status = progress.failure().map_or(Status::Running, Status::Failed);
+                (status, done, Vec::new())
+            }
+            (None, None) => (Status::Interrupted, 0, Vec::new()),
+        };
+        Ok(View {
+            record,
+            status,
+            done,
+            scores,
+        })
+    }
+
+    /// What the model did with each item of one of the tasks.
+    pub async fn items(&self, id: Digest, task: usize) -> Result<Vec<Outcome>, EvalError> {
+        let store = self.store.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            let record = store.record(id)?;
+            store.outcomes(&record.system_fingerprint, record.tasks.get(task)?.digest)
+        });
+        read.await.map_err(io::Error::other)?.ok_or(EvalError::Unknown)
+    }
+}
+
+impl Progress {
+    fn failure(&self) -> Option<String> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn fail(&self, detail: String) {
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(detail);
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Failed(_) => "failed",
+            Self::Interrupted => "interrupted",
+        })
+    }
+}
