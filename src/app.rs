@@ -21,6 +21,7 @@ use crate::serving::{
     self, LoadRequest, Parentage, Served, Serving, ServingError, ServingLimits, WeightsFrom, check_model,
 };
 use crate::sources::ModelSources;
+use crate::sweep::Sweeps;
 
 /// How often the queue and the cache are looked after.
 const UPKEEP: Duration = Duration::from_secs(600);
@@ -44,6 +45,7 @@ pub struct App {
     pub worker: Arc<Worker>,
     pub serving: Arc<Serving>,
     pub evals: Arc<Evals>,
+    pub sweeps: Arc<Sweeps>,
     /// Cancelled once the service begins to drain.
     pub shutdown: CancellationToken,
     _lock: File,
@@ -136,21 +138,25 @@ impl App {
             cache_budget: config.storage.cache_budget,
             node,
         };
+        let evals = Arc::new(Evals::open(&data_dir).context("opening the evaluations in --data-dir")?);
+        let parentage = Parentage {
+            sources: sources.clone(),
+            known,
+        };
         Ok(Arc::new(Self {
             config,
             keys,
             jobs,
             cache,
             keeper,
-            parentage: Parentage {
-                sources: sources.clone(),
-                known,
-            },
+            sweeps: Sweeps::open(&data_dir, serving.clone(), evals.clone(), parentage.clone())
+                .context("opening the sweeps in --data-dir")?,
+            parentage,
             sources,
             intake,
             worker,
             serving,
-            evals: Arc::new(Evals::open(&data_dir).context("opening the evaluations in --data-dir")?),
+            evals,
             shutdown,
             _lock: lock,
         }))
@@ -159,6 +165,11 @@ impl App {
     /// Starts the worker; it ends when `shutdown` is cancelled.
     pub fn start_worker(self: &Arc<Self>) -> tokio::task::JoinHandle<()> {
         tokio::spawn(self.worker.clone().run(self.shutdown.clone()))
+    }
+
+    /// Works off sweeps until `shutdown`; the one that runs then goes on after the next start.
+    pub fn start_sweeps(self: &Arc<Self>) -> tokio::task::JoinHandle<()> {
+        tokio::spawn(self.sweeps.clone().work(self.shutdown.clone()))
     }
 
     /// Sends results to the remote cache, if there is one, until `shutdown`.

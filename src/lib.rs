@@ -17,4 +17,5 @@ pub mod jobs;
 pub mod server;
 pub mod serving;
 pub mod sources;
+pub mod sweep;
 pub mod telemetry;

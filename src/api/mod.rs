@@ -13,6 +13,7 @@ pub mod openai;
 pub mod problem;
 mod router;
 mod spec;
+mod sweeps;
 
 pub use guard::OPEN_ROUTES;
 pub use router::router;

@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use cauldron_lm::{Arithmetic, LmError};
+use cauldron_lm::{Arithmetic, LmError, ModelConfig};
 use cauldron_merge::{RecipeError, recipe_from_value};
 use serde::Serialize;
 use serde_json::Value;
@@ -196,34 +196,43 @@ async fn load_family(
     arithmetic: Arithmetic,
     aliases: Option<Vec<ModelName>>,
 ) -> Result<Response, Problem> {
-    let (sources, open) = (app.sources.clone(), recipe.clone());
-    let checked = tokio::task::spawn_blocking(move || {
-        let of_source = |e: RecipeError| Problem::from(in_source(e));
-        let middle = open.at(&open.middle()).map_err(of_source)?;
-        let opened = sources.open(&middle, Care::Look);
-        let (parents, _held) = opened.map_err(|e| match e {
-            SourceError::Refused(e) => of_source(e),
-            SourceError::Outage(e) => e.into(),
-        })?;
-        let config = check_family(&middle, &parents).map_err(unservable)?;
-        arithmetic
-            .check(&config)
-            .map_err(|e| Problem::unprocessable("unsupported-quantization", "quantize", e.to_string()))
-    });
-    checked
-        .await
-        .map_err(|e| Problem::internal("checking a family", &e))??;
+    let config = check_open_recipe(app, &recipe, "source").await?;
+    arithmetic
+        .check(&config)
+        .map_err(|e| Problem::unprocessable("unsupported-quantization", "quantize", e.to_string()))?;
     let parentage = app.parentage.clone();
     app.serving
         .load_family(name.clone(), recipe, arithmetic, parentage, aliases.as_deref())?;
     accepted(app, &name)
 }
 
+/// Whether the points of a recipe can be served, as far as configs and headers show. `field` is where it came.
+pub(super) async fn check_open_recipe(
+    app: &App,
+    recipe: &OpenRecipe,
+    field: &'static str,
+) -> Result<ModelConfig, Problem> {
+    let (sources, open) = (app.sources.clone(), recipe.clone());
+    let checked = tokio::task::spawn_blocking(move || {
+        let within = |e: RecipeError| Problem::from(in_field(field, e));
+        let middle = open.at(&open.middle()).map_err(within)?;
+        let opened = sources.open(&middle, Care::Look);
+        let (parents, _held) = opened.map_err(|e| match e {
+            SourceError::Refused(e) => within(e),
+            SourceError::Outage(e) => e.into(),
+        })?;
+        check_family(&middle, &parents).map_err(unservable)
+    });
+    checked
+        .await
+        .map_err(|e| Problem::internal("checking a family", &e))?
+}
+
 /// A recipe's error, as one of the body that it is part of.
-fn in_source(error: RecipeError) -> RecipeError {
+pub(super) fn in_field(field: &str, error: RecipeError) -> RecipeError {
     let field = match error.field.as_str() {
-        "" => "source".to_owned(),
-        field => format!("source.{field}"),
+        "" => field.to_owned(),
+        inner => format!("{field}.{inner}"),
     };
     RecipeError::new(field, error.detail)
 }
@@ -403,7 +412,7 @@ fn parse(body: &[u8]) -> Result<Wanted, Problem> {
         Value::String(reference) => Source::Reference(reference),
         recipe @ Value::Object(_) => {
             let open = recipe_from_value(recipe).and_then(OpenRecipe::new);
-            Source::Recipe(Box::new(open.map_err(in_source)?))
+            Source::Recipe(Box::new(open.map_err(|e| in_field("source", e))?))
         }
         _ => {
             return Err(bad(

@@ -18,7 +18,7 @@ use super::guard::{guard, is_openai};
 use super::openai::error::ApiError;
 use super::problem::Problem;
 use super::spec::{self, MODEL_PREFIX, document};
-use super::{checkpoints, docs, evals, health, merge, models, openai};
+use super::{checkpoints, docs, evals, health, merge, models, openai, sweeps};
 use crate::app::AppState;
 use crate::telemetry;
 
@@ -30,6 +30,7 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
         .merge(checkpoints::routes())
         .merge(models::routes())
         .merge(evals::routes())
+        .merge(sweeps::routes())
         .merge(openai::routes())
         .nest(MODEL_PREFIX, openai::routes())
         .merge(health::routes())

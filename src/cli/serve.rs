@@ -51,6 +51,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let worker = app.start_worker();
     app.start_upkeep();
     app.start_sending();
+    app.start_sweeps();
     tokio::spawn(telemetry::upkeep());
     let server = Server::start(listener, router, Limits::new(http.max_connections as usize));
     info!(%address, version = env!("CARGO_PKG_VERSION"), "cauldron listens");

@@ -21,7 +21,7 @@ use tracing::{info, warn};
 
 pub use ask::AskError;
 pub use metric::{Metric, Outcome, is_better_higher, mean, measure, value};
-pub use store::read_task_file;
+pub use store::{read_json, read_task_file, remove_drafts, write_json};
 pub use task::{Answer, Item, Kind, MAX_FILE_BYTES, Match, Task, TaskError, TaskSettings, parse_lines};
 
 use crate::serving::Served;
@@ -176,7 +176,7 @@ impl Split {
 }
 
 impl TaskRecord {
-    fn of(task: &Task) -> Self {
+    pub fn of(task: &Task) -> Self {
         Self {
             name: task.name.clone(),
             digest: task.digest,

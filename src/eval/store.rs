@@ -17,6 +17,9 @@ use super::task::{MAX_FILE_BYTES, TaskError, parse_lines};
 use crate::cache::sync_folder;
 use crate::config::ModelName;
 
+/// How files end that are being written.
+const DRAFT: &str = "draft";
+
 #[derive(Debug, Clone)]
 pub(super) struct Store {
     records: PathBuf,
@@ -36,27 +39,21 @@ impl Store {
         let records = data_dir.join("evals");
         let outcomes = records.join("outcomes");
         fs::create_dir_all(&outcomes)?;
-        for folder in [&records, &outcomes] {
-            for entry in fs::read_dir(folder)? {
-                let path = entry?.path();
-                if path.extension().is_some_and(|extension| extension == "draft") {
-                    fs::remove_file(path)?;
-                }
-            }
-        }
+        remove_drafts(&records)?;
+        remove_drafts(&outcomes)?;
         Ok(Self { records, outcomes })
     }
 
     pub fn record(&self, id: Digest) -> Option<Record> {
-        read(&self.records.join(format!("{id}.json"))).filter(|record: &Record| record.id == id)
+        read_json(&self.records.join(format!("{id}.json"))).filter(|record: &Record| record.id == id)
     }
 
     pub fn put_record(&self, record: &Record) -> io::Result<()> {
-        write(&self.records, &format!("{}.json", record.id), record)
+        write_json(&self.records, &format!("{}.json", record.id), record)
     }
 
     pub fn outcomes(&self, fingerprint: &str, task: Digest) -> Option<Vec<Outcome>> {
-        let kept: Kept = read(&self.outcomes.join(name(fingerprint, task)))?;
+        let kept: Kept = read_json(&self.outcomes.join(name(fingerprint, task)))?;
         (kept.system_fingerprint == fingerprint && kept.task == task).then_some(kept.outcomes)
     }
 
@@ -66,7 +63,7 @@ impl Store {
             task,
             outcomes: outcomes.to_vec(),
         };
-        write(&self.outcomes, &name(fingerprint, task), &kept)
+        write_json(&self.outcomes, &name(fingerprint, task), &kept)
     }
 }
 
@@ -75,8 +72,19 @@ fn name(fingerprint: &str, task: Digest) -> String {
     format!("{}.json", Digest::of(both.as_bytes()))
 }
 
+/// Removes what a dead process left.
+pub fn remove_drafts(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == DRAFT) {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
 /// What cannot be read counts as not there: it is made again.
-fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
     let bytes = fs::read(path).ok()?;
     match serde_json::from_slice(&bytes) {
         Ok(value) => Some(value),
@@ -88,8 +96,8 @@ fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
 }
 
 /// Whole or not at all, and synced.
-fn write(folder: &Path, name: &str, value: &impl Serialize) -> io::Result<()> {
-    let draft = folder.join(format!("{}.draft", Uuid::new_v4()));
+pub fn write_json(folder: &Path, name: &str, value: &impl Serialize) -> io::Result<()> {
+    let draft = folder.join(format!("{}.{DRAFT}", Uuid::new_v4()));
     let written = (|| {
         let mut file = File::create(&draft)?;
         file.write_all(&serde_json::to_vec(value)?)?;

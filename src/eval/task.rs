@@ -237,6 +237,55 @@ impl TaskSettings {
     }
 }
 
+impl Task {
+    /// Some of its items, as a task of their own.
+    pub fn subset(&self, which: &dyn Fn(usize) -> bool) -> Self {
+        let items = self.items.iter().enumerate().filter(|(index, _)| which(*index));
+        let items: Vec<Item> = items.map(|(_, item)| item.clone()).collect();
+        Self {
+            digest: digest(
+                self.kind,
+                &self.matching,
+                self.max_tokens as u64,
+                &self.stop,
+                &items,
+            ),
+            items,
+            ..self.clone()
+        }
+    }
+
+    /// What [`Task::from_json`] makes it of again.
+    pub fn to_json(&self) -> Value {
+        let items = self.items.iter().map(|item| match &item.answer {
+            Answer::Texts(texts) => json!({"prompt": item.prompt, "answers": texts}),
+            Answer::Choice { choices, right } => {
+                json!({"prompt": item.prompt, "choices": choices, "answer": right})
+            }
+            Answer::Continuation(text) => json!({"prompt": item.prompt, "completion": text}),
+        });
+        let mut out = json!({
+            "name": self.name,
+            "kind": self.kind,
+            "metric": self.metric,
+            "max_tokens": self.max_tokens,
+            "stop": self.stop,
+            "items": items.collect::<Vec<_>>(),
+        });
+        if let Match::Regex(pattern) = &self.matching {
+            out["pattern"] = pattern.as_str().into();
+        }
+        out
+    }
+
+    /// Reads [`Self::to_json`] back.
+    pub fn from_json(value: Value) -> Result<Self, TaskError> {
+        let mut settings = TaskSettings::read("task", value)?;
+        let items = settings.items.take().unwrap_or_default();
+        settings.with_items("task", items)
+    }
+}
+
 fn take(fields: &mut Map<String, Value>, name: &str) -> Option<Value> {
     fields.remove(name).filter(|value| !value.is_null())
 }
@@ -450,6 +499,11 @@ mod tests {
             vec![json!({"prompt": "1+1=", "completion": " 2", "note": 1})],
         );
         assert_eq!(noted.expect("a task").digest, plain);
+        let made = task(json!({"metric": "regex", "pattern": "(\\d)"}), items()).expect("a task");
+        let again = Task::from_json(made.to_json()).expect("a task");
+        assert_eq!(again.digest, made.digest);
+        assert_eq!(made.subset(&|_| true).digest, made.digest);
+        assert_eq!(made.subset(&|_| false).items.len(), 0);
         for other in [
             json!({"max_tokens": 3}),
             json!({"stop": "\n"}),

@@ -28,6 +28,8 @@ use crate::sources::{Care, Held, ModelSources};
 
 /// How often a wait looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(20);
+/// How the plain method is named.
+const PLAIN: &str = "plain";
 /// Memory that a family keeps for its next pass.
 const SPARE_BYTES: usize = 512 << 20;
 /// Of a number in a name: the smallest f64 is written without an exponent.
@@ -35,7 +37,7 @@ const MAX_DIGITS: usize = 400;
 /// Shares of parents that a request may name at most.
 const MAX_SHARES: usize = cauldron_merge::MAX_MODELS;
 
-/// The shares of a family's parents: lambda of the first of two, or one number for each.
+/// The shares of a family's parents: lambda of the first of two, or one number for each. None at all is the plain method.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Shares(Vec<f64>);
 
@@ -51,12 +53,20 @@ impl Shares {
         Self(shares)
     }
 
+    /// The recipe as it is, with the weights that its models have in it.
+    pub fn plain() -> Self {
+        Self(Vec::new())
+    }
+
     pub fn numbers(&self) -> &[f64] {
         &self.0
     }
 
     /// Reads `0.35` or `0.2,0.3,0.5`.
     pub fn parse(text: &str) -> Option<Self> {
+        if text == PLAIN {
+            return Some(Self::plain());
+        }
         let number = |part: &str| -> Option<f64> {
             let plain = !part.is_empty() && part.bytes().all(|c| c.is_ascii_digit() || c == b'.');
             part.parse().ok().filter(|_| plain && part.len() <= MAX_DIGITS)
@@ -65,22 +75,26 @@ impl Shares {
         shares.filter(|shares| shares.len() <= MAX_SHARES).map(Self::each)
     }
 
-    fn mixup(&self) -> MixupSpec {
+    fn mixup(&self) -> Option<MixupSpec> {
         match self.0.as_slice() {
-            [lambda] => MixupSpec {
+            [] => None,
+            [lambda] => Some(MixupSpec {
                 lambda: Some((*lambda).into()),
                 ..MixupSpec::default()
-            },
-            shares => MixupSpec {
+            }),
+            shares => Some(MixupSpec {
                 shares: Some(shares.to_vec()),
                 ..MixupSpec::default()
-            },
+            }),
         }
     }
 }
 
 impl fmt::Display for Shares {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            f.write_str(PLAIN)?;
+        }
         for (index, share) in self.0.iter().enumerate() {
             let comma = if index == 0 { "" } else { "," };
             write!(f, "{comma}{share}")?;
@@ -127,9 +141,13 @@ impl OpenRecipe {
     /// The recipe with these shares, as a client would post it.
     pub fn spec_at(&self, shares: &Shares) -> RecipeSpec {
         RecipeSpec {
-            mixup: Some(shares.mixup()),
+            mixup: shares.mixup(),
             ..self.spec.clone()
         }
+    }
+
+    pub fn models(&self) -> usize {
+        self.models
     }
 
     pub fn at(&self, shares: &Shares) -> Result<Recipe, RecipeError> {
@@ -188,6 +206,7 @@ pub struct Facts {
 /// One point to be made.
 struct Ask {
     recipe: Box<Recipe>,
+    is_plain: bool,
     device: Device,
     arithmetic: Arithmetic,
     fixed_shapes: bool,
@@ -273,6 +292,7 @@ impl Family {
         let (reply, answer) = sync_channel(1);
         let unwanted = Arc::new(AtomicBool::new(false));
         let ask = Ask {
+            is_plain: !recipe.is_mixed(),
             recipe: Box::new(recipe.clone()),
             device: device.clone(),
             arithmetic: self.arithmetic,
@@ -537,7 +557,15 @@ fn make(
     let start = Instant::now();
     // What the digest names must be what is read: looked at before, for the sake of time, and after.
     parents.check_unchanged()?;
-    let point = prepared.point_of_recipe(&ask.recipe)?;
+    // The plain method may prepare otherwise.
+    let plain = match ask.is_plain {
+        true => Some(Prepared::prepare(&ask.recipe, parents, until)?),
+        false => None,
+    };
+    let point = match &plain {
+        Some(plain) => plain.point(None)?,
+        None => prepared.point_of_recipe(&ask.recipe)?,
+    };
     let weights = PointWeights::compute(&point, parents, until, spare)?;
     let pass = start.elapsed();
     let placement = Placement {

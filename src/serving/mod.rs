@@ -75,6 +75,13 @@ pub enum ServingError {
     ShuttingDown,
 }
 
+impl ServingError {
+    /// Whether the same request may be answered later.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::NoRoom(_) | Self::Busy(_) | Self::StillLoading(_))
+    }
+}
+
 /// Why a load was not begun.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {

@@ -24,3 +24,4 @@ mod server;
 mod simulation;
 mod slots;
 mod store;
+mod sweeps;

@@ -125,7 +125,10 @@ async fn bad_requests_name_their_field() {
         (json!({"name": "m", "source": "nowhere"}), "source"),
         (json!({"name": "m", "source": "../base"}), "source"),
         (json!({"name": "m", "source": 3}), "source"),
-        (json!({"name": "m", "source": {"method": "average"}}), "source"),
+        (
+            json!({"name": "m", "source": {"method": "average"}}),
+            "source.models",
+        ),
         (json!({"name": "m", "source": "base+nowhere"}), "source"),
         (json!({"name": "m", "source": "base", "extra": 1}), "extra"),
         (json!({"source": "base"}), "name"),

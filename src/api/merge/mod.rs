@@ -113,16 +113,21 @@ async fn cancel_merge(
 }
 
 fn answer(app: &App, taken: Taken) -> Result<Response, Problem> {
-    let is_known = matches!(taken.submission, Submission::Existing(_));
     let status = match taken.submission {
         Submission::Created(_) => StatusCode::ACCEPTED,
         _ => StatusCode::OK,
     };
+    Ok(accepted(app, status, submitted_and_served(app, taken)?))
+}
+
+/// As [`submitted`]; one that is done already gets its name served.
+pub(super) fn submitted_and_served(app: &App, taken: Taken) -> Result<Job, Problem> {
+    let is_known = matches!(taken.submission, Submission::Existing(_));
     let job = submitted(app, taken.submission)?;
     if is_known {
         serve_finished(app, &job, taken.serve_as.as_deref());
     }
-    Ok(accepted(app, status, job))
+    Ok(job)
 }
 
 /// The job of a submission; a new one is begun.

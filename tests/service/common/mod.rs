@@ -119,6 +119,9 @@ impl TestApp {
         change(&mut config);
         let app = App::open(config).await.unwrap();
         let worker = work.then(|| app.start_worker());
+        if work {
+            app.start_sweeps();
+        }
         let router = api::router(AppState(app.clone())).unwrap();
         Self {
             app,

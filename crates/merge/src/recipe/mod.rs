@@ -305,6 +305,11 @@ impl Recipe {
         }
     }
 
+    /// Whether the shares of its parents are a mixup's.
+    pub fn is_mixed(&self) -> bool {
+        self.mixup.is_some()
+    }
+
     pub fn serve_as(&self) -> Option<&str> {
         self.serve_as.as_deref()
     }

@@ -1,0 +1,448 @@
+//! /sweeps: the search over the shares of a recipe, with evaluation in the loop.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use cauldron_merge::recipe_from_value;
+use futures_util::stream::{Stream, StreamExt};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use tokio_stream::wrappers::WatchStream;
+use utoipa_axum::{router::OpenApiRouter, routes};
+use uuid::Uuid;
+
+use super::evals::{SplitBody, TaskBody, read_split, read_tasks};
+use super::extract::{FromSegment, JsonBytes, Segment, json_object};
+use super::models::{check_open_recipe, in_field};
+use super::problem::Problem;
+use crate::app::AppState;
+use crate::config::ModelName;
+use crate::eval::Split;
+use crate::jobs::{RecipeBody, Submit};
+use crate::serving::{OpenRecipe, Shares};
+use crate::sweep::{ALPHAS, NewSweep, Search, Select, Status, Sweep, SweepError, csv, markdown, plot};
+
+const MAX_BODY_BYTES: usize = 64 << 20;
+/// Trials of one sweep.
+const MAX_TRIALS: u64 = 1000;
+
+pub fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(list_sweeps, create_sweep))
+        .routes(routes!(get_sweep, cancel_sweep))
+        .routes(routes!(follow_sweep))
+        .routes(routes!(sweep_report))
+        .routes(routes!(sweep_plot))
+        .routes(routes!(sweep_table))
+        .routes(routes!(take_winner))
+        .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY_BYTES))
+}
+
+/// What is searched, and by what.
+#[derive(Debug, utoipa::ToSchema)]
+#[expect(dead_code, reason = "the schema of what is read field by field")]
+struct SweepBody {
+    /// A recipe without shares.
+    #[schema(value_type = Object)]
+    recipe: Value,
+    #[schema(value_type = Vec<TaskBody>)]
+    tasks: Value,
+    /// `m3` (default: one draw for each alpha of 0.2, 0.4, 0.5, 1, 2, 3, 5), `grid`, `random` or `bayes`; or an object:
+    /// `{"kind": "m3", "alphas": [...], "more": 3}` (draws at the best alpha), `{"kind": "grid", "points": 11}`,
+    /// `{"kind": "random", "alpha": 1, "trials": 10}`, `{"kind": "bayes", "trials": 10}` (two parents).
+    #[schema(value_type = Option<Object>)]
+    search: Option<Value>,
+    /// Of the draws; default 0. Draw i has the seed plus i.
+    seed: Option<u64>,
+    /// Default: seed 0, dev 0.5.
+    split: Option<SplitBody>,
+    /// `mean` of the tasks' metrics (default) or `min`.
+    select: Option<String>,
+    /// Drop trials that are clearly worse than the best one after a third of the dev items.
+    race: Option<bool>,
+}
+
+/// What becomes of the winner.
+#[derive(Debug, utoipa::ToSchema)]
+#[expect(dead_code, reason = "the schema of what is read field by field")]
+struct WinnerBody {
+    /// Serve it under this name.
+    serve_as: Option<String>,
+}
+
+/// A sweep.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct SweepView {
+    #[serde(flatten)]
+    #[schema(value_type = Object)]
+    sweep: Sweep,
+    /// The winner's shares, and what to name it in requests while the sweep runs.
+    #[schema(value_type = Option<Object>)]
+    winner: Option<Value>,
+}
+
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct SweepList {
+    sweeps: Vec<SweepLine>,
+}
+
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct SweepLine {
+    id: String,
+    #[schema(value_type = String)]
+    status: Status,
+    search: &'static str,
+    trials: usize,
+    total: usize,
+}
+
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct Taken {
+    /// The merge that publishes it.
+    merge: String,
+    status: &'static str,
+    #[schema(value_type = Object)]
+    recipe: Value,
+}
+
+/// Begin a sweep
+///
+/// Each trial is a point of the recipe's family, scored on the dev items of the tasks. Each parent alone, equal shares and
+/// the plain method are always scored. The best is told of on the other items, beside these baselines. One sweep runs at a
+/// time; it goes on where it was after a restart.
+#[utoipa::path(post, path = "/sweeps", tag = "sweeps", request_body = SweepBody,
+    responses((status = 202, body = SweepView, headers(("Location" = String, description = "The sweep"))),
+        (status = 422, body = Problem, content_type = "application/problem+json"),
+        (status = 429, body = Problem, content_type = "application/problem+json")))]
+async fn create_sweep(
+    State(AppState(app)): State<AppState>,
+    JsonBytes(body): JsonBytes,
+) -> Result<Response, Problem> {
+    let mut fields: Map<String, Value> = json_object(&body)?.into_iter().collect();
+    let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
+    let (recipe, tasks, search, seed) = (take("recipe"), take("tasks"), take("search"), take("seed"));
+    let (split, select, race) = (take("split"), take("select"), take("race"));
+    if let Some(unknown) = fields.keys().next() {
+        let shown: String = unknown.chars().take(100).collect();
+        let known = "recipe, tasks, search, seed, split, select, race";
+        return Err(bad(&shown, &format!("unknown field; known are {known}")));
+    }
+    let recipe = recipe.ok_or_else(|| bad("recipe", "is missing"))?;
+    let recipe = recipe_from_value(recipe).and_then(OpenRecipe::new);
+    let recipe = recipe.map_err(|e| in_field("recipe", e))?;
+    let search = read_search(search, recipe.models())?;
+    let seed = match seed {
+        None => 0,
+        Some(seed) => {
+            let seed = seed.as_u64().filter(|seed| *seed < 1 << 53);
+            seed.ok_or_else(|| bad("seed", "must be a whole number below 2^53"))?
+        }
+    };
+    let split = read_split("split", split)?.unwrap_or(Split { seed: 0, dev: 0.5 });
+    let select = match select.as_ref().map_or(Some("mean"), Value::as_str) {
+        Some("mean") => Select::Mean,
+        Some("min") => Select::Min,
+        _ => return Err(bad("select", "must be \"mean\" or \"min\"")),
+    };
+    let race = match race {
+        None => false,
+        Some(race) => race
+            .as_bool()
+            .ok_or_else(|| bad("race", "must be true or false"))?,
+    };
+    let tasks = read_tasks(app.config.storage.tasks_dir.clone(), tasks).await?;
+    for (index, task) in tasks.iter().enumerate() {
+        let dev = split
+            .of(task.digest, task.items.len())
+            .iter()
+            .filter(|is_dev| **is_dev)
+            .count();
+        if dev < 2 || task.items.len() - dev < 2 {
+            let detail = "has too few items: at least two are dev items and two are not";
+            return Err(bad(&format!("tasks[{index}]"), detail));
+        }
+    }
+    check_open_recipe(&app, &recipe, "recipe").await?;
+    let new = NewSweep {
+        recipe,
+        search,
+        seed,
+        split,
+        select,
+        race,
+        tasks,
+    };
+    let sweep = app.sweeps.create(new).await?;
+    let location = HeaderValue::from_str(&format!("/sweeps/{}", sweep.id));
+    let mut response = (StatusCode::ACCEPTED, Json(view(sweep))).into_response();
+    if let Ok(location) = location {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    Ok(response)
+}
+
+fn read_search(search: Option<Value>, parents: usize) -> Result<Search, Problem> {
+    let mut fields = match search {
+        None => Map::new(),
+        Some(Value::String(kind)) => Map::from_iter([("kind".to_owned(), Value::String(kind))]),
+        Some(Value::Object(fields)) => fields,
+        Some(_) => return Err(bad("search", "must be a name or an object")),
+    };
+    let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
+    let kind = take("kind").unwrap_or_else(|| "m3".into());
+    let count = |name: &str, value: Option<Value>, default: u64, least: u64| -> Result<u32, Problem> {
+        let number = value.map_or(Some(default), |value| value.as_u64());
+        let number = number.filter(|number| (least..=MAX_TRIALS).contains(number));
+        let detail = format!("must be a whole number from {least} to {MAX_TRIALS}");
+        number
+            .map(|number| number as u32)
+            .ok_or_else(|| bad(&format!("search.{name}"), &detail))
+    };
+    let alpha = |value: &Value| value.as_f64().filter(|alpha| *alpha > 0.0 && alpha.is_finite());
+    let search = match kind.as_str() {
+        Some("m3") => {
+            let alphas = match take("alphas") {
+                None => ALPHAS.to_vec(),
+                Some(Value::Array(given)) if (1..=MAX_TRIALS as usize).contains(&given.len()) => {
+                    let alphas: Option<Vec<f64>> = given.iter().map(alpha).collect();
+                    alphas.ok_or_else(|| bad("search.alphas", "must be numbers above 0"))?
+                }
+                Some(_) => return Err(bad("search.alphas", "must be a list of numbers above 0")),
+            };
+            Search::M3 {
+                alphas,
+                more: count("more", take("more"), 0, 0)?,
+            }
+        }
+        Some("grid") => {
+            let points = count("points", take("points"), 11, 2)?;
+            let search = Search::Grid { points };
+            if parents > 2 && (points > 21 || parents > 4) {
+                return Err(bad("search.points", "is too many for so many parents"));
+            }
+            search
+        }
+        Some("random") => Search::Random {
+            alpha: match take("alpha") {
+                None => 1.0,
+                Some(value) => {
+                    alpha(&value).ok_or_else(|| bad("search.alpha", "must be a number above 0"))?
+                }
+            },
+            trials: count("trials", take("trials"), 10, 1)?,
+        },
+        Some("bayes") if parents == 2 => Search::Bayes {
+            trials: count("trials", take("trials"), 10, 1)?,
+        },
+        Some("bayes") => return Err(bad("search.kind", "bayes is of two parents")),
+        _ => return Err(bad("search.kind", "must be m3, grid, random or bayes")),
+    };
+    match fields.keys().next() {
+        None => Ok(search),
+        Some(unknown) => {
+            let shown: String = unknown.chars().take(100).collect();
+            Err(bad(&format!("search.{shown}"), "is not a field of this search"))
+        }
+    }
+}
+
+/// List sweeps, the newest first
+#[utoipa::path(get, path = "/sweeps", tag = "sweeps", responses((status = 200, body = SweepList)))]
+async fn list_sweeps(State(AppState(app)): State<AppState>) -> Result<Json<SweepList>, Problem> {
+    let sweeps = app.sweeps.list().await?;
+    let line = |sweep: Arc<Sweep>| SweepLine {
+        id: sweep.id.to_string(),
+        status: sweep.status,
+        search: sweep.search.name(),
+        trials: sweep.trials.len(),
+        total: sweep.total,
+    };
+    Ok(Json(SweepList {
+        sweeps: sweeps.into_iter().map(line).collect(),
+    }))
+}
+
+/// One sweep, its trials and what it found
+#[utoipa::path(get, path = "/sweeps/{id}", tag = "sweeps", params(("id" = String, Path)),
+    responses((status = 200, body = SweepView), (status = 404, body = Problem, content_type = "application/problem+json")))]
+async fn get_sweep(
+    State(AppState(app)): State<AppState>,
+    Segment(id): Segment<SweepId>,
+) -> Result<Json<SweepView>, Problem> {
+    Ok(Json(view(app.sweeps.get(id.0).await?)))
+}
+
+/// Cancel a sweep
+///
+/// What it found stays. One that has ended stays as it is.
+#[utoipa::path(delete, path = "/sweeps/{id}", tag = "sweeps", params(("id" = String, Path)),
+    responses((status = 202, body = SweepView), (status = 404, body = Problem, content_type = "application/problem+json")))]
+async fn cancel_sweep(
+    State(AppState(app)): State<AppState>,
+    Segment(id): Segment<SweepId>,
+) -> Result<Response, Problem> {
+    let sweep = app.sweeps.cancel(id.0).await?;
+    Ok((StatusCode::ACCEPTED, Json(view(sweep))).into_response())
+}
+
+/// Follow a sweep
+///
+/// An event for each trial with the sweep as it is then, until it ends.
+#[utoipa::path(get, path = "/sweeps/{id}/events", tag = "sweeps", params(("id" = String, Path)),
+    responses((status = 200, content_type = "text/event-stream", body = String),
+        (status = 404, body = Problem, content_type = "application/problem+json")))]
+async fn follow_sweep(
+    State(AppState(app)): State<AppState>,
+    Segment(id): Segment<SweepId>,
+) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Problem> {
+    let now = app.sweeps.get(id.0).await?;
+    let changes = match app.sweeps.follow(id.0) {
+        Some(receiver) => WatchStream::new(receiver).boxed(),
+        None => futures_util::stream::iter([now]).boxed(),
+    };
+    let shutdown = app.shutdown.clone().cancelled_owned();
+    let events = changes
+        .map(|sweep| {
+            Ok(Event::default()
+                .event("sweep")
+                .json_data(view(sweep))
+                .unwrap_or_default())
+        })
+        .take_until(shutdown);
+    Ok(Sse::new(events).keep_alive(KeepAlive::default()))
+}
+
+/// A sweep as a page of Markdown
+#[utoipa::path(get, path = "/sweeps/{id}/report.md", tag = "sweeps", params(("id" = String, Path)),
+    responses((status = 200, content_type = "text/markdown", body = String),
+        (status = 404, body = Problem, content_type = "application/problem+json")))]
+async fn sweep_report(
+    State(AppState(app)): State<AppState>,
+    Segment(id): Segment<SweepId>,
+) -> Result<Response, Problem> {
+    let sweep = app.sweeps.get(id.0).await?;
+    Ok(text("text/markdown; charset=utf-8", markdown(&sweep)))
+}
+
+/// Score against lambda, as a picture
+#[utoipa::path(get, path = "/sweeps/{id}/plot.svg", tag = "sweeps", params(("id" = String, Path)),
+    responses((status = 200, content_type = "image/svg+xml", body = String),
+        (status = 404, body = Problem, content_type = "application/problem+json")))]
+async fn sweep_plot(
+    State(AppState(app)): State<AppState>,
+    Segment(id): Segment<SweepId>,
+) -> Result<Response, Problem> {
+    let sweep = app.sweeps.get(id.0).await?;
+    Ok(text("image/svg+xml", plot(&sweep)))
+}
+
+/// A sweep's trials as a table
+#[utoipa::path(get, path = "/sweeps/{id}/trials.csv", tag = "sweeps", params(("id" = String, Path)),
+    responses((status = 200, content_type = "text/csv", body = String),
+        (status = 404, body = Problem, content_type = "application/problem+json")))]
+async fn sweep_table(
+    State(AppState(app)): State<AppState>,
+    Segment(id): Segment<SweepId>,
+) -> Result<Response, Problem> {
+    let sweep = app.sweeps.get(id.0).await?;
+    Ok(text("text/csv; charset=utf-8", csv(&sweep)))
+}
+
+/// Merge the winner into the cache
+///
+/// With the recipe that gave it; `serve_as` also serves it.
+#[utoipa::path(post, path = "/sweeps/{id}/winner", tag = "sweeps", params(("id" = String, Path)), request_body = WinnerBody,
+    responses((status = 200, body = Taken), (status = 404, body = Problem, content_type = "application/problem+json"),
+        (status = 409, body = Problem, content_type = "application/problem+json")))]
+async fn take_winner(
+    State(AppState(app)): State<AppState>,
+    Segment(id): Segment<SweepId>,
+    JsonBytes(body): JsonBytes,
+) -> Result<Json<Taken>, Problem> {
+    let mut fields = json_object(&body)?;
+    let serve_as = match fields.remove("serve_as").filter(|value| !value.is_null()) {
+        None => None,
+        Some(Value::String(name)) => {
+            let name: Result<ModelName, _> = name.parse();
+            Some(name.map_err(|e| bad("serve_as", &e.to_string()))?)
+        }
+        Some(_) => return Err(bad("serve_as", "must be a string")),
+    };
+    if let Some(unknown) = fields.keys().next() {
+        let shown: String = unknown.chars().take(100).collect();
+        return Err(bad(&shown, "unknown field; known is serve_as"));
+    }
+    let sweep = app.sweeps.get(id.0).await?;
+    let winner = sweep
+        .verdict
+        .as_ref()
+        .and_then(|verdict| sweep.trials.get(verdict.winner));
+    let winner = winner.ok_or_else(|| Problem::conflict("no-winner", "the sweep has no winner"))?;
+    let open = OpenRecipe::new(sweep.recipe.clone()).map_err(Problem::from)?;
+    let mut spec = open.spec_at(&Shares::each(winner.shares.clone()));
+    spec.serve_as = serve_as.map(|name| name.to_string());
+    let recipe = serde_json::to_vec(&spec).map_err(|e| Problem::internal("a recipe", &e))?;
+    let taken = app
+        .intake
+        .submit(RecipeBody::Json(recipe), Submit::default())
+        .await?;
+    let job = super::merge::submitted_and_served(&app, taken)?;
+    Ok(Json(Taken {
+        merge: job.id.to_string(),
+        status: job.status.as_str(),
+        recipe: serde_json::to_value(&spec).unwrap_or_default(),
+    }))
+}
+
+/// The id of a sweep.
+struct SweepId(Uuid);
+
+impl FromSegment for SweepId {
+    const WHAT: &'static str = "no such sweep";
+
+    fn from_segment(text: &str) -> Option<Self> {
+        Uuid::from_segment(text).map(Self)
+    }
+}
+
+fn text(kind: &'static str, body: String) -> Response {
+    ([(header::CONTENT_TYPE, HeaderValue::from_static(kind))], body).into_response()
+}
+
+fn view(sweep: Arc<Sweep>) -> SweepView {
+    let winner = sweep
+        .verdict
+        .as_ref()
+        .and_then(|verdict| sweep.trials.get(verdict.winner));
+    let winner = winner.map(|trial| {
+        serde_json::json!({"trial": trial.n, "shares": trial.shares, "system_fingerprint": trial.system_fingerprint})
+    });
+    SweepView {
+        sweep: (*sweep).clone(),
+        winner,
+    }
+}
+
+fn bad(field: &str, detail: &str) -> Problem {
+    Problem::unprocessable("invalid-request", field, detail)
+}
+
+impl From<SweepError> for Problem {
+    fn from(error: SweepError) -> Self {
+        match error {
+            SweepError::TooMany => Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "too-many-sweeps",
+                error.to_string(),
+            )
+            .with_retry_after(60),
+            SweepError::Unknown => Self::not_found(SweepId::WHAT),
+            SweepError::Io(_) => Self::internal("a sweep", &error),
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! The search over shares (arXiv 2502.15434): trials of one family, scored on dev items; the winner is told of on test items,
+//! beside the baselines. What a trial found is on disk before the next begins. Knows nothing of HTTP.
+
+mod plan;
+mod plot;
+mod report;
+mod run;
+mod store;
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cauldron_merge::RecipeSpec;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+use uuid::Uuid;
+
+use crate::eval::{Evals, Metric, Split, Task, TaskRecord, is_better_higher};
+use crate::serving::{OpenRecipe, Parentage, Serving};
+use store::Store;
+
+pub use plan::{ALPHAS, Origin, Search, baselines, total};
+pub use plot::plot;
+pub use report::{csv, markdown};
+
+/// Sweeps that wait or run at most.
+const MOST_OPEN: usize = 64;
+
+/// The sweeps of this process, worked off one after the other.
+#[derive(Debug)]
+pub struct Sweeps {
+    store: Store,
+    serving: Arc<Serving>,
+    evals: Arc<Evals>,
+    parentage: Parentage,
+    open: Mutex<Open>,
+    more: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    waiting: VecDeque<Uuid>,
+    live: HashMap<Uuid, Live>,
+}
+
+/// A sweep that waits or runs.
+#[derive(Debug)]
+struct Live {
+    told: watch::Sender<Arc<Sweep>>,
+    cancel: CancellationToken,
+}
+
+/// How scores of several tasks become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Select {
+    /// Their mean.
+    Mean,
+    /// The worst of them.
+    Min,
+}
+
+/// A sweep as it is kept and shown.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Sweep {
+    pub id: Uuid,
+    /// Milliseconds since the Unix epoch.
+    pub created_at: i64,
+    pub recipe: RecipeSpec,
+    pub parents: usize,
+    pub search: Search,
+    pub seed: u64,
+    pub split: Split,
+    pub select: Select,
+    /// Whether trials that are clearly worse on a third of the dev items are dropped.
+    pub race: bool,
+    pub tasks: Vec<TaskRecord>,
+    pub status: Status,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Of the trials that the search makes.
+    pub total: usize,
+    pub trials: Vec<Trial>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<Verdict>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    Queued,
+    Running,
+    Done,
+    Failed,
+    Cancelled,
+}
+
+impl Status {
+    pub fn is_open(self) -> bool {
+        matches!(self, Self::Queued | Self::Running)
+    }
+}
+
+/// One model of the family, and how it did.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Trial {
+    pub n: usize,
+    /// lambda of the first of two parents, or a share for each; empty for the plain method.
+    pub shares: Vec<f64>,
+    pub origin: Origin,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system_fingerprint: Option<String>,
+    /// By task: the metric that selects.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dev: Vec<Metric>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub test: Vec<Metric>,
+    /// Of the dev items, by the sweep's selection; higher is better.
+    pub score: Option<f64>,
+    pub stderr: Option<f64>,
+    /// Given up after a third of the dev items.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dropped: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    pub seconds: f64,
+}
+
+impl Trial {
+    /// As requests name it after `family@`.
+    pub fn label(&self) -> String {
+        crate::serving::Shares::each(self.shares.clone()).to_string()
+    }
+}
+
+/// What the sweep found.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Verdict {
+    /// The trial of the best dev score.
+    pub winner: usize,
+    /// The best of the baselines on the same items.
+    pub baseline: usize,
+    /// Of the winner over that baseline, on test items.
+    pub test_gain: f64,
+    pub test_gain_stderr: Option<f64>,
+    /// Whether the gain is less than twice its standard error.
+    pub within_noise: bool,
+    /// Trials that no other one beats on every task, by their dev scores.
+    pub pareto: Vec<usize>,
+}
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct NewSweep {
+    pub recipe: OpenRecipe,
+    pub search: Search,
+    pub seed: u64,
+    pub split: Split,
+    pub select: Select,
+    pub race: bool,
+    pub tasks: Vec<Arc<Task>>,
+}
+
+/// Why a sweep was not taken or cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum SweepError {
+    #[error("there are {MOST_OPEN} sweeps already that wait or run")]
+    TooMany,
+    #[error("no such sweep")]
+    Unknown,
+    #[error("the folder of sweeps: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Scores of several tasks as one number, higher being better, with its standard error.
+pub fn selected(select: Select, tasks: &[TaskRecord], metrics: &[Metric]) -> Option<(f64, Option<f64>)> {
+    if metrics.is_empty() || metrics.len() != tasks.len() {
+        return None;
+    }
+    let signed = tasks.iter().zip(metrics).map(|(task, metric)| {
+        let sign = if is_better_higher(&task.metric) { 1.0 } else { -1.0 };
+        (sign * metric.value, metric.stderr)
+    });
+    let signed: Vec<(f64, Option<f64>)> = signed.collect();
+    match select {
+        Select::Mean => {
+            let n = signed.len() as f64;
+            let squares: Option<f64> = signed.iter().map(|(_, stderr)| stderr.map(|s| s * s)).sum();
+            Some((
+                signed.iter().map(|(value, _)| value).sum::<f64>() / n,
+                squares.map(|squares| squares.sqrt() / n),
+            ))
+        }
+        Select::Min => signed
+            .into_iter()
+            .reduce(|worst, other| if other.0 < worst.0 { other } else { worst }),
+    }
+}
+
+impl Sweeps {
+    pub fn open(
+        data_dir: &Path,
+        serving: Arc<Serving>,
+        evals: Arc<Evals>,
+        parentage: Parentage,
+    ) -> io::Result<Arc<Self>> {
+        let store = Store::open(data_dir)?;
+        let sweeps = Arc::new(Self {
+            serving,
+            evals,
+            parentage,
+            open: Mutex::default(),
+            more: Notify::new(),
+            store,
+        });
+        // What the last run left goes on where it was, in its order.
+        let mut left: Vec<Sweep> = sweeps
+            .store
+            .all()?
+            .into_iter()
+            .filter(|sweep| sweep.status.is_open())
+            .collect();
+        left.sort_by_key(|sweep| sweep.id);
+        for sweep in left {
+            sweeps.enqueue(sweep);
+        }
+        Ok(sweeps)
+    }
+
+    fn opened(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enqueue(&self, sweep: Sweep) {
+        let mut open = self.opened();
+        open.waiting.push_back(sweep.id);
+        let (told, _) = watch::channel(Arc::new(sweep.clone()));
+        let cancel = CancellationToken::new();
+        open.live.insert(sweep.id, Live { told, cancel });
+        drop(open);
+        self.more.notify_one();
+    }
+
+    /// Takes a sweep; it is durable when this returns.
+    pub async fn create(self: &Arc<Self>, new: NewSweep) -> Result<Arc<Sweep>, SweepError> {
+        if self.opened().live.len() >= MOST_OPEN {
+            return Err(SweepError::TooMany);
+        }
+        let sweep = Sweep {
+            id: Uuid::now_v7(),
+            created_at: jiff::Timestamp::now().as_millisecond(),
+            recipe: new.recipe.spec().clone(),
+            parents: new.recipe.models(),
+            total: total(&new.search, new.recipe.models()),
+            search: new.search,
+            seed: new.seed,
+            split: new.split,
+            select: new.select,
+            race: new.race,
+            tasks: new.tasks.iter().map(|task| TaskRecord::of(task)).collect(),
+            status: Status::Queued,
+            error: None,
+            trials: Vec::new(),
+            verdict: None,
+        };
+        let (this, kept) = (self.clone(), sweep.clone());
+        let put = tokio::task::spawn_blocking(move || {
+            this.store.put_tasks(kept.id, &new.tasks)?;
+            this.store.put(&kept)
+        });
+        put.await.map_err(io::Error::other)??;
+        self.enqueue(sweep.clone());
+        Ok(Arc::new(sweep))
+    }
+
+    /// A sweep as it is now.
+    pub async fn get(self: &Arc<Self>, id: Uuid) -> Result<Arc<Sweep>, SweepError> {
+        if let Some(live) = self.opened().live.get(&id) {
+            return Ok(live.told.borrow().clone());
+        }
+        let this = self.clone();
+        let found = tokio::task::spawn_blocking(move || this.store.get(id));
+        let found = found.await.map_err(io::Error::other)?;
+        found.map(Arc::new).ok_or(SweepError::Unknown)
+    }
+
+    /// All sweeps, the newest first.
+    pub async fn list(self: &Arc<Self>) -> Result<Vec<Arc<Sweep>>, SweepError> {
+        let this = self.clone();
+        let all = tokio::task::spawn_blocking(move || this.store.all());
+        let mut all = all.await.map_err(io::Error::other)??;
+        all.sort_by_key(|sweep| std::cmp::Reverse(sweep.id));
+        let open = self.opened();
+        let now = |sweep: Sweep| match open.live.get(&sweep.id) {
+            Some(live) => live.told.borrow().clone(),
+            None => Arc::new(sweep),
+        };
+        Ok(all.into_iter().map(now).collect())
+    }
+
+    /// Follows a sweep that is open; None if it has ended.
+    pub fn follow(&self, id: Uuid) -> Option<watch::Receiver<Arc<Sweep>>> {
+        self.opened().live.get(&id).map(|live| live.told.subscribe())
+    }
+
+    /// Ends a sweep after what it does now; what it found stays. One that has ended stays as it is.
+    pub async fn cancel(self: &Arc<Self>, id: Uuid) -> Result<Arc<Sweep>, SweepError> {
+        if let Some(live) = self.opened().live.get(&id) {
+            live.cancel.cancel();
+        }
+        self.get(id).await
+    }
+
+    /// Works sweeps off until `stop`; what runs then goes on after the next start.
+    pub async fn work(self: Arc<Self>, stop: CancellationToken) {
+        while !stop.is_cancelled() {
+            let next = self.opened().waiting.pop_front();
+            let Some(id) = next else {
+                tokio::select! {
+                    () = self.more.notified() => continue,
+                    () = stop.cancelled() => return,
+                }
+            };
+            let live = self
+                .opened()
+                .live
+                .get(&id)
+                .map(|live| (live.told.borrow().clone(), live.cancel.clone()));
+            let Some((sweep, cancel)) = live else { continue };
+            info!(sweep = %id, trials = sweep.total, "sweep starts");
+            let ended = tokio::select! {
+                ended = self.run((*sweep).clone(), &cancel) => ended,
+                () = stop.cancelled() => return,
+            };
+            info!(sweep = %id, status = ?ended.status, "sweep ends");
+            if let Err(e) = self.save(&ended).await {
+                error!(sweep = %id, error = %e, "a sweep's end cannot be written");
+            }
+            self.opened().live.remove(&id);
+        }
+    }
+
+    /// Durable first, then told.
+    async fn save(&self, sweep: &Sweep) -> io::Result<()> {
+        let (store, kept) = (self.store.clone(), sweep.clone());
+        let put = tokio::task::spawn_blocking(move || store.put(&kept));
+        let put = put.await.map_err(io::Error::other)?;
+        if let Some(live) = self.opened().live.get(&sweep.id) {
+            live.told.send_replace(Arc::new(sweep.clone()));
+        }
+        put
+    }
+}

@@ -1,0 +1,348 @@
+//! Which shares are tried, and in what order. Everything follows from the sweep's seed and, where a search learns, from scores.
+
+use cauldron_merge::{draw_lambda, draw_shares};
+use serde::{Deserialize, Serialize};
+
+/// The alphas of the paper (arXiv 2502.15434, section 4).
+pub const ALPHAS: [f64; 7] = [0.2, 0.4, 0.5, 1.0, 2.0, 3.0, 5.0];
+/// Seeds survive clients whose numbers are f64.
+const SEEDS: u64 = 1 << 53;
+
+/// How shares are found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Search {
+    /// One draw for each alpha; then `more` draws at the alpha of the best one.
+    M3 { alphas: Vec<f64>, more: u32 },
+    /// Evenly spaced lambdas; for more than two parents all shares that are multiples of 1/(points - 1).
+    Grid { points: u32 },
+    /// Draws of one alpha.
+    Random { alpha: f64, trials: u32 },
+    /// A Gaussian process over lambda, expected improvement.
+    Bayes { trials: u32 },
+}
+
+impl Search {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::M3 { .. } => "m3",
+            Self::Grid { .. } => "grid",
+            Self::Random { .. } => "random",
+            Self::Bayes { .. } => "bayes",
+        }
+    }
+}
+
+/// Where a trial's shares come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// The plain method.
+    Plain,
+    /// One parent alone, or equal shares.
+    Baseline,
+    /// The first draw of Beta(alpha, alpha), or of Dirichlet(alpha), with a seed.
+    Draw {
+        alpha: f64,
+        seed: u64,
+    },
+    Grid,
+    Bayes,
+}
+
+impl Origin {
+    pub fn is_baseline(&self) -> bool {
+        matches!(self, Self::Plain | Self::Baseline)
+    }
+}
+
+/// What was tried, as far as a search learns from it.
+#[derive(Debug, Clone)]
+pub struct Tried {
+    pub shares: Vec<f64>,
+    pub origin: Origin,
+    /// Higher is better; None if it failed or was dropped.
+    pub score: Option<f64>,
+    pub stderr: Option<f64>,
+}
+
+/// One number for two parents.
+fn shares_of(alpha: f64, seed: u64, parents: usize) -> Option<Vec<f64>> {
+    match parents {
+        2 => draw_lambda(alpha, seed).map(|lambda| vec![lambda]),
+        _ => draw_shares(alpha, seed, parents),
+    }
+}
+
+/// What is always scored: each parent alone, equal shares, and the plain method.
+pub fn baselines(parents: usize) -> Vec<(Vec<f64>, Origin)> {
+    let mut all = vec![(Vec::new(), Origin::Plain)];
+    if parents == 2 {
+        all.extend([0.0, 0.5, 1.0].map(|lambda| (vec![lambda], Origin::Baseline)));
+        return all;
+    }
+    all.push((vec![1.0 / parents as f64; parents], Origin::Baseline));
+    for parent in 0..parents {
+        let alone = (0..parents).map(|k| f64::from(u8::from(k == parent)));
+        all.push((alone.collect(), Origin::Baseline));
+    }
+    all
+}
+
+/// The next shares to try; None once the search is over. `tried` has all that came before, baselines first.
+pub fn next(search: &Search, seed: u64, parents: usize, tried: &[Tried]) -> Option<(Vec<f64>, Origin)> {
+    let own = tried.iter().filter(|trial| !trial.origin.is_baseline()).count();
+    let draw = |alpha: f64, number: usize| {
+        let seed = seed.wrapping_add(number as u64) % SEEDS;
+        Some((shares_of(alpha, seed, parents)?, Origin::Draw { alpha, seed }))
+    };
+    match search {
+        Search::M3 { alphas, more } => match alphas.get(own) {
+            Some(alpha) => draw(*alpha, own),
+            None if own < alphas.len() + *more as usize => draw(best_alpha(tried)?, own),
+            None => None,
+        },
+        Search::Grid { points } => {
+            let all = grid(*points as usize, parents);
+            all.get(own).map(|shares| (shares.clone(), Origin::Grid))
+        }
+        Search::Random { alpha, trials } if own < *trials as usize => draw(*alpha, own),
+        Search::Bayes { trials } if own < *trials as usize => {
+            Some((vec![most_promising(tried)], Origin::Bayes))
+        }
+        Search::Random { .. } | Search::Bayes { .. } => None,
+    }
+}
+
+/// How many trials a search makes, baselines included.
+pub fn total(search: &Search, parents: usize) -> usize {
+    let own = match search {
+        Search::M3 { alphas, more } => alphas.len() + *more as usize,
+        Search::Grid { points } => grid(*points as usize, parents).len(),
+        Search::Random { trials, .. } | Search::Bayes { trials } => *trials as usize,
+    };
+    own + baselines(parents).len()
+}
+
+fn best_alpha(tried: &[Tried]) -> Option<f64> {
+    let draws = tried.iter().filter_map(|trial| match trial.origin {
+        Origin::Draw { alpha, .. } => Some((trial.score?, alpha)),
+        _ => None,
+    });
+    // The first of equals.
+    let best = draws.fold(None, |best: Option<(f64, f64)>, draw| match best {
+        Some(best) if best.0 >= draw.0 => Some(best),
+        _ => Some(draw),
+    });
+    best.map(|(_, alpha)| alpha)
+}
+
+/// Inner points for two parents: the ends are baselines.
+fn grid(points: usize, parents: usize) -> Vec<Vec<f64>> {
+    let steps = points.max(2) - 1;
+    if parents == 2 {
+        let inner = (1..steps).map(|k| k as f64 / steps as f64);
+        return inner
+            .filter(|lambda| *lambda != 0.5)
+            .map(|lambda| vec![lambda])
+            .collect();
+    }
+    let mut all = Vec::new();
+    compositions(steps, parents, &mut Vec::new(), &mut all);
+    let scale = |parts: Vec<usize>| parts.iter().map(|k| *k as f64 / steps as f64).collect();
+    let inner = all
+        .into_iter()
+        .filter(|parts| parts.iter().filter(|k| **k > 0).count() > 1);
+    inner.map(scale).collect()
+}
+
+fn compositions(left: usize, parts: usize, begun: &mut Vec<usize>, all: &mut Vec<Vec<usize>>) {
+    if parts == 1 {
+        let mut whole = begun.clone();
+        whole.push(left);
+        all.push(whole);
+        return;
+    }
+    for part in 0..=left {
+        begun.push(part);
+        compositions(left - part, parts - 1, begun, all);
+        begun.pop();
+    }
+}
+
+/// Of a Gaussian process over lambda: how far scores at two lambdas still have to do with each other.
+const LENGTH: f64 = 0.15;
+
+/// The lambda of the largest expected improvement (Jones, Schonlau and Welch 1998) on a grid of hundredths.
+fn most_promising(tried: &[Tried]) -> f64 {
+    let seen: Vec<(f64, f64, f64)> = tried
+        .iter()
+        .filter_map(|trial| match (trial.shares.as_slice(), trial.score) {
+            ([lambda], Some(score)) => Some((*lambda, score, trial.stderr.unwrap_or(0.0))),
+            _ => None,
+        })
+        .collect();
+    let n = seen.len() as f64;
+    if seen.len() < 2 {
+        return 0.25;
+    }
+    let mean = seen.iter().map(|(_, y, _)| y).sum::<f64>() / n;
+    let spread = (seen.iter().map(|(_, y, _)| (y - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
+    let spread = if spread > 1e-9 { spread } else { 1.0 };
+    let kernel = |a: f64, b: f64| (-0.5 * ((a - b) / LENGTH).powi(2)).exp();
+    let mut matrix: Vec<Vec<f64>> = seen
+        .iter()
+        .map(|(a, ..)| seen.iter().map(|(b, ..)| kernel(*a, *b)).collect())
+        .collect();
+    for (row, (_, _, stderr)) in seen.iter().enumerate() {
+        matrix[row][row] += (stderr / spread).powi(2).max(1e-6);
+    }
+    let Some(factor) = cholesky(matrix) else {
+        return 0.25;
+    };
+    let values: Vec<f64> = seen.iter().map(|(_, y, _)| (y - mean) / spread).collect();
+    let weights = solve(&factor, &values);
+    let best = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let improvement = |lambda: f64| {
+        let near: Vec<f64> = seen.iter().map(|(x, ..)| kernel(*x, lambda)).collect();
+        let expected: f64 = near.iter().zip(&weights).map(|(k, w)| k * w).sum();
+        let explained: f64 = near.iter().zip(solve(&factor, &near)).map(|(k, s)| k * s).sum();
+        let deviation = (1.0 - explained).max(1e-12).sqrt();
+        let z = (expected - best) / deviation;
+        deviation * (z * normal_below(z) + (-0.5 * z * z).exp() / std::f64::consts::TAU.sqrt())
+    };
+    let candidates = (1..100).map(|k| f64::from(k) / 100.0);
+    let untried = candidates.filter(|lambda| seen.iter().all(|(x, ..)| (x - lambda).abs() > 1e-9));
+    let best = untried.map(|lambda| (improvement(lambda), lambda));
+    best.fold((f64::NEG_INFINITY, 0.25), |a, b| if b.0 > a.0 { b } else { a })
+        .1
+}
+
+/// The share of a normal distribution below z (Abramowitz and Stegun 26.2.17; error below 1e-7).
+fn normal_below(z: f64) -> f64 {
+    let t = 1.0 / (1.0 + 0.231_641_9 * z.abs());
+    let series = [
+        0.319_381_530,
+        -0.356_563_782,
+        1.781_477_937,
+        -1.821_255_978,
+        1.330_274_429,
+    ];
+    let polynomial = series.iter().rev().fold(0.0, |sum, factor| (sum + factor) * t);
+    let above = (-0.5 * z * z).exp() / std::f64::consts::TAU.sqrt() * polynomial;
+    if z >= 0.0 { 1.0 - above } else { above }
+}
+
+/// The lower factor of a positive definite matrix.
+fn cholesky(mut matrix: Vec<Vec<f64>>) -> Option<Vec<Vec<f64>>> {
+    let n = matrix.len();
+    for i in 0..n {
+        for j in 0..=i {
+            let known: f64 = (0..j).map(|k| matrix[i][k] * matrix[j][k]).sum();
+            let left = matrix[i][j] - known;
+            matrix[i][j] = match i == j {
+                true if left > 0.0 => left.sqrt(),
+                true => return None,
+                false => left / matrix[j][j],
+            };
+        }
+    }
+    Some(matrix)
+}
+
+fn solve(factor: &[Vec<f64>], values: &[f64]) -> Vec<f64> {
+    let n = values.len();
+    let mut x = values.to_vec();
+    for i in 0..n {
+        let known: f64 = (0..i).map(|k| factor[i][k] * x[k]).sum();
+        x[i] = (x[i] - known) / factor[i][i];
+    }
+    for i in (0..n).rev() {
+        let known: f64 = (i + 1..n).map(|k| factor[k][i] * x[k]).sum();
+        x[i] = (x[i] - known) / factor[i][i];
+    }
+    x
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(search: &Search, parents: usize, score: impl Fn(&[f64]) -> f64) -> Vec<Tried> {
+        let mut tried: Vec<Tried> = Vec::new();
+        let mut take = |(shares, origin): (Vec<f64>, Origin), tried: &mut Vec<Tried>| {
+            let score = (!shares.is_empty()).then(|| score(&shares));
+            tried.push(Tried {
+                shares,
+                origin,
+                score,
+                stderr: Some(0.01),
+            });
+        };
+        for baseline in baselines(parents) {
+            take(baseline, &mut tried);
+        }
+        while let Some(trial) = next(search, 7, parents, &tried) {
+            take(trial, &mut tried);
+        }
+        tried
+    }
+
+    #[test]
+    fn m3_draws_once_an_alpha_and_more_at_the_best_one() {
+        let search = Search::M3 {
+            alphas: ALPHAS.to_vec(),
+            more: 3,
+        };
+        let tried = run(&search, 2, |shares| -(shares[0] - 0.7).abs());
+        assert_eq!(tried.len(), total(&search, 2));
+        assert_eq!(tried.len(), 4 + 7 + 3);
+        let draws: Vec<(f64, u64)> = tried
+            .iter()
+            .filter_map(|t| match t.origin {
+                Origin::Draw { alpha, seed } => Some((alpha, seed)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(draws[..7].iter().map(|d| d.0).collect::<Vec<_>>(), ALPHAS);
+        let nearest = tried[4..11]
+            .iter()
+            .max_by(|a, b| a.score.partial_cmp(&b.score).expect("numbers"));
+        let Some(Origin::Draw { alpha, .. }) = nearest.map(|t| t.origin.clone()) else {
+            panic!("a draw");
+        };
+        assert!(draws[7..].iter().all(|d| d.0 == alpha));
+        // The draws are those of a recipe with this alpha and seed.
+        assert_eq!(draw_lambda(draws[2].0, draws[2].1), Some(tried[6].shares[0]));
+    }
+
+    #[test]
+    fn a_grid_has_every_point_but_the_baselines() {
+        let lambdas: Vec<f64> = grid(5, 2).into_iter().flatten().collect();
+        assert_eq!(lambdas, [0.25, 0.75]);
+        let three = grid(3, 3);
+        assert_eq!(three.len(), 3, "{three:?}");
+        assert!(
+            three
+                .iter()
+                .all(|shares| (shares.iter().sum::<f64>() - 1.0).abs() < 1e-12)
+        );
+        assert_eq!(total(&Search::Grid { points: 5 }, 2), 6);
+    }
+
+    #[test]
+    fn a_gaussian_process_comes_near_the_best_lambda() {
+        let score = |shares: &[f64]| 1.0 - (shares[0] - 0.73).powi(2);
+        let tried = run(&Search::Bayes { trials: 8 }, 2, score);
+        let best = tried
+            .iter()
+            .filter(|t| t.score.is_some())
+            .max_by(|a, b| a.score.partial_cmp(&b.score).expect("numbers"));
+        let lambda = best.expect("a trial").shares[0];
+        assert!((lambda - 0.73).abs() < 0.05, "{lambda}");
+        assert!(
+            (normal_below(1.0) - 0.841_344_746).abs() < 1e-6
+                && (normal_below(-1.0) - 0.158_655_254).abs() < 1e-6
+        );
+    }
+}

@@ -1,0 +1,194 @@
+//! A sweep as people read it: a page of Markdown, and a table for other programs.
+
+use std::fmt::Write;
+
+use super::plan::Origin;
+use super::{Select, Sweep, Trial, Verdict};
+use crate::eval::Metric;
+
+/// What a sweep did and found.
+pub fn markdown(sweep: &Sweep) -> String {
+    let mut out = String::new();
+    let recipe = serde_json::to_string(&sweep.recipe).unwrap_or_default();
+    let select = match sweep.select {
+        Select::Mean => "mean of the tasks",
+        Select::Min => "worst of the tasks",
+    };
+    let _ = writeln!(out, "# Sweep {}\n", sweep.id);
+    let _ = writeln!(out, "Recipe: `{recipe}`\n");
+    let _ = writeln!(
+        out,
+        "Search {}, seed {}; {} of {} trials. Selected by the {select} on dev items ({:.0} % of each task, split by seed {}), told of on \
+         the other items. `±` is one standard error.\n",
+        sweep.search.name(),
+        sweep.seed,
+        sweep.trials.len(),
+        sweep.total,
+        100.0 * sweep.split.dev,
+        sweep.split.seed
+    );
+    if let Some(verdict) = &sweep.verdict {
+        let _ = writeln!(out, "{}\n", sentence(sweep, verdict));
+    }
+    let tasks: Vec<String> = sweep
+        .tasks
+        .iter()
+        .map(|task| format!("{} ({})", plain(&task.name), task.metric))
+        .collect();
+    let heads = |part: &str| {
+        tasks
+            .iter()
+            .map(|task| format!(" {task}, {part} |"))
+            .collect::<String>()
+    };
+    let _ = writeln!(
+        out,
+        "| | shares | from | score, dev |{}{}",
+        heads("dev"),
+        heads("test")
+    );
+    let _ = writeln!(out, "|{}", " --- |".repeat(4 + 2 * tasks.len()));
+    for trial in &sweep.trials {
+        let mark = match &sweep.verdict {
+            Some(verdict) if verdict.winner == trial.n => "**best**",
+            Some(verdict) if verdict.pareto.contains(&trial.n) && tasks.len() > 1 => "front",
+            _ => "",
+        };
+        let score = match (trial.score, &trial.error) {
+            (Some(score), _) => number(score, trial.stderr),
+            (None, Some(_)) => "failed".to_owned(),
+            (None, None) => "dropped".to_owned(),
+        };
+        let cells = |metrics: &[Metric]| {
+            let cell = |index: usize| {
+                metrics
+                    .get(index)
+                    .map_or_else(String::new, |m| number(m.value, m.stderr))
+            };
+            (0..tasks.len())
+                .map(|index| format!(" {} |", cell(index)))
+                .collect::<String>()
+        };
+        let _ = writeln!(
+            out,
+            "| {mark} | {} | {} | {score} |{}{}",
+            trial.label(),
+            origin(&trial.origin),
+            cells(&trial.dev),
+            cells(&trial.test)
+        );
+    }
+    for trial in sweep.trials.iter().filter(|trial| trial.error.is_some()) {
+        let _ = writeln!(
+            out,
+            "\nTrial {} failed: {}",
+            trial.n,
+            plain(trial.error.as_deref().unwrap_or_default())
+        );
+    }
+    out
+}
+
+fn sentence(sweep: &Sweep, verdict: &Verdict) -> String {
+    let (Some(winner), Some(baseline)) = (
+        sweep.trials.get(verdict.winner),
+        sweep.trials.get(verdict.baseline),
+    ) else {
+        return String::new();
+    };
+    if winner.n == baseline.n {
+        return format!("No trial was better than the baseline {}.", winner.label());
+    }
+    let gain = number(verdict.test_gain, verdict.test_gain_stderr);
+    let honest = match verdict.within_noise {
+        true => "That is within noise: another sample of items may turn it round.",
+        false => "That is more than two standard errors.",
+    };
+    format!(
+        "Best: **{}** (trial {}). On test items it is {gain} better than the best baseline, {} (trial {}). {honest}",
+        winner.label(),
+        winner.n,
+        baseline.label(),
+        baseline.n
+    )
+}
+
+fn origin(origin: &Origin) -> String {
+    match origin {
+        Origin::Plain => "plain method".to_owned(),
+        Origin::Baseline => "baseline".to_owned(),
+        Origin::Draw { alpha, seed } => format!("alpha {alpha}, seed {seed}"),
+        Origin::Grid => "grid".to_owned(),
+        Origin::Bayes => "expected improvement".to_owned(),
+    }
+}
+
+fn number(value: f64, stderr: Option<f64>) -> String {
+    match stderr {
+        Some(stderr) => format!("{value:.4} ± {stderr:.4}"),
+        None => format!("{value:.4}"),
+    }
+}
+
+/// Names come from clients: no markup of theirs.
+fn plain(text: &str) -> String {
+    text.chars()
+        .map(|c| {
+            if c.is_alphanumeric() || " .,-_:+=()/".contains(c) {
+                c
+            } else {
+                '?'
+            }
+        })
+        .collect()
+}
+
+/// One line a trial.
+pub fn csv(sweep: &Sweep) -> String {
+    let mut out =
+        String::from("trial,shares,origin,alpha,seed,score,stderr,dropped,seconds,system_fingerprint");
+    for part in ["dev", "test"] {
+        for index in 0..sweep.tasks.len() {
+            let _ = write!(out, ",{part}_{index},{part}_{index}_stderr");
+        }
+    }
+    out.push('\n');
+    for trial in &sweep.trials {
+        line(&mut out, sweep, trial);
+    }
+    out
+}
+
+fn line(out: &mut String, sweep: &Sweep, trial: &Trial) {
+    let (name, alpha, seed) = match &trial.origin {
+        Origin::Plain => ("plain", String::new(), String::new()),
+        Origin::Baseline => ("baseline", String::new(), String::new()),
+        Origin::Draw { alpha, seed } => ("draw", alpha.to_string(), seed.to_string()),
+        Origin::Grid => ("grid", String::new(), String::new()),
+        Origin::Bayes => ("bayes", String::new(), String::new()),
+    };
+    let or_empty = |value: Option<f64>| value.map_or_else(String::new, |value| value.to_string());
+    let _ = write!(
+        out,
+        "{},{},{name},{alpha},{seed},{},{},{},{:.3},{}",
+        trial.n,
+        trial.label().replace(',', " "),
+        or_empty(trial.score),
+        or_empty(trial.stderr),
+        trial.dropped,
+        trial.seconds,
+        trial.system_fingerprint.as_deref().unwrap_or_default()
+    );
+    for metrics in [&trial.dev, &trial.test] {
+        for index in 0..sweep.tasks.len() {
+            let metric = metrics.get(index);
+            let _ = write!(
+                out,
+                ",{},{}",
+                or_empty(metric.map(|metric| metric.value)),
+                or_empty(metric.and_then(|metric| metric.stderr))
+            );
+        }
+    }
+    out.push('\n');
+}

@@ -1,0 +1,407 @@
+//! One sweep from its first trial, or the first that is left, to its verdict.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Instant;
+
+use cauldron_lm::Arithmetic;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::plan::{Tried, baselines, next};
+use super::{Origin, Select, Status, Sweep, Sweeps, Trial, Verdict, selected};
+use crate::config::ModelName;
+use crate::eval::{Metric, Outcome, Task, is_better_higher, mean, measure, value};
+use crate::serving::{Family, OpenRecipe, Served, Shares};
+
+/// Standard errors by which a trial must be behind to be dropped.
+const CLEARLY: f64 = 2.5;
+/// The share of the dev items that the race looks at.
+const HEAT: usize = 3;
+
+/// One task's items, parted.
+struct Parts {
+    /// The first third of the dev items, and the others; the second is empty without a race.
+    heat: Arc<Task>,
+    rest: Arc<Task>,
+    test: Arc<Task>,
+}
+
+impl Parts {
+    fn of(task: &Task, sweep: &Sweep) -> Self {
+        let is_dev = sweep.split.of(task.digest, task.items.len());
+        let dev: Vec<usize> = (0..is_dev.len()).filter(|index| is_dev[*index]).collect();
+        let first = match sweep.race {
+            true => dev.len().div_ceil(HEAT),
+            false => dev.len(),
+        };
+        let (heat, rest) = dev.split_at(first);
+        Self {
+            heat: Arc::new(task.subset(&|index| heat.contains(&index))),
+            rest: Arc::new(task.subset(&|index| rest.contains(&index))),
+            test: Arc::new(task.subset(&|index| !is_dev[index])),
+        }
+    }
+}
+
+/// The outcomes of a model by task.
+type Found = Vec<Vec<Outcome>>;
+
+impl Sweeps {
+    /// The sweep as it ended.
+    pub(super) async fn run(self: &Arc<Self>, mut sweep: Sweep, cancel: &CancellationToken) -> Sweep {
+        let ended = tokio::select! {
+            ended = self.try_all(&mut sweep) => ended,
+            () = cancel.cancelled() => Ok(Status::Cancelled),
+        };
+        if let Some(name) = family_name(&sweep) {
+            let _ = self.serving.unload(&name);
+        }
+        match ended {
+            Ok(status) => sweep.status = status,
+            Err(detail) => {
+                sweep.status = Status::Failed;
+                sweep.error = Some(detail);
+            }
+        }
+        sweep
+    }
+
+    async fn try_all(self: &Arc<Self>, sweep: &mut Sweep) -> Result<Status, String> {
+        let (store, id) = (self.store.clone(), sweep.id);
+        let tasks = tokio::task::spawn_blocking(move || store.tasks(id)).await;
+        let tasks = tasks
+            .map_err(|e| e.to_string())?
+            .ok_or("its items cannot be read")?;
+        let parts: Vec<Parts> = tasks.iter().map(|task| Parts::of(task, sweep)).collect();
+        let recipe = OpenRecipe::new(sweep.recipe.clone()).map_err(|e| e.to_string())?;
+        let name = family_name(sweep).ok_or("it has no name")?;
+        self.serving
+            .load_family(
+                name.clone(),
+                recipe,
+                Arithmetic::F32,
+                self.parentage.clone(),
+                None,
+            )
+            .map_err(|e| e.to_string())?;
+        let family = self.serving.family(&name).ok_or("its family has gone")?;
+        family.ready().await.map_err(|e| e.to_string())?;
+        sweep.status = Status::Running;
+        self.note(sweep).await?;
+        let first: Vec<_> = baselines(sweep.parents);
+        // Outcomes of the best so far, for the race.
+        let mut leader = self.leader(sweep, &parts).await;
+        let mut ahead = None;
+        loop {
+            let n = sweep.trials.len();
+            let planned = match first.get(n) {
+                Some(baseline) => Some(baseline.clone()),
+                None => next(&sweep.search, sweep.seed, sweep.parents, &tried(sweep)),
+            };
+            let Some((shares, origin)) = planned else { break };
+            let start = Instant::now();
+            // The next weights are computed while this trial is asked, where they are known already.
+            let served = match ahead.take() {
+                Some((known, waiting)) if known == shares => joined(waiting).await,
+                _ => self.point(&family, &shares).await,
+            };
+            if let Some((next_shares, _)) = first.get(n + 1).cloned().or_else(|| foreseen(sweep, n + 1)) {
+                let (this, family, of) = (self.clone(), family.clone(), next_shares.clone());
+                ahead = Some((
+                    next_shares,
+                    tokio::spawn(async move { this.point(&family, &of).await }),
+                ));
+            }
+            let mut trial = Trial {
+                n,
+                shares,
+                origin,
+                system_fingerprint: served.as_ref().ok().map(|served| served.fingerprint.clone()),
+                dev: Vec::new(),
+                test: Vec::new(),
+                score: None,
+                stderr: None,
+                dropped: false,
+                error: None,
+                seconds: 0.0,
+            };
+            let asked = match &served {
+                Ok(served) => self.try_one(sweep, served, &parts, &mut trial, &mut leader).await,
+                Err(detail) => Err(detail.clone()),
+            };
+            if let Err(detail) = asked {
+                warn!(sweep = %sweep.id, trial = n, error = detail, "a trial failed");
+                trial.error = Some(detail);
+            }
+            trial.seconds = start.elapsed().as_secs_f64();
+            sweep.trials.push(trial);
+            self.note(sweep).await?;
+        }
+        self.judge(sweep, &family, &parts).await?;
+        Ok(Status::Done)
+    }
+
+    /// The best trial of an earlier run, from what is kept of it.
+    async fn leader(&self, sweep: &Sweep, parts: &[Parts]) -> Option<(f64, Found)> {
+        let scored = sweep
+            .trials
+            .iter()
+            .filter_map(|trial| Some((trial.score?, trial)));
+        let (score, trial) = scored.reduce(|best, other| if other.0 > best.0 { other } else { best })?;
+        let fingerprint = trial.system_fingerprint.as_deref()?;
+        let mut found = Found::new();
+        for part in parts {
+            let mut outcomes = Vec::new();
+            for task in [&part.heat, &part.rest] {
+                if !task.items.is_empty() {
+                    let known = self.evals.known(fingerprint, task.digest, task.items.len()).await;
+                    outcomes.extend(known.ok()??.iter().cloned());
+                }
+            }
+            found.push(outcomes);
+        }
+        Some((score, found))
+    }
+
+    async fn note(&self, sweep: &Sweep) -> Result<(), String> {
+        self.save(sweep)
+            .await
+            .map_err(|e| format!("it cannot be kept: {e}"))
+    }
+
+    async fn point(&self, family: &Arc<Family>, shares: &[f64]) -> Result<Arc<Served>, String> {
+        let shares = Shares::each(shares.to_vec());
+        let mut tries = 0;
+        loop {
+            match self.serving.point(family.clone(), &shares).await {
+                Ok(served) => return Ok(served),
+                // Others use the memory now.
+                Err(e) if tries < 10 && e.may_pass() => {
+                    tries += 1;
+                    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                }
+                Err(e) => return Err(e.to_string()),
+            }
+        }
+    }
+
+    async fn ask(&self, served: &Arc<Served>, task: &Arc<Task>) -> Result<Vec<Outcome>, String> {
+        if task.items.is_empty() {
+            return Ok(Vec::new());
+        }
+        let found = self.evals.outcomes(served, task, &AtomicUsize::new(0)).await;
+        Ok(found.map_err(|e| e.to_string())?.to_vec())
+    }
+
+    async fn try_one(
+        &self,
+        sweep: &Sweep,
+        served: &Arc<Served>,
+        parts: &[Parts],
+        trial: &mut Trial,
+        leader: &mut Option<(f64, Found)>,
+    ) -> Result<(), String> {
+        let mut found = Found::new();
+        for part in parts {
+            found.push(self.ask(served, &part.heat).await?);
+        }
+        if sweep.race && !trial.origin.is_baseline() && is_clearly_worse(sweep, &found, leader.as_ref()) {
+            trial.dropped = true;
+            trial.dev = metrics(sweep, &found)?;
+            return Ok(());
+        }
+        for (part, found) in parts.iter().zip(&mut found) {
+            found.extend(self.ask(served, &part.rest).await?);
+        }
+        trial.dev = metrics(sweep, &found)?;
+        if let Some((score, stderr)) = selected(sweep.select, &sweep.tasks, &trial.dev) {
+            (trial.score, trial.stderr) = (Some(score), stderr);
+            if leader.as_ref().is_none_or(|(best, _)| score > *best) {
+                *leader = Some((score, found));
+            }
+        }
+        Ok(())
+    }
+
+    /// The winner and the baselines on test items.
+    async fn judge(&self, sweep: &mut Sweep, family: &Arc<Family>, parts: &[Parts]) -> Result<(), String> {
+        let best = |trials: &[Trial], which: &dyn Fn(&Trial) -> bool| {
+            let scored = trials
+                .iter()
+                .filter(|trial| which(trial) && trial.score.is_some());
+            // The first of equals.
+            scored
+                .fold(None, |best: Option<&Trial>, trial| match best {
+                    Some(best) if best.score >= trial.score => Some(best),
+                    _ => Some(trial),
+                })
+                .map(|trial| trial.n)
+        };
+        let winner = best(&sweep.trials, &|_| true).ok_or("no trial could be scored")?;
+        let mut found: Vec<(usize, Found)> = Vec::new();
+        let to_test: Vec<usize> = sweep
+            .trials
+            .iter()
+            .filter(|trial| trial.n == winner || (trial.origin.is_baseline() && trial.score.is_some()))
+            .map(|trial| trial.n)
+            .collect();
+        for n in to_test {
+            let served = self.point(family, &sweep.trials[n].shares).await?;
+            let mut outcomes = Found::new();
+            for part in parts {
+                outcomes.push(self.ask(&served, &part.test).await?);
+            }
+            sweep.trials[n].test = metrics(sweep, &outcomes)?;
+            found.push((n, outcomes));
+        }
+        let baseline = best(&sweep.trials, &|trial| trial.origin.is_baseline()).unwrap_or(winner);
+        let of = |n: usize| {
+            found
+                .iter()
+                .find(|(known, _)| *known == n)
+                .map(|(_, found)| found)
+        };
+        let (test_gain, test_gain_stderr) = match (of(winner), of(baseline)) {
+            (Some(ours), Some(theirs)) => gain(sweep, ours, theirs),
+            _ => (0.0, None),
+        };
+        sweep.verdict = Some(Verdict {
+            winner,
+            baseline,
+            test_gain,
+            test_gain_stderr,
+            within_noise: test_gain_stderr.is_none_or(|stderr| test_gain < 2.0 * stderr),
+            pareto: pareto(sweep),
+        });
+        Ok(())
+    }
+}
+
+/// The family that serves a sweep's trials.
+fn family_name(sweep: &Sweep) -> Option<ModelName> {
+    format!("sweep-{}", sweep.id).parse().ok()
+}
+
+async fn joined(
+    waiting: tokio::task::JoinHandle<Result<Arc<Served>, String>>,
+) -> Result<Arc<Served>, String> {
+    waiting.await.unwrap_or_else(|e| Err(e.to_string()))
+}
+
+/// What comes after the trial that is being asked, where that does not depend on its score.
+fn foreseen(sweep: &Sweep, n: usize) -> Option<(Vec<f64>, Origin)> {
+    let own = n.checked_sub(baselines(sweep.parents).len())?;
+    match &sweep.search {
+        super::Search::Bayes { .. } => None,
+        super::Search::M3 { alphas, .. } if own >= alphas.len() => None,
+        search => {
+            let mut known = tried(sweep);
+            // The trial that is being asked counts as tried.
+            known.push(Tried {
+                shares: Vec::new(),
+                origin: match n > baselines(sweep.parents).len() {
+                    true => Origin::Grid,
+                    false => Origin::Baseline,
+                },
+                score: None,
+                stderr: None,
+            });
+            next(search, sweep.seed, sweep.parents, &known)
+        }
+    }
+}
+
+fn tried(sweep: &Sweep) -> Vec<Tried> {
+    let each = sweep.trials.iter().map(|trial| Tried {
+        shares: trial.shares.clone(),
+        origin: trial.origin.clone(),
+        score: trial.score,
+        stderr: trial.stderr,
+    });
+    each.collect()
+}
+
+fn metrics(sweep: &Sweep, found: &Found) -> Result<Vec<Metric>, String> {
+    let each = sweep.tasks.iter().zip(found).map(|(task, outcomes)| {
+        let outcomes: Vec<&Outcome> = outcomes.iter().collect();
+        measure(&task.metric, &outcomes).ok_or_else(|| format!("{} has no {}", task.name, task.metric))
+    });
+    each.collect()
+}
+
+/// How much better `ours` is, in the sweep's score, and the standard error of that. Items are compared with themselves where
+/// the metric is a mean over items.
+fn gain(sweep: &Sweep, ours: &Found, theirs: &Found) -> (f64, Option<f64>) {
+    let both = || sweep.tasks.iter().zip(ours.iter().zip(theirs));
+    let of = |found: &Found| {
+        metrics(sweep, found)
+            .ok()
+            .and_then(|m| selected(sweep.select, &sweep.tasks, &m))
+    };
+    let (Some((a, a_stderr)), Some((b, b_stderr))) = (of(ours), of(theirs)) else {
+        return (0.0, None);
+    };
+    let apart = a_stderr.zip(b_stderr).map(|(a, b)| (a * a + b * b).sqrt());
+    let paired: Option<f64> = match sweep.select {
+        // Which task is the worst may differ.
+        Select::Min => None,
+        Select::Mean => both()
+            .map(|(task, (ours, theirs))| {
+                let sign = if is_better_higher(&task.metric) { 1.0 } else { -1.0 };
+                let differences: Option<Vec<f64>> = ours
+                    .iter()
+                    .zip(theirs)
+                    .map(|(a, b)| Some(sign * (value(&task.metric, a)? - value(&task.metric, b)?)))
+                    .collect();
+                mean(&differences?)?.stderr.map(|stderr| stderr * stderr)
+            })
+            .sum(),
+    };
+    let stderr = paired.map(|squares| squares.sqrt() / sweep.tasks.len() as f64);
+    (a - b, stderr.or(apart))
+}
+
+fn is_clearly_worse(sweep: &Sweep, found: &Found, leader: Option<&(f64, Found)>) -> bool {
+    let Some((_, leader)) = leader else {
+        return false;
+    };
+    // The leader's first items are the same ones.
+    let same: Found = leader
+        .iter()
+        .zip(found)
+        .map(|(l, f)| l[..f.len().min(l.len())].to_vec())
+        .collect();
+    match gain(sweep, found, &same) {
+        (gain, Some(stderr)) => gain + CLEARLY * stderr < 0.0,
+        _ => false,
+    }
+}
+
+/// Trials that no other one beats on every task.
+fn pareto(sweep: &Sweep) -> Vec<usize> {
+    let signed = |trial: &Trial| -> Vec<f64> {
+        let values = sweep.tasks.iter().zip(&trial.dev);
+        values
+            .map(|(task, metric)| {
+                if is_better_higher(&task.metric) {
+                    metric.value
+                } else {
+                    -metric.value
+                }
+            })
+            .collect()
+    };
+    let scored: Vec<(usize, Vec<f64>)> = sweep
+        .trials
+        .iter()
+        .filter(|trial| trial.score.is_some())
+        .map(|trial| (trial.n, signed(trial)))
+        .collect();
+    let beats =
+        |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| a >= b) && a.iter().zip(b).any(|(a, b)| a > b);
+    let free = scored
+        .iter()
+        .filter(|(_, own)| !scored.iter().any(|(_, other)| beats(other, own)));
+    free.map(|(n, _)| *n).collect()
+}

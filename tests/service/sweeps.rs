@@ -1,0 +1,277 @@
+//! /sweeps: the search over shares, from the request to the verdict.
+
+use serde_json::{Value, json};
+
+use crate::common::{Shape, TestApp, write_model};
+
+fn recipe() -> Value {
+    json!({"method": "task_arithmetic", "base": "base", "models": ["math", "code"]})
+}
+
+/// Choices whose scores differ from lambda to lambda.
+fn task(name: &str, seed: usize) -> Value {
+    let items: Vec<Value> = (0..24)
+        .map(|i| {
+            let (a, b) = ((i * 7 + seed) % 26, (i * 11 + 3 * seed) % 26);
+            let letter = |k: usize| char::from(b'a' + k as u8);
+            json!({"prompt": format!("{}{} then", letter(a), letter(b)), "choices": [format!(" {}", letter(b)), format!(" {}!", letter(a))], "answer": i % 2})
+        })
+        .collect();
+    json!({"name": name, "items": items, "metric": "brier"})
+}
+
+fn sweep(search: Value) -> Value {
+    json!({"recipe": recipe(), "tasks": [task("one", 1), task("two", 5)], "search": search, "seed": 11})
+}
+
+async fn begun(app: &TestApp, body: Value) -> String {
+    let answer = app.post("/sweeps", body).await.expect(202).json();
+    answer["id"].as_str().unwrap().to_owned()
+}
+
+async fn ended(app: &TestApp, id: &str) -> Value {
+    let open = |sweep: &Value| sweep["status"] == "queued" || sweep["status"] == "running";
+    app.eventually(&format!("/sweeps/{id}"), |sweep| !open(sweep))
+        .await
+}
+
+async fn swept(app: &TestApp, body: Value) -> Value {
+    let id = begun(app, body).await;
+    let sweep = ended(app, &id).await;
+    assert_eq!(sweep["status"], "done", "{sweep}");
+    sweep
+}
+
+fn scores(sweep: &Value) -> Vec<Option<f64>> {
+    sweep["trials"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|trial| trial["score"].as_f64())
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_search_of_the_paper_ends_with_a_verdict_that_can_be_checked() {
+    let app = TestApp::start().await;
+    let sweep = swept(&app, sweep(json!({"kind": "m3", "more": 2}))).await;
+    let trials = sweep["trials"].as_array().unwrap();
+    assert_eq!(trials.len(), 4 + 7 + 2);
+    assert_eq!(trials[0]["origin"], "plain");
+    let shares: Vec<&Value> = trials[1..4].iter().map(|trial| &trial["shares"]).collect();
+    assert_eq!(json!(shares), json!([[0.0], [0.5], [1.0]]));
+    // Each draw is that of a recipe with this alpha and seed, and its weights are those of that merge.
+    let drawn = &trials[6];
+    assert_eq!(drawn["origin"]["draw"], json!({"alpha": 0.5, "seed": 13}));
+    let mut closed = recipe();
+    closed["mixup"] = json!({"alpha": 0.5, "seed": 13});
+    let job = app.merge(closed.clone()).await;
+    assert_eq!(job["lambda"], drawn["shares"][0]);
+    closed["mixup"] = json!({"lambda": drawn["shares"][0]});
+    assert_eq!(app.merge(closed).await["digest"], drawn["system_fingerprint"]);
+    // The winner has the best dev score, and metrics on the other items beside the baselines.
+    let scores = scores(&sweep);
+    let best = scores.iter().flatten().copied().fold(f64::NEG_INFINITY, f64::max);
+    let verdict = &sweep["verdict"];
+    let winner = verdict["winner"].as_u64().unwrap() as usize;
+    assert_eq!(scores[winner], Some(best));
+    for (index, trial) in trials.iter().enumerate() {
+        assert_eq!(trial["test"].is_array(), index < 4 || index == winner, "{trial}");
+        assert_eq!(trial["dev"][0]["items"], 12);
+    }
+    // brier: less is better.
+    let dev: f64 = (0..2)
+        .map(|t| trials[winner]["dev"][t]["value"].as_f64().unwrap())
+        .sum();
+    assert!((best + dev / 2.0).abs() < 1e-12);
+    assert!(verdict["within_noise"].is_boolean() && verdict["test_gain"].is_number());
+    let front = verdict["pareto"].as_array().unwrap();
+    assert!(front.contains(&json!(winner)), "{verdict}");
+    // The same trial by an evaluation of its own.
+    let mut one = task("one", 1);
+    one["limit"] = json!(24);
+    let lambda = trials[winner]["shares"][0].as_f64();
+    app.post("/models", json!({"name": "again", "source": recipe()}))
+        .await
+        .expect(202);
+    let name = lambda.map_or("again@plain".to_owned(), |lambda| format!("again@{lambda}"));
+    let eval = json!({"model": name, "tasks": [one], "split": {"seed": 0, "dev": 0.5}});
+    let id = app.post("/evals", eval).await.json()["id"].clone();
+    let eval = app
+        .eventually(&format!("/evals/{}", id.as_str().unwrap()), |eval| {
+            eval["status"] == "done"
+        })
+        .await;
+    for (part, own) in [("dev", "dev"), ("test", "test")] {
+        let theirs = eval["tasks"][0]["scores"][part]["brier"]["value"]
+            .as_f64()
+            .unwrap();
+        assert!(
+            (theirs - trials[winner][own][0]["value"].as_f64().unwrap()).abs() < 1e-12,
+            "{part}"
+        );
+    }
+    // What people look at.
+    let id = sweep["id"].as_str().unwrap();
+    let report = app
+        .get(&format!("/sweeps/{id}/report.md"))
+        .await
+        .expect(200)
+        .text();
+    assert!(
+        report.contains("**best**") && report.contains("plain method"),
+        "{report}"
+    );
+    let plot = app
+        .get(&format!("/sweeps/{id}/plot.svg"))
+        .await
+        .expect(200)
+        .text();
+    assert!(
+        plot.starts_with("<svg") && plot.matches("<circle").count() == 12,
+        "{plot}"
+    );
+    let table = app
+        .get(&format!("/sweeps/{id}/trials.csv"))
+        .await
+        .expect(200)
+        .text();
+    let widths: Vec<usize> = table.lines().map(|line| line.split(',').count()).collect();
+    assert!(
+        widths.len() == 14 && widths.iter().all(|width| *width == widths[0]),
+        "{table}"
+    );
+    // Its family has gone; the winner can be had.
+    assert_eq!(
+        app.get("/models").await.json()["models"]
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
+    let taken = app
+        .post(&format!("/sweeps/{id}/winner"), json!({"serve_as": "won"}))
+        .await
+        .expect(200)
+        .json();
+    let job = app.finished(taken["merge"].as_str().unwrap()).await;
+    if lambda.is_some() {
+        assert_eq!(job["digest"], sweep["winner"]["system_fingerprint"]);
+    }
+    app.eventually("/models/won", |slot| slot["status"] == "ready")
+        .await;
+    assert_eq!(app.get("/sweeps").await.json()["sweeps"][0]["id"], id);
+    assert_eq!(ended_events(&app, id).await, 1);
+}
+
+/// Events of a sweep that has ended.
+async fn ended_events(app: &TestApp, id: &str) -> usize {
+    let text = app.get(&format!("/sweeps/{id}/events")).await.expect(200).text();
+    text.matches("event: sweep").count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_searches_and_more_parents() {
+    let app = TestApp::start().await;
+    write_model(&app.models_dir().join("third"), 77, &Shape::default());
+    let grid = swept(&app, sweep(json!({"kind": "grid", "points": 5}))).await;
+    let lambdas: Vec<&Value> = grid["trials"].as_array().unwrap()[4..]
+        .iter()
+        .map(|t| &t["shares"][0])
+        .collect();
+    assert_eq!(json!(lambdas), json!([0.25, 0.75]));
+    let bayes = swept(&app, sweep(json!({"kind": "bayes", "trials": 3}))).await;
+    assert_eq!(bayes["trials"].as_array().unwrap().len(), 7);
+    let mut three = sweep(json!({"kind": "random", "trials": 2, "alpha": 2}));
+    three["recipe"]["models"] = json!(["math", "code", "third"]);
+    three["select"] = json!("min");
+    three["race"] = json!(true);
+    let three = swept(&app, three).await;
+    let trials = three["trials"].as_array().unwrap();
+    assert_eq!(trials.len(), 5 + 2);
+    assert_eq!(trials[5]["shares"].as_array().unwrap().len(), 3);
+    let id = three["id"].as_str().unwrap();
+    let plot = app
+        .get(&format!("/sweeps/{id}/plot.svg"))
+        .await
+        .expect(200)
+        .text();
+    assert!(plot.contains("trials in their order"));
+}
+
+/// The same trials with the same scores, whether it ran in one go or not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_goes_on_after_a_restart_and_can_be_cancelled() {
+    let app = TestApp::start().await;
+    let whole = swept(&app, sweep(json!("m3"))).await;
+    let other = TestApp::start().await;
+    let id = begun(&other, sweep(json!("m3"))).await;
+    other
+        .eventually(&format!("/sweeps/{id}"), |sweep| {
+            sweep["trials"].as_array().unwrap().len() >= 3
+        })
+        .await;
+    let other = other.restart(true).await;
+    let sweep_again = ended(&other, &id).await;
+    assert_eq!(scores(&sweep_again), scores(&whole));
+    assert_eq!(sweep_again["verdict"], whole["verdict"]);
+    let ids = [
+        begun(&other, sweep(json!({"kind": "random", "trials": 500}))).await,
+        begun(&other, sweep(json!("m3"))).await,
+    ];
+    for id in &ids {
+        other.delete(&format!("/sweeps/{id}")).await.expect(202);
+    }
+    for id in &ids {
+        assert_eq!(ended(&other, id).await["status"], "cancelled");
+    }
+    assert_eq!(other.get("/models").await.json()["models"], json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_sweeps_are_refused_by_their_field() {
+    let app = TestApp::start().await;
+    let refused = async |change: fn(&mut Value), field: &str| {
+        let mut body = sweep(json!("m3"));
+        change(&mut body);
+        app.post("/sweeps", body).await.expect_problem(422, Some(field));
+    };
+    refused(|b| b["recipe"]["mixup"] = json!({"lambda": 0.5}), "recipe.mixup").await;
+    refused(
+        |b| b["recipe"]["models"] = json!(["math", "nobody"]),
+        "recipe.models[1]",
+    )
+    .await;
+    refused(|b| b["recipe"] = json!(null), "recipe").await;
+    refused(|b| b["search"] = json!("luck"), "search.kind").await;
+    refused(
+        |b| b["search"] = json!({"kind": "grid", "trials": 3}),
+        "search.trials",
+    )
+    .await;
+    refused(
+        |b| b["search"] = json!({"kind": "m3", "alphas": [0]}),
+        "search.alphas",
+    )
+    .await;
+    refused(
+        |b| b["search"] = json!({"kind": "random", "trials": 5000}),
+        "search.trials",
+    )
+    .await;
+    refused(|b| b["select"] = json!("max"), "select").await;
+    refused(|b| b["race"] = json!(1), "race").await;
+    refused(|b| b["seed"] = json!(-1), "seed").await;
+    refused(|b| b["split"] = json!({"seed": 1, "dev": 1.0}), "tasks[0]").await;
+    refused(|b| b["tasks"] = json!([]), "tasks").await;
+    refused(|b| b["budget"] = json!(3), "budget").await;
+    let nobody = uuid::Uuid::new_v4();
+    for path in ["", "/report.md", "/plot.svg", "/trials.csv", "/events"] {
+        app.get(&format!("/sweeps/{nobody}{path}"))
+            .await
+            .expect_problem(404, None);
+    }
+    app.delete(&format!("/sweeps/{nobody}"))
+        .await
+        .expect_problem(404, None);
+}
