@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -25,7 +25,7 @@ use crate::config::ModelName;
 use crate::eval::Split;
 use crate::jobs::{RecipeBody, Submit};
 use crate::serving::{OpenRecipe, Shares};
-use crate::sweep::{ALPHAS, NewSweep, Search, Select, Status, Sweep, SweepError, csv, markdown, plot};
+use crate::sweep::{ALPHAS, Given, NewSweep, Search, Select, Status, Sweep, SweepError, csv, markdown, plot};
 
 const MAX_BODY_BYTES: usize = 64 << 20;
 /// Trials of one sweep.
@@ -40,6 +40,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(sweep_plot))
         .routes(routes!(sweep_table))
         .routes(routes!(take_winner))
+        .routes(routes!(give_score))
         .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY_BYTES))
 }
 
@@ -63,6 +64,8 @@ struct SweepBody {
     split: Option<SplitBody>,
     /// `mean` of the tasks' metrics (default) or `min`.
     select: Option<String>,
+    /// `external`: without `tasks`. Each trial waits for POST /sweeps/{id}/trials/{n}/score.
+    score: Option<String>,
     /// Drop trials that are clearly worse than the best one after a third of the dev items.
     race: Option<bool>,
 }
@@ -126,10 +129,10 @@ async fn create_sweep(
     let mut fields: Map<String, Value> = json_object(&body)?.into_iter().collect();
     let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
     let (recipe, tasks, search, seed) = (take("recipe"), take("tasks"), take("search"), take("seed"));
-    let (split, select, race) = (take("split"), take("select"), take("race"));
+    let (split, select, race, score) = (take("split"), take("select"), take("race"), take("score"));
     if let Some(unknown) = fields.keys().next() {
         let shown: String = unknown.chars().take(100).collect();
-        let known = "recipe, tasks, search, seed, split, select, race";
+        let known = "recipe, tasks, search, seed, split, select, race, score";
         return Err(bad(&shown, &format!("unknown field; known are {known}")));
     }
     let recipe = recipe.ok_or_else(|| bad("recipe", "is missing"))?;
@@ -155,7 +158,16 @@ async fn create_sweep(
             .as_bool()
             .ok_or_else(|| bad("race", "must be true or false"))?,
     };
-    let tasks = read_tasks(app.config.storage.tasks_dir.clone(), tasks).await?;
+    let external = match score.as_ref().map(Value::as_str) {
+        None => false,
+        Some(Some("external")) => true,
+        Some(_) => return Err(bad("score", "must be \"external\", or absent")),
+    };
+    let tasks = match (external, tasks) {
+        (true, None) => Vec::new(),
+        (true, Some(_)) => return Err(bad("tasks", "an external score needs none")),
+        (false, tasks) => read_tasks(app.config.storage.tasks_dir.clone(), tasks).await?,
+    };
     for (index, task) in tasks.iter().enumerate() {
         let dev = split
             .of(task.digest, task.items.len())
@@ -175,6 +187,7 @@ async fn create_sweep(
         split,
         select,
         race,
+        external,
         tasks,
     };
     let sweep = app.sweeps.create(new).await?;
@@ -399,6 +412,53 @@ async fn take_winner(
     }))
 }
 
+/// A score from outside.
+#[derive(Debug, utoipa::ToSchema)]
+#[expect(dead_code, reason = "the schema of what is read field by field")]
+struct ScoreBody {
+    /// Higher is better.
+    score: f64,
+    stderr: Option<f64>,
+}
+
+/// Give a trial its score
+///
+/// For sweeps with `score: external`: `waiting` of the sweep says which trial, and what to name it in requests.
+#[utoipa::path(post, path = "/sweeps/{id}/trials/{n}/score", tag = "sweeps",
+    params(("id" = String, Path), ("n" = usize, Path)), request_body = ScoreBody,
+    responses((status = 204), (status = 404, body = Problem, content_type = "application/problem+json"),
+        (status = 409, body = Problem, content_type = "application/problem+json")))]
+async fn give_score(
+    State(AppState(app)): State<AppState>,
+    path: Result<Path<(String, String)>, axum::extract::rejection::PathRejection>,
+    JsonBytes(body): JsonBytes,
+) -> Result<StatusCode, Problem> {
+    let unknown = || Problem::not_found(SweepId::WHAT);
+    let Path((id, trial)) = path.map_err(|_| unknown())?;
+    let id = SweepId::from_segment(&id).ok_or_else(unknown)?;
+    let trial: usize = trial.parse().map_err(|_| unknown())?;
+    let mut fields = json_object(&body)?;
+    let mut number = |name: &str| match fields.remove(name).filter(|value| !value.is_null()) {
+        None => Ok(None),
+        Some(value) => value
+            .as_f64()
+            .map(Some)
+            .ok_or_else(|| bad(name, "must be a number")),
+    };
+    let (score, stderr) = (number("score")?, number("stderr")?);
+    if let Some(unknown) = fields.keys().next() {
+        let shown: String = unknown.chars().take(100).collect();
+        return Err(bad(&shown, "unknown field; known are score, stderr"));
+    }
+    let score = score.ok_or_else(|| bad("score", "is missing"))?;
+    if stderr.is_some_and(|stderr| stderr < 0.0) {
+        return Err(bad("stderr", "must not be negative"));
+    }
+    app.sweeps.get(id.0).await?;
+    app.sweeps.give(id.0, trial, Given { score, stderr })?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 /// The id of a sweep.
 struct SweepId(Uuid);
 
@@ -442,6 +502,7 @@ impl From<SweepError> for Problem {
             )
             .with_retry_after(60),
             SweepError::Unknown => Self::not_found(SweepId::WHAT),
+            SweepError::NotWaiting(_) => Self::conflict("not-waiting", error.to_string()),
             SweepError::Io(_) => Self::internal("a sweep", &error),
         }
     }

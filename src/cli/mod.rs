@@ -1,9 +1,10 @@
-//! The command line: serve, merge, jobs, checkpoints, openapi.
+//! The command line: serve, merge, jobs, checkpoints, sweep, openapi.
 
 mod merge;
 mod ops;
 pub mod render_template;
 mod serve;
+mod sweep;
 
 use clap::{Parser, Subcommand};
 
@@ -28,6 +29,8 @@ enum Command {
     Jobs(Box<ops::JobsArgs>),
     /// Look at the cache; pin, verify and delete checkpoints, and free space.
     Checkpoints(Box<ops::CheckpointsArgs>),
+    /// Search the shares of a recipe on a running server.
+    Sweep(Box<sweep::SweepArgs>),
     /// Print the OpenAPI document.
     Openapi,
     /// Render a chat template, standard input to standard output, under limits; `serve` starts it for each conversation.
@@ -42,6 +45,7 @@ impl Cli {
             Command::Merge(args) => merge::run(args),
             Command::Jobs(args) => ops::jobs(*args),
             Command::Checkpoints(args) => ops::checkpoints(*args),
+            Command::Sweep(args) => sweep::run(*args),
             Command::Openapi => {
                 print!("{}", api::openapi()?);
                 Ok(())

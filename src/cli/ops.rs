@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use axum::Router;
-use axum::body::{Body, to_bytes};
+use axum::body::{Body, Bytes, to_bytes};
 use axum::http::{Method, Request, StatusCode, Uri, header};
 use clap::{Args, Subcommand};
 use hyper_util::rt::TokioIo;
@@ -39,6 +39,12 @@ pub struct Target {
     storage: StorageConfig,
     #[command(flatten)]
     log: LogConfig,
+}
+
+impl Target {
+    pub(super) fn has_server(&self) -> bool {
+        self.server.is_some()
+    }
 }
 
 #[derive(Debug, Args)]
@@ -238,7 +244,7 @@ async fn each(names: &[String], run: impl AsyncFn(&str) -> anyhow::Result<()>) -
 }
 
 /// Who answers.
-struct Service {
+pub(super) struct Service {
     reach: Reach,
     json: bool,
 }
@@ -253,7 +259,7 @@ enum Reach {
 }
 
 impl Service {
-    async fn open(target: Target) -> anyhow::Result<Self> {
+    pub(super) async fn open(target: Target) -> anyhow::Result<Self> {
         let reach = match target.server {
             Some(server) => {
                 if server.scheme_str() != Some("http") {
@@ -281,12 +287,59 @@ impl Service {
         })
     }
 
-    async fn get(&self, path: &str) -> anyhow::Result<Value> {
+    pub(super) async fn get(&self, path: &str) -> anyhow::Result<Value> {
         self.call(Method::GET, path, None).await
     }
 
+    /// What evaluation clients take for a base URL.
+    pub(super) fn base_url(&self) -> String {
+        match &self.reach {
+            Reach::Server { authority, .. } => format!("http://{authority}/v1"),
+            Reach::Here(_) => "http://localhost/v1".to_owned(),
+        }
+    }
+
+    /// A text that is no JSON.
+    pub(super) async fn text(&self, path: &str) -> anyhow::Result<String> {
+        let (status, bytes) = self.send(Method::GET, path, None).await?;
+        match status.is_success() {
+            true => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+            false => bail!("{status}"),
+        }
+    }
+
     /// The answer's JSON; a refusal is an error.
-    async fn call(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<Value> {
+    pub(super) async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> anyhow::Result<Value> {
+        let (status, bytes) = self.send(method, path, body).await?;
+        if status == StatusCode::NO_CONTENT {
+            return Ok(Value::Null);
+        }
+        let answer: Value =
+            serde_json::from_slice(&bytes).with_context(|| format!("the answer, {status}, is no JSON"))?;
+        match status.is_success() {
+            true => Ok(answer),
+            false => {
+                let detail = answer["detail"].as_str().or(answer["error"]["message"].as_str());
+                let field = answer["field"]
+                    .as_str()
+                    .map(|field| format!("{field}: "))
+                    .unwrap_or_default();
+                bail!("{field}{}", detail.unwrap_or(status.as_str()))
+            }
+        }
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> anyhow::Result<(StatusCode, Bytes)> {
         let host = match &self.reach {
             Reach::Server { authority, .. } => authority,
             Reach::Here(_) => "localhost",
@@ -318,22 +371,10 @@ impl Service {
             }
         };
         let status = response.status();
-        let bytes = to_bytes(response.into_body(), MOST_BYTES).await?;
-        if status == StatusCode::NO_CONTENT {
-            return Ok(Value::Null);
-        }
-        let answer: Value =
-            serde_json::from_slice(&bytes).with_context(|| format!("the answer, {status}, is no JSON"))?;
-        match status.is_success() {
-            true => Ok(answer),
-            false => {
-                let detail = answer["detail"].as_str().or(answer["error"]["message"].as_str());
-                bail!("{}", detail.unwrap_or(status.as_str()))
-            }
-        }
+        Ok((status, to_bytes(response.into_body(), MOST_BYTES).await?))
     }
 
-    fn show(&self, answer: &Value, as_text: &dyn Fn(&Value) -> String) {
+    pub(super) fn show(&self, answer: &Value, as_text: &dyn Fn(&Value) -> String) {
         match self.json {
             true => println!("{}", pretty(answer)),
             false => println!("{}", as_text(answer).trim_end()),
@@ -382,7 +423,7 @@ fn rows(items: &Value, columns: &[&str]) -> String {
 }
 
 /// What stands for itself in a path or a query; everything else is escaped.
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte);
     text.bytes()
         .map(|byte| match plain(byte) {

@@ -52,6 +52,7 @@ struct Open {
 struct Live {
     told: watch::Sender<Arc<Sweep>>,
     cancel: CancellationToken,
+    given: watch::Sender<Option<(usize, Given)>>,
 }
 
 /// How scores of several tasks become one.
@@ -78,6 +79,9 @@ pub struct Sweep {
     pub select: Select,
     /// Whether trials that are clearly worse on a third of the dev items are dropped.
     pub race: bool,
+    /// Whether scores come from outside; then there are no tasks.
+    #[serde(default)]
+    pub external: bool,
     pub tasks: Vec<TaskRecord>,
     pub status: Status,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -85,6 +89,9 @@ pub struct Sweep {
     /// Of the trials that the search makes.
     pub total: usize,
     pub trials: Vec<Trial>,
+    /// A trial that waits for its score from outside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<Waiting>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
 }
@@ -137,6 +144,22 @@ impl Trial {
     }
 }
 
+/// A trial that is served, and whose score is wanted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Waiting {
+    pub trial: usize,
+    pub shares: Vec<f64>,
+    /// What requests name.
+    pub model: String,
+}
+
+/// A score from outside; higher is better.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Given {
+    pub score: f64,
+    pub stderr: Option<f64>,
+}
+
 /// What the sweep found.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Verdict {
@@ -162,6 +185,7 @@ pub struct NewSweep {
     pub split: Split,
     pub select: Select,
     pub race: bool,
+    pub external: bool,
     pub tasks: Vec<Arc<Task>>,
 }
 
@@ -172,6 +196,8 @@ pub enum SweepError {
     TooMany,
     #[error("no such sweep")]
     Unknown,
+    #[error("trial {0} does not wait for a score")]
+    NotWaiting(usize),
     #[error("the folder of sweeps: {0}")]
     Io(#[from] io::Error),
 }
@@ -240,7 +266,8 @@ impl Sweeps {
         open.waiting.push_back(sweep.id);
         let (told, _) = watch::channel(Arc::new(sweep.clone()));
         let cancel = CancellationToken::new();
-        open.live.insert(sweep.id, Live { told, cancel });
+        let (given, _) = watch::channel(None);
+        open.live.insert(sweep.id, Live { told, cancel, given });
         drop(open);
         self.more.notify_one();
     }
@@ -261,10 +288,12 @@ impl Sweeps {
             split: new.split,
             select: new.select,
             race: new.race,
+            external: new.external,
             tasks: new.tasks.iter().map(|task| TaskRecord::of(task)).collect(),
             status: Status::Queued,
             error: None,
             trials: Vec::new(),
+            waiting: None,
             verdict: None,
         };
         let (this, kept) = (self.clone(), sweep.clone());
@@ -305,6 +334,32 @@ impl Sweeps {
     /// Follows a sweep that is open; None if it has ended.
     pub fn follow(&self, id: Uuid) -> Option<watch::Receiver<Arc<Sweep>>> {
         self.opened().live.get(&id).map(|live| live.told.subscribe())
+    }
+
+    /// Takes a score from outside for the trial that waits for it.
+    pub fn give(&self, id: Uuid, trial: usize, given: Given) -> Result<(), SweepError> {
+        let open = self.opened();
+        let live = open.live.get(&id).ok_or(SweepError::NotWaiting(trial))?;
+        let waits = live
+            .told
+            .borrow()
+            .waiting
+            .as_ref()
+            .is_some_and(|waiting| waiting.trial == trial);
+        if !waits {
+            return Err(SweepError::NotWaiting(trial));
+        }
+        live.given.send_replace(Some((trial, given)));
+        Ok(())
+    }
+
+    /// Waits for the score of a trial.
+    async fn given(&self, id: Uuid, trial: usize) -> Option<Given> {
+        let mut given = self.opened().live.get(&id).map(|live| live.given.subscribe())?;
+        let found = given
+            .wait_for(|given| given.is_some_and(|(of, _)| of == trial))
+            .await;
+        found.ok()?.map(|(_, given)| given)
     }
 
     /// Ends a sweep after what it does now; what it found stays. One that has ended stays as it is.

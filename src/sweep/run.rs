@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::plan::{Tried, baselines, next};
-use super::{Origin, Select, Status, Sweep, Sweeps, Trial, Verdict, selected};
+use super::{Origin, Select, Status, Sweep, Sweeps, Trial, Verdict, Waiting, selected};
 use crate::config::ModelName;
 use crate::eval::{Metric, Outcome, Task, is_better_higher, mean, measure, value};
 use crate::serving::{Family, OpenRecipe, Served, Shares};
@@ -57,6 +57,7 @@ impl Sweeps {
         if let Some(name) = family_name(&sweep) {
             let _ = self.serving.unload(&name);
         }
+        sweep.waiting = None;
         match ended {
             Ok(status) => sweep.status = status,
             Err(detail) => {
@@ -127,6 +128,7 @@ impl Sweeps {
                 seconds: 0.0,
             };
             let asked = match &served {
+                Ok(served) if sweep.external => self.wait_for_score(sweep, served, &mut trial).await,
                 Ok(served) => self.try_one(sweep, served, &parts, &mut trial, &mut leader).await,
                 Err(detail) => Err(detail.clone()),
             };
@@ -224,7 +226,27 @@ impl Sweeps {
         Ok(())
     }
 
-    /// The winner and the baselines on test items.
+    /// Somebody else scores it.
+    async fn wait_for_score(
+        &self,
+        sweep: &mut Sweep,
+        served: &Served,
+        trial: &mut Trial,
+    ) -> Result<(), String> {
+        sweep.waiting = Some(Waiting {
+            trial: trial.n,
+            shares: trial.shares.clone(),
+            model: served.name.to_string(),
+        });
+        self.note(sweep).await?;
+        let given = self.given(sweep.id, trial.n).await;
+        sweep.waiting = None;
+        let given = given.ok_or("nobody gives its score any more")?;
+        (trial.score, trial.stderr) = (Some(given.score), given.stderr);
+        Ok(())
+    }
+
+    /// The winner, the best of what was searched, and the baselines on test items.
     async fn judge(&self, sweep: &mut Sweep, family: &Arc<Family>, parts: &[Parts]) -> Result<(), String> {
         let best = |trials: &[Trial], which: &dyn Fn(&Trial) -> bool| {
             let scored = trials
@@ -239,11 +261,20 @@ impl Sweeps {
                 .map(|trial| trial.n)
         };
         let winner = best(&sweep.trials, &|_| true).ok_or("no trial could be scored")?;
+        let baseline = best(&sweep.trials, &|trial| trial.origin.is_baseline()).unwrap_or(winner);
+        if sweep.external {
+            sweep.verdict = Some(of_scores(sweep, winner, baseline));
+            return Ok(());
+        }
+        let searched = best(&sweep.trials, &|trial| !trial.origin.is_baseline());
         let mut found: Vec<(usize, Found)> = Vec::new();
         let to_test: Vec<usize> = sweep
             .trials
             .iter()
-            .filter(|trial| trial.n == winner || (trial.origin.is_baseline() && trial.score.is_some()))
+            .filter(|trial| {
+                let baseline = trial.origin.is_baseline() && trial.score.is_some();
+                baseline || trial.n == winner || Some(trial.n) == searched
+            })
             .map(|trial| trial.n)
             .collect();
         for n in to_test {
@@ -255,7 +286,6 @@ impl Sweeps {
             sweep.trials[n].test = metrics(sweep, &outcomes)?;
             found.push((n, outcomes));
         }
-        let baseline = best(&sweep.trials, &|trial| trial.origin.is_baseline()).unwrap_or(winner);
         let of = |n: usize| {
             found
                 .iter()
@@ -275,6 +305,26 @@ impl Sweeps {
             pareto: pareto(sweep),
         });
         Ok(())
+    }
+}
+
+/// What scores from outside say: the gain is that of the scores themselves.
+fn of_scores(sweep: &Sweep, winner: usize, baseline: usize) -> Verdict {
+    let of = |n: usize| {
+        sweep
+            .trials
+            .get(n)
+            .map_or((0.0, None), |t| (t.score.unwrap_or(0.0), t.stderr))
+    };
+    let ((a, a_stderr), (b, b_stderr)) = (of(winner), of(baseline));
+    let stderr = a_stderr.zip(b_stderr).map(|(a, b)| (a * a + b * b).sqrt());
+    Verdict {
+        winner,
+        baseline,
+        test_gain: a - b,
+        test_gain_stderr: stderr,
+        within_noise: stderr.is_none_or(|stderr| a - b < 2.0 * stderr),
+        pareto: vec![winner],
     }
 }
 

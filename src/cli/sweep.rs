@@ -1,0 +1,149 @@
+//! `cauldron sweep`: begins a sweep on a running server and shows how it goes; with a command of the user's that scores each
+//! trial.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use axum::http::Method;
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::ops::{Service, Target, escape};
+
+/// How often the sweep is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+
+#[derive(Debug, Args)]
+pub struct SweepArgs {
+    /// JSON of POST /sweeps: recipe, tasks, search.
+    request: PathBuf,
+    /// A shell command that scores a trial: `{base_url}` and `{model}` in it are the server's /v1 and the trial's name. The score is
+    /// the last number of the last line that it prints; higher is better. With it the request needs no tasks.
+    #[arg(long)]
+    eval_command: Option<String>,
+    #[command(flatten)]
+    target: Target,
+}
+
+pub fn run(args: SweepArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(sweep(args))
+}
+
+async fn sweep(args: SweepArgs) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(&args.request)
+        .with_context(|| format!("reading {}", args.request.display()))?;
+    let mut request: Value = serde_json::from_str(&text).context("the request is no JSON")?;
+    if args.eval_command.is_some() {
+        request["score"] = json!("external");
+    }
+    if !args.target.has_server() {
+        bail!("--server: a sweep runs on a server");
+    }
+    let service = Service::open(args.target).await?;
+    let begun = service.call(Method::POST, "/sweeps", Some(request)).await?;
+    let id = begun["id"].as_str().context("the answer has no id")?.to_owned();
+    eprintln!("sweep {id}");
+    let path = format!("/sweeps/{}", escape(&id));
+    let mut shown = 0;
+    loop {
+        let sweep = service.get(&path).await?;
+        let trials = sweep["trials"].as_array().map_or(&[][..], Vec::as_slice);
+        for trial in &trials[shown.min(trials.len())..] {
+            eprintln!("{}", line(trial, &sweep["total"]));
+        }
+        shown = trials.len();
+        match sweep["status"].as_str() {
+            Some("queued" | "running") => {}
+            Some("done") => {
+                let report = service.text(&format!("{path}/report.md")).await?;
+                service.show(&sweep, &|_| report.clone());
+                return Ok(());
+            }
+            status => bail!(
+                "the sweep is {}: {}",
+                status.unwrap_or("lost"),
+                sweep["error"].as_str().unwrap_or("")
+            ),
+        }
+        match (&args.eval_command, sweep["waiting"].as_object()) {
+            (Some(command), Some(waiting)) => {
+                let model = waiting["model"].as_str().unwrap_or_default();
+                let score = score(command, &service.base_url(), model).await?;
+                let trial = &waiting["trial"];
+                service
+                    .call(
+                        Method::POST,
+                        &format!("{path}/trials/{trial}/score"),
+                        Some(json!({"score": score})),
+                    )
+                    .await?;
+            }
+            _ => tokio::time::sleep(LOOK).await,
+        }
+    }
+}
+
+fn line(trial: &Value, total: &Value) -> String {
+    let shares: Vec<String> = trial["shares"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(Value::to_string)
+        .collect();
+    let shares = if shares.is_empty() {
+        "plain".to_owned()
+    } else {
+        shares.join(",")
+    };
+    let score = match (&trial["score"], trial["error"].as_str()) {
+        (Value::Number(score), _) => score.to_string(),
+        (_, Some(error)) => format!("failed: {error}"),
+        _ => "dropped".to_owned(),
+    };
+    format!(
+        "{} of {total}: {shares}: {score}",
+        trial["n"].as_u64().unwrap_or(0) + 1
+    )
+}
+
+/// Runs the user's command for one trial. What it prints besides goes to standard error.
+async fn score(command: &str, base_url: &str, model: &str) -> anyhow::Result<f64> {
+    let command = command.replace("{base_url}", base_url).replace("{model}", model);
+    let output = tokio::task::spawn_blocking(move || {
+        std::process::Command::new("sh")
+            .args(["-c", &command])
+            .stderr(Stdio::inherit())
+            .output()
+    });
+    let output = output.await?.context("running --eval-command")?;
+    let printed = String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() {
+        bail!("--eval-command failed for {model}: {}", output.status);
+    }
+    last_number(&printed).with_context(|| format!("--eval-command printed no number for {model}: {printed}"))
+}
+
+fn last_number(printed: &str) -> Option<f64> {
+    let line = printed.lines().rev().find(|line| !line.trim().is_empty())?;
+    let words = line.split(|c: char| c.is_whitespace() || ":=,|\"'{}[]()".contains(c));
+    words
+        .rev()
+        .find_map(|word| word.parse().ok())
+        .filter(|number: &f64| number.is_finite())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::last_number;
+
+    #[test]
+    fn the_score_is_the_last_number_of_the_last_line() {
+        assert_eq!(last_number("loading 3 files\nacc: 0.25\n\n"), Some(0.25));
+        assert_eq!(last_number(r#"{"acc": 0.5}"#), Some(0.5));
+        assert_eq!(last_number("0.5\nnothing"), None);
+        assert_eq!(last_number(""), None);
+    }
+}
