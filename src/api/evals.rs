@@ -16,8 +16,8 @@ use super::extract::{FromSegment, JsonBytes, PairsOfQuery, Segment, bad_query, j
 use super::problem::Problem;
 use crate::app::AppState;
 use crate::eval::{
-    EvalError, Evaluation, MAX_TASKS, Split, Status, Task, TaskError, TaskScores, TaskSettings, View,
-    read_task_file,
+    EvalError, Evaluation, MAX_ITEMS, MAX_TASKS, Split, Status, Task, TaskError, TaskScores, TaskSettings,
+    View, read_task_file,
 };
 
 /// Items may come with the request.
@@ -194,6 +194,7 @@ pub(super) async fn read_tasks(tasks_dir: PathBuf, tasks: Option<Value>) -> Resu
     }
     let read = tokio::task::spawn_blocking(move || {
         let tasks = tasks.into_iter().enumerate();
+        let mut items_in_all = 0;
         tasks
             .map(|(index, value)| {
                 let field = format!("tasks[{index}]");
@@ -203,6 +204,13 @@ pub(super) async fn read_tasks(tasks_dir: PathBuf, tasks: Option<Value>) -> Resu
                     (None, Some(file)) => read_task_file(&tasks_dir, &field, file)?,
                     _ => return Err(TaskError::new(field, "give file or items")),
                 };
+                items_in_all += items.len();
+                if items_in_all > MAX_ITEMS {
+                    return Err(TaskError::new(
+                        "tasks",
+                        format!("at most {MAX_ITEMS} items in all"),
+                    ));
+                }
                 settings.with_items(&field, items).map(Arc::new)
             })
             .collect::<Result<Vec<_>, TaskError>>()

@@ -25,11 +25,15 @@ use crate::config::ModelName;
 use crate::eval::Split;
 use crate::jobs::{RecipeBody, Submit};
 use crate::serving::{OpenRecipe, Shares};
-use crate::sweep::{ALPHAS, Given, NewSweep, Search, Select, Status, Sweep, SweepError, csv, markdown, plot};
+use crate::sweep::{
+    ALPHAS, Given, NewSweep, Search, Select, Status, Sweep, SweepError, csv, markdown, plot, total,
+};
 
 const MAX_BODY_BYTES: usize = 64 << 20;
 /// Trials of one sweep.
 const MAX_TRIALS: u64 = 1000;
+/// Larger scores say nothing.
+const MAX_SCORE: f64 = 1e100;
 
 pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -169,11 +173,7 @@ async fn create_sweep(
         (false, tasks) => read_tasks(app.config.storage.tasks_dir.clone(), tasks).await?,
     };
     for (index, task) in tasks.iter().enumerate() {
-        let dev = split
-            .of(task.digest, task.items.len())
-            .iter()
-            .filter(|is_dev| **is_dev)
-            .count();
+        let dev = split.of(task).iter().filter(|is_dev| **is_dev).count();
         if dev < 2 || task.items.len() - dev < 2 {
             let detail = "has too few items: at least two are dev items and two are not";
             return Err(bad(&format!("tasks[{index}]"), detail));
@@ -256,6 +256,9 @@ fn read_search(search: Option<Value>, parents: usize) -> Result<Search, Problem>
         _ => return Err(bad("search.kind", "must be m3, grid, random or bayes")),
     };
     match fields.keys().next() {
+        None if total(&search, parents) as u64 > MAX_TRIALS => {
+            Err(bad("search", &format!("makes more than {MAX_TRIALS} trials")))
+        }
         None => Ok(search),
         Some(unknown) => {
             let shown: String = unknown.chars().take(100).collect();
@@ -417,8 +420,10 @@ async fn take_winner(
 #[expect(dead_code, reason = "the schema of what is read field by field")]
 struct ScoreBody {
     /// Higher is better.
-    score: f64,
+    score: Option<f64>,
     stderr: Option<f64>,
+    /// Instead of a score: why there is none. The sweep goes on without it.
+    error: Option<String>,
 }
 
 /// Give a trial its score
@@ -438,24 +443,34 @@ async fn give_score(
     let id = SweepId::from_segment(&id).ok_or_else(unknown)?;
     let trial: usize = trial.parse().map_err(|_| unknown())?;
     let mut fields = json_object(&body)?;
-    let mut number = |name: &str| match fields.remove(name).filter(|value| !value.is_null()) {
-        None => Ok(None),
-        Some(value) => value
-            .as_f64()
-            .map(Some)
-            .ok_or_else(|| bad(name, "must be a number")),
-    };
-    let (score, stderr) = (number("score")?, number("stderr")?);
+    let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
+    let (score, stderr, error) = (take("score"), take("stderr"), take("error"));
     if let Some(unknown) = fields.keys().next() {
         let shown: String = unknown.chars().take(100).collect();
-        return Err(bad(&shown, "unknown field; known are score, stderr"));
+        return Err(bad(&shown, "unknown field; known are score, stderr, error"));
     }
-    let score = score.ok_or_else(|| bad("score", "is missing"))?;
+    let number = |name: &str, value: Option<Value>| match value {
+        None => Ok(None),
+        Some(value) => {
+            let number = value.as_f64().filter(|number| number.abs() <= MAX_SCORE);
+            number
+                .map(Some)
+                .ok_or_else(|| bad(name, "must be a number of a sensible size"))
+        }
+    };
+    let (score, stderr) = (number("score", score)?, number("stderr", stderr)?);
+    let given = match (score, error) {
+        (Some(score), None) => Given::Score { score, stderr },
+        (None, Some(Value::String(error))) => Given::Failed(error.chars().take(1000).collect()),
+        (None, Some(_)) => return Err(bad("error", "must be a string")),
+        (Some(_), Some(_)) => return Err(bad("error", "give score or error, not both")),
+        (None, None) => return Err(bad("score", "is missing")),
+    };
     if stderr.is_some_and(|stderr| stderr < 0.0) {
         return Err(bad("stderr", "must not be negative"));
     }
     app.sweeps.get(id.0).await?;
-    app.sweeps.give(id.0, trial, Given { score, stderr })?;
+    app.sweeps.give(id.0, trial, given)?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -36,8 +36,9 @@ async fn sweep(args: SweepArgs) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&args.request)
         .with_context(|| format!("reading {}", args.request.display()))?;
     let mut request: Value = serde_json::from_str(&text).context("the request is no JSON")?;
+    let fields = request.as_object_mut().context("the request is no JSON object")?;
     if args.eval_command.is_some() {
-        request["score"] = json!("external");
+        fields.insert("score".to_owned(), json!("external"));
     }
     if !args.target.has_server() {
         bail!("--server: a sweep runs on a server");
@@ -47,9 +48,19 @@ async fn sweep(args: SweepArgs) -> anyhow::Result<()> {
     let id = begun["id"].as_str().context("the answer has no id")?.to_owned();
     eprintln!("sweep {id}");
     let path = format!("/sweeps/{}", escape(&id));
-    let mut shown = 0;
+    tokio::select! {
+        ended = follow(&service, &path, args.eval_command.as_deref()) => ended,
+        _ = tokio::signal::ctrl_c() => {
+            service.call(Method::DELETE, &path, None).await?;
+            bail!("the sweep is cancelled")
+        }
+    }
+}
+
+async fn follow(service: &Service, path: &str, command: Option<&str>) -> anyhow::Result<()> {
+    let (mut shown, mut scored) = (0, None);
     loop {
-        let sweep = service.get(&path).await?;
+        let sweep = service.get(path).await?;
         let trials = sweep["trials"].as_array().map_or(&[][..], Vec::as_slice);
         for trial in &trials[shown.min(trials.len())..] {
             eprintln!("{}", line(trial, &sweep["total"]));
@@ -68,21 +79,25 @@ async fn sweep(args: SweepArgs) -> anyhow::Result<()> {
                 sweep["error"].as_str().unwrap_or("")
             ),
         }
-        match (&args.eval_command, sweep["waiting"].as_object()) {
-            (Some(command), Some(waiting)) => {
-                let model = waiting["model"].as_str().unwrap_or_default();
-                let score = score(command, &service.base_url(), model).await?;
-                let trial = &waiting["trial"];
-                service
-                    .call(
-                        Method::POST,
-                        &format!("{path}/trials/{trial}/score"),
-                        Some(json!({"score": score})),
-                    )
-                    .await?;
+        let waiting = sweep["waiting"]["trial"]
+            .as_u64()
+            .filter(|trial| scored != Some(*trial));
+        let (Some(command), Some(trial)) = (command, waiting) else {
+            tokio::time::sleep(LOOK).await;
+            continue;
+        };
+        let model = sweep["waiting"]["model"].as_str().unwrap_or_default();
+        let given = match score(command, &service.base_url(), model).await {
+            Ok(score) => json!({"score": score}),
+            Err(e) => {
+                eprintln!("{e:#}");
+                json!({"error": format!("{e:#}")})
             }
-            _ => tokio::time::sleep(LOOK).await,
-        }
+        };
+        service
+            .call(Method::POST, &format!("{path}/trials/{trial}/score"), Some(given))
+            .await?;
+        scored = Some(trial);
     }
 }
 
@@ -111,6 +126,11 @@ fn line(trial: &Value, total: &Value) -> String {
 
 /// Runs the user's command for one trial. What it prints besides goes to standard error.
 async fn score(command: &str, base_url: &str, model: &str) -> anyhow::Result<f64> {
+    // It becomes part of a shell command, and comes from the server.
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._,@-".contains(c);
+    if model.is_empty() || !model.chars().all(plain) {
+        bail!("the server names the trial {model:?}, which is no model's name");
+    }
     let command = command.replace("{base_url}", base_url).replace("{model}", model);
     let output = tokio::task::spawn_blocking(move || {
         std::process::Command::new("sh")

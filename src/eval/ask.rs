@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cauldron_lm::{Event, LmError, Request, TextStream, TokenLogprobs};
+use cauldron_lm::{Event, LmError, NO_LOGPROB, Request, TextStream, TokenLogprobs};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::metric::{Outcome, is_right};
@@ -139,6 +139,11 @@ fn encode(served: &Served, task: &Task, item: &Item) -> Result<Vec<Sequence>, Lm
             if prompt.is_empty() || room < 2 {
                 return Err(too_long(prompt.len()));
             }
+            // An answer that is cut for want of memory would count as the model's.
+            let lacks_memory = served.max_model_len() < served.config.max_position_embeddings;
+            if room < task.max_tokens && lacks_memory {
+                return Err(too_long(prompt.len() + task.max_tokens));
+            }
             let start = prompt.len();
             let stop_ids = served.tokenizer.eos_ids().to_vec();
             let request = Request::greedy(prompt, task.max_tokens.min(room), stop_ids);
@@ -202,9 +207,13 @@ async fn scored(sequence: &Sequence, mut generation: Generation) -> Result<Vec<T
             Event::Token { .. } | Event::Finished { .. } => {}
         }
     }
-    match found.len() == sequence.request.prompt.len() - sequence.start {
-        true => Ok(found),
-        false => Err(AskError::Failed("the model was stopped".into())),
+    if found.len() != sequence.request.prompt.len() - sequence.start {
+        return Err(AskError::Failed("the model was stopped".into()));
+    }
+    // What stands for a number that is none.
+    match found.iter().any(|token| token.logprob <= NO_LOGPROB) {
+        true => Err(AskError::Failed("the model's numbers are not finite".into())),
+        false => Ok(found),
     }
 }
 

@@ -22,7 +22,9 @@ use tracing::{info, warn};
 pub use ask::AskError;
 pub use metric::{Metric, Outcome, is_better_higher, mean, measure, value};
 pub use store::{read_json, read_task_file, remove_drafts, write_json};
-pub use task::{Answer, Item, Kind, MAX_FILE_BYTES, Match, Task, TaskError, TaskSettings, parse_lines};
+pub use task::{
+    Answer, Item, Kind, MAX_FILE_BYTES, MAX_ITEMS, Match, Task, TaskError, TaskSettings, parse_lines,
+};
 
 use crate::serving::Served;
 use store::Store;
@@ -84,6 +86,9 @@ pub struct TaskRecord {
     pub metric: String,
     pub metrics: Vec<String>,
     pub items: usize,
+    /// By item: `1` is a dev item.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub parts: String,
 }
 
 /// An evaluation as others see it.
@@ -160,18 +165,23 @@ pub enum EvalError {
 }
 
 impl Split {
-    /// Whether each item is a dev item. The same items of the same task are, whatever the model.
-    pub fn of(self, task: Digest, items: usize) -> Vec<bool> {
-        let rank = |index: &usize| {
-            let text = format!("cauldron split v1\n{}\n{task}\n{index}", self.seed);
-            Digest::of(text.as_bytes())
+    /// Whether each item is a dev item. That follows from its prompt: the same prompt is on the same side, in whatever task and
+    /// however often, whatever the model.
+    pub fn of(self, task: &Task) -> Vec<bool> {
+        let rank =
+            |prompt: &str| Digest::of(format!("cauldron split v1\n{}\n{prompt}", self.seed).as_bytes());
+        // A share of all prompts that there could be: the count of dev items is near that share of the items.
+        let below = (self.dev * 2f64.powi(64)) as u128;
+        let is_dev = |item: &Item| {
+            let text = match (&item.answer, item.prompt.as_str()) {
+                (Answer::Continuation(text), "") => text,
+                (_, prompt) => prompt,
+            };
+            let rank = rank(text);
+            let first: [u8; 8] = std::array::from_fn(|byte| rank.as_bytes()[byte]);
+            u128::from(u64::from_be_bytes(first)) < below
         };
-        let mut order: Vec<usize> = (0..items).collect();
-        order.sort_by_cached_key(rank);
-        let count = (items as f64 * self.dev).round() as usize;
-        let mut is_dev = vec![false; items];
-        order.iter().take(count).for_each(|index| is_dev[*index] = true);
-        is_dev
+        task.items.iter().map(is_dev).collect()
     }
 }
 
@@ -187,11 +197,12 @@ impl TaskRecord {
                 .map(|&name| name.to_owned())
                 .collect(),
             items: task.items.len(),
+            parts: String::new(),
         }
     }
 
     /// Its metrics from what a model did with its items.
-    pub fn scores(&self, outcomes: &[Outcome], split: Option<Split>) -> TaskScores {
+    pub fn scores(&self, outcomes: &[Outcome]) -> TaskScores {
         let of = |which: &dyn Fn(usize) -> bool| {
             let chosen: Vec<&Outcome> = outcomes
                 .iter()
@@ -202,7 +213,8 @@ impl TaskRecord {
             let named = |name: &String| Some((name.clone(), measure(name, &chosen)?));
             Scores(self.metrics.iter().filter_map(named).collect())
         };
-        let parts = split.map(|split| split.of(self.digest, outcomes.len()));
+        let is_dev: Vec<bool> = self.parts.bytes().map(|part| part == b'1').collect();
+        let parts = (is_dev.len() == outcomes.len() && !is_dev.is_empty()).then_some(is_dev);
         TaskScores {
             all: of(&|_| true),
             dev: parts.as_ref().map(|is_dev| of(&|index| is_dev[index])),
@@ -213,7 +225,14 @@ impl TaskRecord {
 
 impl Evaluation {
     fn record(&self, served: &Served) -> Record {
-        let tasks: Vec<TaskRecord> = self.tasks.iter().map(|task| TaskRecord::of(task)).collect();
+        let part = |is_dev: bool| if is_dev { '1' } else { '0' };
+        let of_task = |task: &Arc<Task>| TaskRecord {
+            parts: self.split.map_or_else(String::new, |split| {
+                split.of(task).into_iter().map(part).collect()
+            }),
+            ..TaskRecord::of(task)
+        };
+        let tasks: Vec<TaskRecord> = self.tasks.iter().map(of_task).collect();
         let mut text = format!(
             "cauldron evaluation v1\n{}\n{}\n",
             served.name, served.fingerprint
@@ -264,13 +283,22 @@ impl Evals {
             self.running().remove(&id);
             return Err(e.into());
         }
-        let view = self.view(id).await?;
-        if view.status == Status::Done {
-            self.running().remove(&id);
-            return Ok(view);
-        }
-        let this = self.clone();
-        tokio::spawn(async move { this.run(id, &served, &evaluation).await });
+        let view = match self.view(id).await {
+            Ok(view) if view.status != Status::Done => view,
+            ended => {
+                self.running().remove(&id);
+                return ended;
+            }
+        };
+        let (this, watched) = (self.clone(), self.clone());
+        let run = tokio::spawn(async move { this.run(id, &served, &evaluation).await });
+        tokio::spawn(async move {
+            if run.await.is_err()
+                && let Some(progress) = watched.running().get(&id)
+            {
+                progress.fail("the evaluation panicked".to_owned());
+            }
+        });
         Ok(view)
     }
 
@@ -355,7 +383,7 @@ impl Evals {
             let record = store.record(id)?;
             let outcomes = record.tasks.iter().map(|task| {
                 let found = store.outcomes(&record.system_fingerprint, task.digest);
-                Some(task.scores(&found?, record.split))
+                Some(task.scores(&found?))
             });
             let scores: Option<Vec<TaskScores>> = outcomes.collect();
             Some((record, scores))

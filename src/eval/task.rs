@@ -210,7 +210,7 @@ impl TaskSettings {
         if max_tokens > MAX_ANSWER_TOKENS {
             return Err(bad("max_tokens", format!("at most {MAX_ANSWER_TOKENS}")));
         }
-        let limit = self.limit.map_or(MAX_ITEMS, |limit| limit as usize);
+        let limit = self.limit.map_or(usize::MAX, |limit| limit as usize);
         if items.is_empty() {
             return Err(bad("items", "there are none".into()));
         }

@@ -144,6 +144,12 @@ impl Memory {
             .is_none_or(|limit| need.least() <= limit.saturating_sub(used))
     }
 
+    /// Bytes that nobody has; none where there is no limit to tell by.
+    pub(super) fn left(&self) -> u64 {
+        let used = self.taken().used;
+        self.limit.map_or(0, |limit| limit.saturating_sub(used))
+    }
+
     /// Points of families that are in memory, named or not.
     pub(super) fn points(&self) -> usize {
         self.taken().points

@@ -252,6 +252,11 @@ impl Serving {
         slots.info(&ModelName::of_point(&family.name, &Shares::parse(shares)?))
     }
 
+    /// Whether another model of the same size would find room without taking it from anybody.
+    pub fn has_room_beside(&self, served: &Served) -> bool {
+        self.memory.left() >= served.memory_bytes && self.memory.points() < self.limits.max_points
+    }
+
     /// The family of a name or an alias.
     pub fn family(&self, name: &ModelName) -> Option<Arc<Family>> {
         let slots = self.slots();

@@ -153,11 +153,11 @@ pub struct Waiting {
     pub model: String,
 }
 
-/// A score from outside; higher is better.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Given {
-    pub score: f64,
-    pub stderr: Option<f64>,
+/// What came from outside for a trial: a score, of which higher is better, or why there is none.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Given {
+    Score { score: f64, stderr: Option<f64> },
+    Failed(String),
 }
 
 /// What the sweep found.
@@ -167,10 +167,11 @@ pub struct Verdict {
     pub winner: usize,
     /// The best of the baselines on the same items.
     pub baseline: usize,
-    /// Of the winner over that baseline, on test items.
+    /// Of the winner over that baseline, on test items; with scores from outside, in these scores: the best of several is
+    /// better there than it will be elsewhere.
     pub test_gain: f64,
     pub test_gain_stderr: Option<f64>,
-    /// Whether the gain is less than twice its standard error.
+    /// Whether the gain, or the loss, is less than twice its standard error.
     pub within_noise: bool,
     /// Trials that no other one beats on every task, by their dev scores.
     pub pareto: Vec<usize>,
@@ -251,7 +252,8 @@ impl Sweeps {
             .filter(|sweep| sweep.status.is_open())
             .collect();
         left.sort_by_key(|sweep| sweep.id);
-        for sweep in left {
+        for mut sweep in left {
+            sweep.waiting = None;
             sweeps.enqueue(sweep);
         }
         Ok(sweeps)
@@ -274,6 +276,13 @@ impl Sweeps {
 
     /// Takes a sweep; it is durable when this returns.
     pub async fn create(self: &Arc<Self>, new: NewSweep) -> Result<Arc<Sweep>, SweepError> {
+        // A client that hangs up leaves nothing half made.
+        let this = self.clone();
+        let made = tokio::spawn(async move { this.create_now(new).await });
+        made.await.map_err(io::Error::other)?
+    }
+
+    async fn create_now(self: &Arc<Self>, new: NewSweep) -> Result<Arc<Sweep>, SweepError> {
         if self.opened().live.len() >= MOST_OPEN {
             return Err(SweepError::TooMany);
         }
@@ -340,13 +349,18 @@ impl Sweeps {
     pub fn give(&self, id: Uuid, trial: usize, given: Given) -> Result<(), SweepError> {
         let open = self.opened();
         let live = open.live.get(&id).ok_or(SweepError::NotWaiting(trial))?;
-        let waits = live
-            .told
-            .borrow()
-            .waiting
-            .as_ref()
-            .is_some_and(|waiting| waiting.trial == trial);
-        if !waits {
+        // Once: it waits no more, whatever the next look says.
+        let taken = live.told.send_if_modified(|sweep| {
+            let waits = sweep
+                .waiting
+                .as_ref()
+                .is_some_and(|waiting| waiting.trial == trial);
+            if waits {
+                Arc::make_mut(sweep).waiting = None;
+            }
+            waits
+        });
+        if !taken {
             return Err(SweepError::NotWaiting(trial));
         }
         live.given.send_replace(Some((trial, given)));
@@ -357,15 +371,27 @@ impl Sweeps {
     async fn given(&self, id: Uuid, trial: usize) -> Option<Given> {
         let mut given = self.opened().live.get(&id).map(|live| live.given.subscribe())?;
         let found = given
-            .wait_for(|given| given.is_some_and(|(of, _)| of == trial))
+            .wait_for(|given| given.as_ref().is_some_and(|(of, _)| *of == trial))
             .await;
-        found.ok()?.map(|(_, given)| given)
+        found.ok()?.as_ref().map(|(_, given)| given.clone())
     }
 
     /// Ends a sweep after what it does now; what it found stays. One that has ended stays as it is.
     pub async fn cancel(self: &Arc<Self>, id: Uuid) -> Result<Arc<Sweep>, SweepError> {
-        if let Some(live) = self.opened().live.get(&id) {
-            live.cancel.cancel();
+        let queued = {
+            let mut open = self.opened();
+            if let Some(live) = open.live.get(&id) {
+                live.cancel.cancel();
+            }
+            let before = open.waiting.len();
+            open.waiting.retain(|waiting| *waiting != id);
+            open.waiting.len() < before
+        };
+        if queued {
+            let mut sweep = (*self.get(id).await?).clone();
+            sweep.status = Status::Cancelled;
+            self.save(&sweep).await?;
+            self.opened().live.remove(&id);
         }
         self.get(id).await
     }
@@ -387,26 +413,40 @@ impl Sweeps {
                 .map(|live| (live.told.borrow().clone(), live.cancel.clone()));
             let Some((sweep, cancel)) = live else { continue };
             info!(sweep = %id, trials = sweep.total, "sweep starts");
-            let ended = tokio::select! {
-                ended = self.run((*sweep).clone(), &cancel) => ended,
-                () = stop.cancelled() => return,
-            };
-            info!(sweep = %id, status = ?ended.status, "sweep ends");
-            if let Err(e) = self.save(&ended).await {
-                error!(sweep = %id, error = %e, "a sweep's end cannot be written");
+            let (this, until) = (self.clone(), stop.clone());
+            let external = sweep.external;
+            let running = tokio::spawn(async move {
+                // What is not done goes on after the next start.
+                if let Some(ended) = until
+                    .run_until_cancelled(this.run((*sweep).clone(), &cancel))
+                    .await
+                {
+                    this.end(ended).await;
+                }
+            });
+            // One whose scores come from outside waits for others most of the time.
+            if !external && let Err(e) = running.await {
+                error!(sweep = %id, error = %e, "a sweep was lost; it goes on after the next start");
             }
-            self.opened().live.remove(&id);
         }
+    }
+
+    async fn end(&self, ended: Sweep) {
+        info!(sweep = %ended.id, status = ?ended.status, "sweep ends");
+        if let Err(e) = self.save(&ended).await {
+            error!(sweep = %ended.id, error = %e, "a sweep's end cannot be written");
+        }
+        self.opened().live.remove(&ended.id);
     }
 
     /// Durable first, then told.
     async fn save(&self, sweep: &Sweep) -> io::Result<()> {
         let (store, kept) = (self.store.clone(), sweep.clone());
         let put = tokio::task::spawn_blocking(move || store.put(&kept));
-        let put = put.await.map_err(io::Error::other)?;
+        put.await.map_err(io::Error::other)??;
         if let Some(live) = self.opened().live.get(&sweep.id) {
             live.told.send_replace(Arc::new(sweep.clone()));
         }
-        put
+        Ok(())
     }
 }

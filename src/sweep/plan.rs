@@ -108,7 +108,7 @@ pub fn next(search: &Search, seed: u64, parents: usize, tried: &[Tried]) -> Opti
         }
         Search::Random { alpha, trials } if own < *trials as usize => draw(*alpha, own),
         Search::Bayes { trials } if own < *trials as usize => {
-            Some((vec![most_promising(tried)], Origin::Bayes))
+            Some((vec![most_promising(tried)?], Origin::Bayes))
         }
         Search::Random { .. } | Search::Bayes { .. } => None,
     }
@@ -174,7 +174,7 @@ fn compositions(left: usize, parts: usize, begun: &mut Vec<usize>, all: &mut Vec
 const LENGTH: f64 = 0.15;
 
 /// The lambda of the largest expected improvement (Jones, Schonlau and Welch 1998) on a grid of hundredths.
-fn most_promising(tried: &[Tried]) -> f64 {
+fn most_promising(tried: &[Tried]) -> Option<f64> {
     let seen: Vec<(f64, f64, f64)> = tried
         .iter()
         .filter_map(|trial| match (trial.shares.as_slice(), trial.score) {
@@ -183,8 +183,13 @@ fn most_promising(tried: &[Tried]) -> f64 {
         })
         .collect();
     let n = seen.len() as f64;
+    let is_new = |lambda: &f64| {
+        let near = |trial: &Tried| matches!(trial.shares.as_slice(), [x] if (x - lambda).abs() < 1e-9);
+        !tried.iter().any(near)
+    };
+    let first = || [0.25, 0.75].into_iter().find(is_new);
     if seen.len() < 2 {
-        return 0.25;
+        return first();
     }
     let mean = seen.iter().map(|(_, y, _)| y).sum::<f64>() / n;
     let spread = (seen.iter().map(|(_, y, _)| (y - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
@@ -198,7 +203,7 @@ fn most_promising(tried: &[Tried]) -> f64 {
         matrix[row][row] += (stderr / spread).powi(2).max(1e-6);
     }
     let Some(factor) = cholesky(matrix) else {
-        return 0.25;
+        return first();
     };
     let values: Vec<f64> = seen.iter().map(|(_, y, _)| (y - mean) / spread).collect();
     let weights = solve(&factor, &values);
@@ -212,10 +217,12 @@ fn most_promising(tried: &[Tried]) -> f64 {
         deviation * (z * normal_below(z) + (-0.5 * z * z).exp() / std::f64::consts::TAU.sqrt())
     };
     let candidates = (1..100).map(|k| f64::from(k) / 100.0);
-    let untried = candidates.filter(|lambda| seen.iter().all(|(x, ..)| (x - lambda).abs() > 1e-9));
-    let best = untried.map(|lambda| (improvement(lambda), lambda));
-    best.fold((f64::NEG_INFINITY, 0.25), |a, b| if b.0 > a.0 { b } else { a })
-        .1
+    // Each but once, whatever came of it.
+    let best = candidates
+        .filter(is_new)
+        .map(|lambda| (improvement(lambda), lambda));
+    let best = best.reduce(|a, b| if b.0 > a.0 { b } else { a });
+    best.map(|(_, lambda)| lambda)
 }
 
 /// The share of a normal distribution below z (Abramowitz and Stegun 26.2.17; error below 1e-7).
@@ -270,7 +277,7 @@ mod tests {
 
     fn run(search: &Search, parents: usize, score: impl Fn(&[f64]) -> f64) -> Vec<Tried> {
         let mut tried: Vec<Tried> = Vec::new();
-        let mut take = |(shares, origin): (Vec<f64>, Origin), tried: &mut Vec<Tried>| {
+        let take = |(shares, origin): (Vec<f64>, Origin), tried: &mut Vec<Tried>| {
             let score = (!shares.is_empty()).then(|| score(&shares));
             tried.push(Tried {
                 shares,

@@ -16,17 +16,28 @@ pub fn markdown(sweep: &Sweep) -> String {
     };
     let _ = writeln!(out, "# Sweep {}\n", sweep.id);
     let _ = writeln!(out, "Recipe: `{recipe}`\n");
-    let _ = writeln!(
+    let _ = write!(
         out,
-        "Search {}, seed {}; {} of {} trials. Selected by the {select} on dev items ({:.0} % of each task, split by seed {}), told of on \
-         the other items. `±` is one standard error.\n",
+        "Search {}, seed {}; {} of {} trials. ",
         sweep.search.name(),
         sweep.seed,
         sweep.trials.len(),
-        sweep.total,
-        100.0 * sweep.split.dev,
-        sweep.split.seed
+        sweep.total
     );
+    let _ = match sweep.external {
+        true => writeln!(
+            out,
+            "Scores came from outside. The best of several scores is better on what chose it than it will be elsewhere: score it and \
+             the baselines once more on other items.\n"
+        ),
+        false => writeln!(
+            out,
+            "Selected by the {select} on dev items ({:.0} % of each task, split by seed {}), told of on the other items. `±` is one \
+             standard error.\n",
+            100.0 * sweep.split.dev,
+            sweep.split.seed
+        ),
+    };
     if let Some(verdict) = &sweep.verdict {
         let _ = writeln!(out, "{}\n", sentence(sweep, verdict));
     }
@@ -99,13 +110,23 @@ fn sentence(sweep: &Sweep, verdict: &Verdict) -> String {
     if winner.n == baseline.n {
         return format!("No trial was better than the baseline {}.", winner.label());
     }
-    let gain = number(verdict.test_gain, verdict.test_gain_stderr);
+    let gain = number(verdict.test_gain.abs(), verdict.test_gain_stderr);
+    let than = if verdict.test_gain < 0.0 {
+        "worse"
+    } else {
+        "better"
+    };
+    let items = if sweep.external {
+        "By these scores"
+    } else {
+        "On test items"
+    };
     let honest = match verdict.within_noise {
         true => "That is within noise: another sample of items may turn it round.",
         false => "That is more than two standard errors.",
     };
     format!(
-        "Best: **{}** (trial {}). On test items it is {gain} better than the best baseline, {} (trial {}). {honest}",
+        "Best: **{}** (trial {}). {items} it is {gain} {than} than the best baseline, {} (trial {}). {honest}",
         winner.label(),
         winner.n,
         baseline.label(),

@@ -2,22 +2,25 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cauldron_lm::Arithmetic;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::plan::{Tried, baselines, next};
-use super::{Origin, Select, Status, Sweep, Sweeps, Trial, Verdict, Waiting, selected};
+use super::{Given, Origin, Select, Status, Sweep, Sweeps, Trial, Verdict, Waiting, selected};
 use crate::config::ModelName;
 use crate::eval::{Metric, Outcome, Task, is_better_higher, mean, measure, value};
-use crate::serving::{Family, OpenRecipe, Served, Shares};
+use crate::serving::{Family, OpenRecipe, Served, ServingError, Shares};
 
 /// Standard errors by which a trial must be behind to be dropped.
 const CLEARLY: f64 = 2.5;
-/// The share of the dev items that the race looks at.
+/// The share of the dev items that the race looks at, and how many there must be at least.
 const HEAT: usize = 3;
+const LEAST_HEAT: usize = 20;
+/// How long a trial waits for a score from outside.
+const LONGEST_WAIT: Duration = Duration::from_hours(24);
 
 /// One task's items, parted.
 struct Parts {
@@ -29,16 +32,17 @@ struct Parts {
 
 impl Parts {
     fn of(task: &Task, sweep: &Sweep) -> Self {
-        let is_dev = sweep.split.of(task.digest, task.items.len());
+        let is_dev = sweep.split.of(task);
         let dev: Vec<usize> = (0..is_dev.len()).filter(|index| is_dev[*index]).collect();
         let first = match sweep.race {
             true => dev.len().div_ceil(HEAT),
             false => dev.len(),
         };
-        let (heat, rest) = dev.split_at(first);
+        let mut is_first = vec![false; is_dev.len()];
+        dev.iter().take(first).for_each(|index| is_first[*index] = true);
         Self {
-            heat: Arc::new(task.subset(&|index| heat.contains(&index))),
-            rest: Arc::new(task.subset(&|index| rest.contains(&index))),
+            heat: Arc::new(task.subset(&|index| is_first[index])),
+            rest: Arc::new(task.subset(&|index| is_dev[index] && !is_first[index])),
             test: Arc::new(task.subset(&|index| !is_dev[index])),
         }
     }
@@ -50,9 +54,9 @@ type Found = Vec<Vec<Outcome>>;
 impl Sweeps {
     /// The sweep as it ended.
     pub(super) async fn run(self: &Arc<Self>, mut sweep: Sweep, cancel: &CancellationToken) -> Sweep {
-        let ended = tokio::select! {
-            ended = self.try_all(&mut sweep) => ended,
-            () = cancel.cancelled() => Ok(Status::Cancelled),
+        let ended = match self.try_all(&mut sweep, cancel).await {
+            _ if cancel.is_cancelled() => Ok(Status::Cancelled),
+            ended => ended,
         };
         if let Some(name) = family_name(&sweep) {
             let _ = self.serving.unload(&name);
@@ -68,13 +72,24 @@ impl Sweeps {
         sweep
     }
 
-    async fn try_all(self: &Arc<Self>, sweep: &mut Sweep) -> Result<Status, String> {
+    async fn try_all(
+        self: &Arc<Self>,
+        sweep: &mut Sweep,
+        cancel: &CancellationToken,
+    ) -> Result<Status, String> {
         let (store, id) = (self.store.clone(), sweep.id);
-        let tasks = tokio::task::spawn_blocking(move || store.tasks(id)).await;
-        let tasks = tasks
-            .map_err(|e| e.to_string())?
-            .ok_or("its items cannot be read")?;
-        let parts: Vec<Parts> = tasks.iter().map(|task| Parts::of(task, sweep)).collect();
+        let of = sweep.clone();
+        let parted = tokio::task::spawn_blocking(move || {
+            let tasks = store.tasks(id)?;
+            Some(
+                tasks
+                    .iter()
+                    .map(|task| Parts::of(task, &of))
+                    .collect::<Vec<Parts>>(),
+            )
+        });
+        let parted = parted.await.map_err(|e| e.to_string())?;
+        let parts = parted.ok_or("its items cannot be read")?;
         let recipe = OpenRecipe::new(sweep.recipe.clone()).map_err(|e| e.to_string())?;
         let name = family_name(sweep).ok_or("it has no name")?;
         self.serving
@@ -87,7 +102,9 @@ impl Sweeps {
             )
             .map_err(|e| e.to_string())?;
         let family = self.serving.family(&name).ok_or("its family has gone")?;
-        family.ready().await.map_err(|e| e.to_string())?;
+        or_cancelled(cancel, family.ready())
+            .await?
+            .map_err(|e| e.to_string())?;
         sweep.status = Status::Running;
         self.note(sweep).await?;
         let first: Vec<_> = baselines(sweep.parents);
@@ -102,16 +119,29 @@ impl Sweeps {
             };
             let Some((shares, origin)) = planned else { break };
             let start = Instant::now();
-            // The next weights are computed while this trial is asked, where they are known already.
-            let served = match ahead.take() {
-                Some((known, waiting)) if known == shares => joined(waiting).await,
-                _ => self.point(&family, &shares).await,
+            // The next weights are computed while this trial is asked, where they are known and there is room for both.
+            let coming = async {
+                match ahead.take() {
+                    Some((known, waiting)) if known == shares => match joined(waiting).await {
+                        Ok(served) => Ok(served),
+                        // What stood in its way may have gone.
+                        Err(_) => self.point(&family, &shares).await,
+                    },
+                    _ => self.point(&family, &shares).await,
+                }
             };
-            if let Some((next_shares, _)) = first.get(n + 1).cloned().or_else(|| foreseen(sweep, n + 1)) {
+            let served = or_cancelled(cancel, coming).await?;
+            let has_room = served
+                .as_ref()
+                .is_ok_and(|served| self.serving.has_room_beside(served));
+            if has_room
+                && !sweep.external
+                && let Some((next_shares, _)) = first.get(n + 1).cloned().or_else(|| foreseen(sweep, n + 1))
+            {
                 let (this, family, of) = (self.clone(), family.clone(), next_shares.clone());
                 ahead = Some((
                     next_shares,
-                    tokio::spawn(async move { this.point(&family, &of).await }),
+                    tokio::spawn(async move { this.point_once(&family, &of).await }),
                 ));
             }
             let mut trial = Trial {
@@ -128,10 +158,16 @@ impl Sweeps {
                 seconds: 0.0,
             };
             let asked = match &served {
-                Ok(served) if sweep.external => self.wait_for_score(sweep, served, &mut trial).await,
-                Ok(served) => self.try_one(sweep, served, &parts, &mut trial, &mut leader).await,
+                Ok(served) if sweep.external => self.wait_for_score(sweep, served, &mut trial, cancel).await,
+                Ok(served) => {
+                    let trying = self.try_one(sweep, served, &parts, &mut trial, &mut leader);
+                    or_cancelled(cancel, trying).await?
+                }
                 Err(detail) => Err(detail.clone()),
             };
+            if cancel.is_cancelled() {
+                return Ok(Status::Cancelled);
+            }
             if let Err(detail) = asked {
                 warn!(sweep = %sweep.id, trial = n, error = detail, "a trial failed");
                 trial.error = Some(detail);
@@ -140,7 +176,7 @@ impl Sweeps {
             sweep.trials.push(trial);
             self.note(sweep).await?;
         }
-        self.judge(sweep, &family, &parts).await?;
+        or_cancelled(cancel, self.judge(sweep, &family, &parts)).await??;
         Ok(Status::Done)
     }
 
@@ -173,18 +209,34 @@ impl Sweeps {
     }
 
     async fn point(&self, family: &Arc<Family>, shares: &[f64]) -> Result<Arc<Served>, String> {
-        let shares = Shares::each(shares.to_vec());
         let mut tries = 0;
         loop {
-            match self.serving.point(family.clone(), &shares).await {
+            match self.point_or_why(family, shares).await {
                 Ok(served) => return Ok(served),
                 // Others use the memory now.
                 Err(e) if tries < 10 && e.may_pass() => {
                     tries += 1;
-                    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                    tokio::time::sleep(Duration::from_secs(1)).await;
                 }
                 Err(e) => return Err(e.to_string()),
             }
+        }
+    }
+
+    async fn point_once(&self, family: &Arc<Family>, shares: &[f64]) -> Result<Arc<Served>, String> {
+        self.point_or_why(family, shares).await.map_err(|e| e.to_string())
+    }
+
+    async fn point_or_why(&self, family: &Arc<Family>, shares: &[f64]) -> Result<Arc<Served>, ServingError> {
+        let served = self
+            .serving
+            .point(family.clone(), &Shares::each(shares.to_vec()))
+            .await?;
+        let now = self.serving.family(&family.name);
+        match now.is_some_and(|now| Arc::ptr_eq(&now, family)) {
+            true => Ok(served),
+            // Somebody has taken the sweep's name.
+            false => Err(ServingError::Unknown(family.name.to_string())),
         }
     }
 
@@ -232,6 +284,7 @@ impl Sweeps {
         sweep: &mut Sweep,
         served: &Served,
         trial: &mut Trial,
+        cancel: &CancellationToken,
     ) -> Result<(), String> {
         sweep.waiting = Some(Waiting {
             trial: trial.n,
@@ -239,11 +292,17 @@ impl Sweeps {
             model: served.name.to_string(),
         });
         self.note(sweep).await?;
-        let given = self.given(sweep.id, trial.n).await;
+        let given = tokio::time::timeout(LONGEST_WAIT, self.given(sweep.id, trial.n));
+        let given = or_cancelled(cancel, given).await;
         sweep.waiting = None;
-        let given = given.ok_or("nobody gives its score any more")?;
-        (trial.score, trial.stderr) = (Some(given.score), given.stderr);
-        Ok(())
+        match given? {
+            Ok(Some(Given::Score { score, stderr })) => {
+                (trial.score, trial.stderr) = (Some(score), stderr);
+                Ok(())
+            }
+            Ok(Some(Given::Failed(detail))) => Err(detail),
+            Ok(None) | Err(_) => Err("nobody gave its score".into()),
+        }
     }
 
     /// The winner, the best of what was searched, and the baselines on test items.
@@ -301,11 +360,22 @@ impl Sweeps {
             baseline,
             test_gain,
             test_gain_stderr,
-            within_noise: test_gain_stderr.is_none_or(|stderr| test_gain < 2.0 * stderr),
+            within_noise: is_noise(test_gain, test_gain_stderr),
             pareto: pareto(sweep),
         });
         Ok(())
     }
+}
+
+/// Without a spread there is nothing to tell by.
+fn is_noise(gain: f64, stderr: Option<f64>) -> bool {
+    !stderr.is_some_and(|stderr| stderr > 0.0 && gain.abs() >= 2.0 * stderr)
+}
+
+/// What comes first: what is waited for, or the end of the sweep.
+async fn or_cancelled<T>(cancel: &CancellationToken, work: impl Future<Output = T>) -> Result<T, String> {
+    let done = cancel.run_until_cancelled(work).await;
+    done.ok_or_else(|| "cancelled".to_owned())
 }
 
 /// What scores from outside say: the gain is that of the scores themselves.
@@ -323,7 +393,7 @@ fn of_scores(sweep: &Sweep, winner: usize, baseline: usize) -> Verdict {
         baseline,
         test_gain: a - b,
         test_gain_stderr: stderr,
-        within_noise: stderr.is_none_or(|stderr| a - b < 2.0 * stderr),
+        within_noise: is_noise(a - b, stderr),
         pareto: vec![winner],
     }
 }
@@ -375,7 +445,9 @@ fn tried(sweep: &Sweep) -> Vec<Tried> {
 fn metrics(sweep: &Sweep, found: &Found) -> Result<Vec<Metric>, String> {
     let each = sweep.tasks.iter().zip(found).map(|(task, outcomes)| {
         let outcomes: Vec<&Outcome> = outcomes.iter().collect();
-        measure(&task.metric, &outcomes).ok_or_else(|| format!("{} has no {}", task.name, task.metric))
+        let metric = measure(&task.metric, &outcomes)
+            .filter(|metric| metric.value.is_finite() && metric.stderr.is_none_or(f64::is_finite));
+        metric.ok_or_else(|| format!("{} has no finite {}", task.name, task.metric))
     });
     each.collect()
 }
@@ -416,6 +488,9 @@ fn is_clearly_worse(sweep: &Sweep, found: &Found, leader: Option<&(f64, Found)>)
     let Some((_, leader)) = leader else {
         return false;
     };
+    if found.iter().map(Vec::len).sum::<usize>() < LEAST_HEAT {
+        return false;
+    }
     // The leader's first items are the same ones.
     let same: Found = leader
         .iter()
@@ -423,7 +498,7 @@ fn is_clearly_worse(sweep: &Sweep, found: &Found, leader: Option<&(f64, Found)>)
         .map(|(l, f)| l[..f.len().min(l.len())].to_vec())
         .collect();
     match gain(sweep, found, &same) {
-        (gain, Some(stderr)) => gain + CLEARLY * stderr < 0.0,
+        (gain, Some(stderr)) if stderr > 0.0 => gain + CLEARLY * stderr < 0.0,
         _ => false,
     }
 }
