@@ -24,7 +24,7 @@ enum Command {
     /// Run the service.
     Serve(Box<Config>),
     /// Run one recipe without a server, into the same cache.
-    Merge(merge::MergeArgs),
+    Merge(Box<merge::MergeArgs>),
     /// Look at the queue and cancel jobs.
     Jobs(Box<ops::JobsArgs>),
     /// Look at the cache; pin, verify and delete checkpoints, and free space.
@@ -42,7 +42,7 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
             Command::Serve(config) => serve::run(*config),
-            Command::Merge(args) => merge::run(args),
+            Command::Merge(args) => merge::run(*args),
             Command::Jobs(args) => ops::jobs(*args),
             Command::Checkpoints(args) => ops::checkpoints(*args),
             Command::Sweep(args) => sweep::run(*args),

@@ -41,5 +41,5 @@ pub use sampler::{Sampler, Sampling};
 pub use scoring::{MAX_ROWS, NO_LOGPROB, TokenLogprobs, score, score_logits};
 pub use stream::{Chunk, TextStream};
 pub use template::{ChatMessage, ChatTemplate, sandbox as template_sandbox};
-pub use tokenizer::{MAX_PROMPT_BYTES, SpecialTokens, TextTokenizer};
+pub use tokenizer::{MAX_PROMPT_BYTES, ReadFile, SpecialTokens, TextTokenizer};
 pub use weights::WeightSource;

@@ -482,8 +482,10 @@ mod tests {
     #[test]
     fn bf16_is_packed_as_its_f32_is() {
         for (columns, inner) in [(1, 1), (16, 32), (37, 75), (48, 576)] {
+            // All numbers; what is none may come out as another one that is none.
+            let number = |half: u16| if f32_of(half).is_nan() { 0 } else { half };
             let halves: Vec<u16> = (0..columns * inner)
-                .map(|i| (i * 40_503 % 65_536) as u16)
+                .map(|i| number((i * 40_503 % 65_536) as u16))
                 .collect();
             let bytes: Vec<u8> = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
             let values: Vec<f32> = halves.iter().map(|half| f32_of(*half)).collect();

@@ -28,6 +28,9 @@ pub struct SpecialTokens {
     pub chat_template: Option<String>,
 }
 
+/// A way to a model's files beside its weights, by name; None where there is none.
+pub type ReadFile<'a> = &'a dyn Fn(&str) -> Result<Option<Vec<u8>>, LmError>;
+
 /// A checked tokenizer.
 #[derive(Debug)]
 pub struct TextTokenizer {
@@ -48,7 +51,7 @@ impl TextTokenizer {
     /// As [`Self::load`], from config.json and a way to the files beside it.
     pub fn from_files(
         config_json: &Map<String, Value>,
-        read: &dyn Fn(&str) -> Result<Option<Vec<u8>>, LmError>,
+        read: ReadFile<'_>,
         vocab_rows: usize,
     ) -> Result<Self, LmError> {
         let bytes = read("tokenizer.json")?.ok_or_else(|| LmError::tokenizer("tokenizer.json is missing"))?;
@@ -217,10 +220,7 @@ fn template_source(template: &Value) -> Option<String> {
     Some(default.or(named.first())?.get("template")?.as_str()?.to_owned())
 }
 
-fn read_object(
-    read: &dyn Fn(&str) -> Result<Option<Vec<u8>>, LmError>,
-    file: &str,
-) -> Result<Map<String, Value>, LmError> {
+fn read_object(read: ReadFile<'_>, file: &str) -> Result<Map<String, Value>, LmError> {
     match read(file)? {
         None => Ok(Map::new()),
         Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| LmError::tokenizer(format!("{file}: {e}"))),
