@@ -48,10 +48,11 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates curl \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 10001 --user-group --home-dir /data cauldron \
-    && install -d -o cauldron -g cauldron /data /models
+    && install -d -o cauldron -g cauldron /data /models /tasks
 COPY --from=build /out/cauldron /usr/local/bin/cauldron
 USER 10001
 ENV CAULDRON_LISTEN=0.0.0.0:8080 \
+    CAULDRON_TASKS_DIR=/tasks \
     CAULDRON_DATA_DIR=/data \
     CAULDRON_MODELS_DIR=/models \
     CAULDRON_LOG_FORMAT=json
