@@ -91,10 +91,12 @@ def main():
                     path = out.parent / "reproduction" / f"{'-'.join(pair)}-{method.replace(' ', '-').lower()}.svg"
                     path.parent.mkdir(exist_ok=True)
                     path.write_text(service.ask("GET", f"/sweeps/{made['id']}/plot.svg", text=True))
+                    # What is there counts if the rest is not waited for.
+                    write(out, found, args)
         finally:
             service.process.terminate()
             service.process.wait()
-    write(out, found, args)
+    print(out)
 
 
 def write(out, found, args):
@@ -154,7 +156,6 @@ def write(out, found, args):
         name = f"{'-'.join(pair)}-{method.replace(' ', '-').lower()}"
         lines.append(f"![{' + '.join(pair)}, {method}](reproduction/{name}.svg)")
     out.write_text("\n".join(lines) + "\n")
-    print(out)
 
 
 if __name__ == "__main__":
