@@ -1,6 +1,6 @@
 //! /checkpoints: the cache of merged checkpoints, and downloads from it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::time::SystemTime;
 
 use axum::Json;
@@ -15,7 +15,9 @@ use serde_json::Value;
 use tokio_util::io::ReaderStream;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::extract::{FromSegment, JsonBytes, PairsOfQuery, Segment, bad_query, json_object, only_parameter};
+use super::extract::{
+    FromSegment, JsonBytes, PairsOfQuery, Segment, bad_query, json_object, only_parameter, refuse_others,
+};
 use super::problem::Problem;
 use crate::app::AppState;
 use crate::cache::CacheError;
@@ -206,7 +208,7 @@ async fn verify_checkpoint(
     Segment(digest): Segment<Digest>,
     JsonBytes(body): JsonBytes,
 ) -> Result<Json<Verified>, Problem> {
-    refuse_fields(&json_object(&body)?)?;
+    refuse_others(json_object(&body)?.keys(), "", "none")?;
     let cache = app.cache.clone();
     let whole = blocking(move || -> Result<_, CacheError> {
         if !cache.contains(&digest)? {
@@ -235,7 +237,7 @@ async fn collect_garbage(
             Problem::unprocessable("invalid-request", "budget", "must be a number of bytes")
         })?),
     };
-    refuse_fields(&fields)?;
+    refuse_others(fields.keys(), "", "budget")?;
     let (keeper, alone) = (app.keeper.clone(), app.cache.evicting().await);
     let evicted = blocking(move || -> Result<_, KeeperError> {
         keeper.cache.remove_waiting_drafts().map_err(CacheError::from)?;
@@ -326,16 +328,6 @@ fn view(manifest: Manifest, pinned: bool, used: Option<SystemTime>) -> Checkpoin
                 blake3: file.blake3,
             })
             .collect(),
-    }
-}
-
-fn refuse_fields(left: &BTreeMap<String, Value>) -> Result<(), Problem> {
-    match left.keys().next() {
-        None => Ok(()),
-        Some(field) => {
-            let field: String = field.chars().take(100).collect();
-            Err(Problem::unprocessable("invalid-request", &field, "unknown field"))
-        }
     }
 }
 

@@ -5,14 +5,17 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use cauldron_checkpoint::Digest;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::extract::{FromSegment, JsonBytes, PairsOfQuery, Segment, bad_query, json_object, only_parameter};
+use super::extract::{
+    FromSegment, JsonBytes, PairsOfQuery, Segment, bad_query, json_object, located, only_parameter,
+    refuse_others,
+};
 use super::problem::Problem;
 use crate::app::AppState;
 use crate::eval::{
@@ -125,10 +128,7 @@ async fn begin_evaluation(
     };
     let tasks = fields.remove("tasks");
     let split = read_split("split", fields.remove("split"))?;
-    if let Some(unknown) = fields.keys().next() {
-        let shown: String = unknown.chars().take(100).collect();
-        return Err(bad(&shown, "unknown field; known are model, tasks, split"));
-    }
+    refuse_others(fields.keys(), "", "model, tasks, split")?;
     let tasks = read_tasks(app.config.storage.tasks_dir.clone(), tasks).await?;
     let served = app
         .model(&model)
@@ -139,12 +139,8 @@ async fn begin_evaluation(
         Status::Done => StatusCode::OK,
         _ => StatusCode::ACCEPTED,
     };
-    let location = HeaderValue::from_str(&format!("/evals/{}", view.record.id));
-    let mut response = (status, Json(shown(view))).into_response();
-    if let Ok(location) = location {
-        response.headers_mut().insert(header::LOCATION, location);
-    }
-    Ok(response)
+    let location = format!("/evals/{}", view.record.id);
+    Ok(located(status, &location, shown(view)))
 }
 
 /// An evaluation and its scores
@@ -226,13 +222,7 @@ pub(super) fn read_split(field: &str, value: Option<Value>) -> Result<Option<Spl
         Some(_) => return Err(bad(field, "must be an object")),
     };
     let (seed, dev) = (fields.remove("seed"), fields.remove("dev"));
-    if let Some(unknown) = fields.keys().next() {
-        let shown: String = unknown.chars().take(100).collect();
-        return Err(bad(
-            &format!("{field}.{shown}"),
-            "unknown field; known are seed, dev",
-        ));
-    }
+    refuse_others(fields.keys(), &format!("{field}."), "seed, dev")?;
     let seed = seed.as_ref().and_then(Value::as_u64);
     let dev = dev.as_ref().map_or(Some(0.5), Value::as_f64);
     Ok(Some(Split {

@@ -2,12 +2,15 @@
 
 use std::collections::BTreeMap;
 
+use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use cauldron_checkpoint::Digest;
+use serde::Serialize;
 use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use serde_json::Value;
 use uuid::Uuid;
@@ -152,6 +155,33 @@ impl<'de> Visitor<'de> for Fields<'_> {
         }
         Ok(fields)
     }
+}
+
+/// Refuses what is left of an object once its known fields are taken; `path` is the object's own, with a dot, or empty.
+pub fn refuse_others<'a>(
+    mut left: impl Iterator<Item = &'a String>,
+    path: &str,
+    known: &str,
+) -> Result<(), Problem> {
+    let Some(other) = left.next() else {
+        return Ok(());
+    };
+    let shown: String = other.chars().take(100).collect();
+    let detail = format!("unknown field; known: {known}");
+    Err(Problem::unprocessable(
+        "invalid-request",
+        &format!("{path}{shown}"),
+        detail,
+    ))
+}
+
+/// An answer that says where what it shows can be looked at.
+pub fn located(status: StatusCode, location: &str, body: impl Serialize) -> Response {
+    let mut response = (status, Json(body)).into_response();
+    if let Ok(location) = HeaderValue::from_str(location) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    response
 }
 
 /// A query string, if it could be read.

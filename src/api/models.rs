@@ -4,20 +4,19 @@ use std::time::Instant;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::{HeaderValue, StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::http::StatusCode;
+use axum::response::Response;
 use cauldron_lm::{Arithmetic, LmError, ModelConfig};
 use cauldron_merge::{RecipeError, recipe_from_value};
 use serde::Serialize;
 use serde_json::Value;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::extract::{FromSegment, JsonBytes, Segment, json_object};
-use super::merge::submitted;
+use super::extract::{FromSegment, JsonBytes, Segment, json_object, located, refuse_others};
+use super::merge::post_recipe;
 use super::problem::Problem;
 use crate::app::{App, AppState};
 use crate::config::{ModelName, NameError};
-use crate::jobs::{RecipeBody, Submit};
 use crate::serving::{
     LoadError, LoadRequest, OpenRecipe, PointInfo, ServingError, Shares, SlotInfo, check_family, check_model,
 };
@@ -239,11 +238,8 @@ pub(super) fn in_field(field: &str, error: RecipeError) -> RecipeError {
 
 fn accepted(app: &App, name: &ModelName) -> Result<Response, Problem> {
     let info = app.serving.info(name).ok_or_else(|| unknown(name))?;
-    let mut response = (StatusCode::ACCEPTED, Json(view(info))).into_response();
-    if let Ok(location) = HeaderValue::from_str(&format!("/models/{name}")) {
-        response.headers_mut().insert(header::LOCATION, location);
-    }
-    Ok(response)
+    let location = format!("/models/{name}");
+    Ok(located(StatusCode::ACCEPTED, &location, view(info)))
 }
 
 /// List loaded models
@@ -297,13 +293,7 @@ async fn make_point(
     let merge = match save {
         false => None,
         true => {
-            let spec = family.recipe.spec_at(&shares);
-            let recipe = serde_json::to_vec(&spec).map_err(|e| Problem::internal("a recipe", &e))?;
-            let taken = app
-                .intake
-                .submit(RecipeBody::Json(recipe), Submit::default())
-                .await?;
-            let job = submitted(&app, taken.submission)?;
+            let job = post_recipe(&app, &family.recipe.spec_at(&shares)).await?;
             Some(SavedPoint {
                 id: job.id.to_string(),
                 status: job.status.as_str(),
@@ -323,10 +313,7 @@ fn parse_point(body: &[u8]) -> Result<(Shares, bool), Problem> {
     let mut fields = json_object(body)?;
     let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
     let (lambda, shares, save) = (take("lambda"), take("shares"), take("save"));
-    if let Some(unknown) = fields.keys().next() {
-        let shown: String = unknown.chars().take(100).collect();
-        return Err(bad(&shown, "unknown field; known are lambda, shares, save"));
-    }
+    refuse_others(fields.keys(), "", "lambda, shares, save")?;
     let shares = match (lambda, shares) {
         (Some(lambda), None) => {
             let lambda = lambda.as_f64().filter(|lambda| (0.0..=1.0).contains(lambda));
@@ -376,13 +363,7 @@ fn parse(body: &[u8]) -> Result<Wanted, Problem> {
     let aliases = fields.remove("aliases").filter(|value| !value.is_null());
     let dtype = fields.remove("dtype").filter(|value| !value.is_null());
     let quantize = fields.remove("quantize").filter(|value| !value.is_null());
-    if let Some(unknown) = fields.keys().next() {
-        let shown: String = unknown.chars().take(100).collect();
-        return Err(bad(
-            &shown,
-            "unknown field; known are name, source, aliases, dtype, quantize",
-        ));
-    }
+    refuse_others(fields.keys(), "", "name, source, aliases, dtype, quantize")?;
     let name = name.as_str().ok_or_else(|| bad("name", "must be a string"))?;
     let name = name
         .parse::<ModelName>()

@@ -17,13 +17,13 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
 use super::evals::{SplitBody, TaskBody, read_split, read_tasks};
-use super::extract::{FromSegment, JsonBytes, Segment, json_object};
+use super::extract::{FromSegment, JsonBytes, Segment, json_object, located, refuse_others};
+use super::merge::post_recipe;
 use super::models::{check_open_recipe, in_field};
 use super::problem::Problem;
 use crate::app::AppState;
 use crate::config::ModelName;
 use crate::eval::Split;
-use crate::jobs::{RecipeBody, Submit};
 use crate::serving::{OpenRecipe, Shares};
 use crate::sweep::{
     ALPHAS, Given, NewSweep, Search, Select, Status, Sweep, SweepError, csv, markdown, plot, total,
@@ -134,11 +134,11 @@ async fn create_sweep(
     let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
     let (recipe, tasks, search, seed) = (take("recipe"), take("tasks"), take("search"), take("seed"));
     let (split, select, race, score) = (take("split"), take("select"), take("race"), take("score"));
-    if let Some(unknown) = fields.keys().next() {
-        let shown: String = unknown.chars().take(100).collect();
-        let known = "recipe, tasks, search, seed, split, select, race, score";
-        return Err(bad(&shown, &format!("unknown field; known are {known}")));
-    }
+    refuse_others(
+        fields.keys(),
+        "",
+        "recipe, tasks, search, seed, split, select, race, score",
+    )?;
     let recipe = recipe.ok_or_else(|| bad("recipe", "is missing"))?;
     let recipe = recipe_from_value(recipe).and_then(OpenRecipe::new);
     let recipe = recipe.map_err(|e| in_field("recipe", e))?;
@@ -191,12 +191,8 @@ async fn create_sweep(
         tasks,
     };
     let sweep = app.sweeps.create(new).await?;
-    let location = HeaderValue::from_str(&format!("/sweeps/{}", sweep.id));
-    let mut response = (StatusCode::ACCEPTED, Json(view(sweep))).into_response();
-    if let Ok(location) = location {
-        response.headers_mut().insert(header::LOCATION, location);
-    }
-    Ok(response)
+    let location = format!("/sweeps/{}", sweep.id);
+    Ok(located(StatusCode::ACCEPTED, &location, view(sweep)))
 }
 
 fn read_search(search: Option<Value>, parents: usize) -> Result<Search, Problem> {
@@ -389,10 +385,7 @@ async fn take_winner(
         }
         Some(_) => return Err(bad("serve_as", "must be a string")),
     };
-    if let Some(unknown) = fields.keys().next() {
-        let shown: String = unknown.chars().take(100).collect();
-        return Err(bad(&shown, "unknown field; known is serve_as"));
-    }
+    refuse_others(fields.keys(), "", "serve_as")?;
     let sweep = app.sweeps.get(id.0).await?;
     let winner = sweep
         .verdict
@@ -402,12 +395,7 @@ async fn take_winner(
     let open = OpenRecipe::new(sweep.recipe.clone()).map_err(Problem::from)?;
     let mut spec = open.spec_at(&Shares::each(winner.shares.clone()));
     spec.serve_as = serve_as.map(|name| name.to_string());
-    let recipe = serde_json::to_vec(&spec).map_err(|e| Problem::internal("a recipe", &e))?;
-    let taken = app
-        .intake
-        .submit(RecipeBody::Json(recipe), Submit::default())
-        .await?;
-    let job = super::merge::submitted_and_served(&app, taken)?;
+    let job = post_recipe(&app, &spec).await?;
     Ok(Json(Taken {
         merge: job.id.to_string(),
         status: job.status.as_str(),
@@ -445,10 +433,7 @@ async fn give_score(
     let mut fields = json_object(&body)?;
     let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
     let (score, stderr, error) = (take("score"), take("stderr"), take("error"));
-    if let Some(unknown) = fields.keys().next() {
-        let shown: String = unknown.chars().take(100).collect();
-        return Err(bad(&shown, "unknown field; known are score, stderr, error"));
-    }
+    refuse_others(fields.keys(), "", "score, stderr, error")?;
     let number = |name: &str, value: Option<Value>| match value {
         None => Ok(None),
         Some(value) => {

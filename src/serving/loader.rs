@@ -8,9 +8,10 @@ use cauldron_lm::Arithmetic;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-use super::family::{Family, OpenRecipe, Parentage};
+use super::family::{Family, Parentage};
 use super::load::{LoadFailure, Place, Turn, load};
 use super::memory::{Need, Reservation};
+use super::shares::OpenRecipe;
 use super::slot::{Former, Held, Loading, Origin, Pinned, Slot, Slots, WeightsFrom};
 use super::{LoadError, LoadRequest, Look, Served, Serving, ServingError};
 use crate::config::ModelName;

@@ -10,6 +10,7 @@ mod load;
 mod loader;
 mod memory;
 mod served;
+mod shares;
 mod slot;
 
 use std::collections::BTreeSet;
@@ -24,9 +25,10 @@ use crate::config::ModelName;
 
 pub use device::open as open_device;
 pub use engine::{EngineThread, Work};
-pub use family::{Family, OpenRecipe, Parentage, Shares, check_family};
+pub use family::{Family, Parentage, check_family};
 pub use load::check_model;
 pub use served::{Generation, Served};
+pub use shares::{OpenRecipe, Shares};
 pub use slot::{FamilyInfo, LoadRequest, PointInfo, SlotInfo, WeightsFrom};
 
 use memory::Memory;

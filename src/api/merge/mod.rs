@@ -6,13 +6,14 @@ mod view;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
+use cauldron_merge::RecipeSpec;
 use serde::Serialize;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
-use super::extract::{FromSegment, PairsOfQuery, Segment, pairs};
+use super::extract::{FromSegment, PairsOfQuery, Segment, located, pairs};
 use super::problem::Problem;
 use crate::app::{App, AppState};
 use crate::jobs::{Cancelled, Job, JobStatus, RecipeBody, Submission, Submit, Taken};
@@ -121,7 +122,7 @@ fn answer(app: &App, taken: Taken) -> Result<Response, Problem> {
 }
 
 /// As [`submitted`]; one that is done already gets its name served.
-pub(super) fn submitted_and_served(app: &App, taken: Taken) -> Result<Job, Problem> {
+fn submitted_and_served(app: &App, taken: Taken) -> Result<Job, Problem> {
     let is_known = matches!(taken.submission, Submission::Existing(_));
     let job = submitted(app, taken.submission)?;
     if is_known {
@@ -130,8 +131,18 @@ pub(super) fn submitted_and_served(app: &App, taken: Taken) -> Result<Job, Probl
     Ok(job)
 }
 
+/// The job of a recipe that the service itself wrote, as if a client had posted it.
+pub(super) async fn post_recipe(app: &App, spec: &RecipeSpec) -> Result<Job, Problem> {
+    let recipe = serde_json::to_vec(spec).map_err(|e| Problem::internal("a recipe", &e))?;
+    let taken = app
+        .intake
+        .submit(RecipeBody::Json(recipe), Submit::default())
+        .await?;
+    submitted_and_served(app, taken)
+}
+
 /// The job of a submission; a new one is begun.
-pub(super) fn submitted(app: &App, submission: Submission) -> Result<Job, Problem> {
+fn submitted(app: &App, submission: Submission) -> Result<Job, Problem> {
     match submission {
         Submission::Created(job) => {
             app.worker.wake();
@@ -153,12 +164,8 @@ pub(super) fn submitted(app: &App, submission: Submission) -> Result<Job, Proble
 }
 
 fn accepted(app: &App, status: StatusCode, job: Job) -> Response {
-    let location = HeaderValue::from_str(&format!("/merge/{}", job.id));
-    let mut response = (status, Json(view(app, job))).into_response();
-    if let Ok(location) = location {
-        response.headers_mut().insert(header::LOCATION, location);
-    }
-    response
+    let location = format!("/merge/{}", job.id);
+    located(status, &location, view(app, job))
 }
 
 /// A request for work that is done already still gets its name served. One that is not done has the name noted.
