@@ -1,6 +1,6 @@
 //! /evals: scores of served models on tasks.
 
-use std::path::PathBuf;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -8,27 +8,32 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use cauldron_checkpoint::Digest;
+use cauldron_lm::MaskedLm;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::extract::{
-    FromSegment, JsonBytes, PairsOfQuery, Segment, bad_query, json_object, located, only_parameter,
-    refuse_others,
+    FromSegment, JsonBytes, PairsOfQuery, Segment, bad_query, json_object, located, parameters, refuse_others,
 };
 use super::problem::Problem;
-use crate::app::AppState;
+use crate::app::{App, AppState};
 use crate::eval::{
-    EvalError, Evaluation, MAX_ITEMS, MAX_TASKS, Split, Status, Task, TaskError, TaskScores, TaskSettings,
-    View, read_task_file,
+    Attack, AttackedScores, EvalError, Evaluation, Imported, MAX_ITEMS, MAX_TASKS, Split, Status, Task,
+    TaskError, TaskScores, TaskSettings, UnderAttack, View, read_results, read_task_file,
 };
+use crate::sources::ModelSources;
 
 /// Items may come with the request.
 const MAX_BODY_BYTES: usize = 64 << 20;
+/// The request waits for what a masked language model makes of items.
+const MAX_MASKED_ITEMS: usize = 2000;
+const MAX_NAME_BYTES: usize = 1000;
 
 pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(begin_evaluation))
+        .routes(routes!(import_evaluation))
         .routes(routes!(get_evaluation))
         .routes(routes!(get_items))
         .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY_BYTES))
@@ -45,6 +50,23 @@ struct EvalBody {
     tasks: Vec<Value>,
     /// Parts the items of each task by a seed.
     split: Option<SplitBody>,
+    /// Asks each task under this attack too: the answer has its scores and the performance drop rate of each metric.
+    attack: Option<AttackBody>,
+}
+
+/// An attack on prompts, or its kind alone.
+#[derive(Debug, utoipa::ToSchema)]
+#[expect(dead_code, reason = "the schema of what is read field by field")]
+pub(super) struct AttackBody {
+    /// `deep_word_bug` (letters of words), `stress_test` (a tautology is appended), `synonyms` (of WordNet), `bert` (words that a
+    /// masked language model expects).
+    kind: String,
+    /// Default 0.
+    seed: Option<u64>,
+    /// Share of the words that are changed; default 0.2.
+    rate: Option<f64>,
+    /// bert: a folder under --models-dir.
+    model: Option<String>,
 }
 
 #[derive(Debug, utoipa::ToSchema)]
@@ -69,6 +91,10 @@ pub(super) struct TaskBody {
     stop: Option<Vec<String>>,
     /// Only the first items.
     limit: Option<u64>,
+    /// The task is what this attack makes of it.
+    attack: Option<AttackBody>,
+    /// A pattern: attacks change what its first group finds in a prompt, or the whole match, and nothing else.
+    attack_within: Option<String>,
 }
 
 #[derive(Debug, utoipa::ToSchema)]
@@ -77,6 +103,20 @@ pub(super) struct SplitBody {
     seed: u64,
     /// Share of the items that are dev; default 0.5.
     dev: Option<f64>,
+}
+
+/// What lm-eval found of a model.
+#[derive(Debug, utoipa::ToSchema)]
+#[expect(dead_code, reason = "the schema of what is read field by field")]
+struct ImportBody {
+    model: String,
+    /// The file that lm-eval wrote, `results_*.json`.
+    #[schema(value_type = Object)]
+    lm_eval: Value,
+    /// The metric of each task that selects, as `acc_norm`; default the first.
+    metric: Option<String>,
+    /// Of the weights that were asked; default those that `model` serves now.
+    system_fingerprint: Option<String>,
 }
 
 /// An evaluation.
@@ -92,6 +132,8 @@ struct EvalView {
     done: usize,
     total: usize,
     split: Option<Value>,
+    #[schema(value_type = Option<AttackBody>)]
+    attack: Option<Attack>,
     tasks: Vec<TaskView>,
 }
 
@@ -107,6 +149,10 @@ struct TaskView {
     /// By part (`all`, `dev`, `test`) and metric: value, standard error, items. Null until it is done.
     #[schema(value_type = Option<Object>)]
     scores: Option<TaskScores>,
+    /// Under the attack: `changed` items, `scores`, and `drop_rate`, (metric - metric under attack) / metric, of each metric.
+    #[schema(value_type = Option<Object>)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attacked: Option<AttackedScores>,
 }
 
 /// Evaluate a served model
@@ -128,19 +174,75 @@ async fn begin_evaluation(
     };
     let tasks = fields.remove("tasks");
     let split = read_split("split", fields.remove("split"))?;
-    refuse_others(fields.keys(), "", "model, tasks, split")?;
-    let tasks = read_tasks(app.config.storage.tasks_dir.clone(), tasks).await?;
+    let attack = fields.remove("attack").filter(|value| !value.is_null());
+    refuse_others(fields.keys(), "", "model, tasks, split, attack")?;
+    let attack = attack.map(|attack| Attack::read("attack", attack)).transpose()?;
+    let (tasks, under) = read_tasks(&app, tasks, attack).await?;
     let served = app
         .model(&model)
         .await
         .map_err(|e| Problem::from(e).with_field("model"))?;
-    let view = app.evals.begin(served, Evaluation { tasks, split }).await?;
+    let view = app
+        .evals
+        .begin(served, Evaluation { tasks, split, under })
+        .await?;
     let status = match view.status {
         Status::Done => StatusCode::OK,
         _ => StatusCode::ACCEPTED,
     };
     let location = format!("/evals/{}", view.record.id);
     Ok(located(status, &location, shown(view)))
+}
+
+/// Keep what lm-eval found of a model
+///
+/// Its results become an evaluation like any other, with tasks of the kind `imported`. The same file gives the same evaluation.
+#[utoipa::path(post, path = "/evals/import", tag = "evals", request_body = ImportBody,
+    responses((status = 201, body = EvalView, headers(("Location" = String, description = "The evaluation"))),
+        (status = 422, body = Problem, content_type = "application/problem+json")))]
+async fn import_evaluation(
+    State(AppState(app)): State<AppState>,
+    JsonBytes(body): JsonBytes,
+) -> Result<Response, Problem> {
+    let mut fields: Map<String, Value> = json_object(&body)?.into_iter().collect();
+    let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
+    let (model, fingerprint) = (take("model"), take("system_fingerprint"));
+    let imported = read_lm_eval(take("lm_eval"), take("metric"))?;
+    refuse_others(fields.keys(), "", "model, lm_eval, metric, system_fingerprint")?;
+    let text = |field: &str, value: Value| match value {
+        Value::String(text) if (1..=MAX_NAME_BYTES).contains(&text.len()) => Ok(text),
+        _ => Err(bad(
+            field,
+            &format!("must be a text of 1 to {MAX_NAME_BYTES} bytes"),
+        )),
+    };
+    let model = text("model", model.unwrap_or_default())?;
+    let imported = imported.ok_or_else(|| bad("lm_eval", "is missing"))?;
+    let fingerprint = match fingerprint {
+        Some(fingerprint) => text("system_fingerprint", fingerprint)?,
+        None => {
+            let served = app.model(&model).await;
+            let served = served.map_err(|e| Problem::from(e).with_field("model"))?;
+            served.fingerprint.clone()
+        }
+    };
+    let view = app.evals.import(&model, &fingerprint, imported).await?;
+    let location = format!("/evals/{}", view.record.id);
+    Ok(located(StatusCode::CREATED, &location, shown(view)))
+}
+
+/// What lm-eval wrote, in a field of its own.
+pub(super) fn read_lm_eval(
+    file: Option<Value>,
+    metric: Option<Value>,
+) -> Result<Option<Vec<Imported>>, Problem> {
+    let metric = match metric {
+        None => None,
+        Some(Value::String(metric)) if file.is_some() => Some(metric),
+        Some(_) => return Err(bad("metric", "must be the name of a metric of lm_eval")),
+    };
+    let read = file.map(|file| read_results("lm_eval", &file, metric.as_deref()));
+    Ok(read.transpose()?)
 }
 
 /// An evaluation and its scores
@@ -155,18 +257,20 @@ async fn get_evaluation(
 
 /// What the model did with each item of a task
 #[utoipa::path(get, path = "/evals/{id}/items", tag = "evals",
-    params(("id" = String, Path), ("task" = Option<usize>, Query, description = "Its place among the tasks; default 0")),
+    params(("id" = String, Path), ("task" = Option<usize>, Query, description = "Its place among the tasks; default 0"),
+        ("attacked" = Option<bool>, Query, description = "Under the attack; default false")),
     responses((status = 200, body = Vec<Object>), (status = 404, body = Problem, content_type = "application/problem+json")))]
 async fn get_items(
     State(AppState(app)): State<AppState>,
     Segment(id): Segment<EvalId>,
     query: PairsOfQuery,
 ) -> Result<Response, Problem> {
-    let task = match only_parameter(query, "task")? {
-        None => 0,
-        Some(text) => text.parse().map_err(|_| bad_query("task", "must be a number"))?,
-    };
-    Ok(Json(app.evals.items(id.0, task).await?).into_response())
+    let [task, attacked] = parameters(query, ["task", "attacked"])?;
+    let task = task.map_or(Ok(0), |text| text.parse());
+    let task = task.map_err(|_| bad_query("task", "must be a number"))?;
+    let attacked = attacked.map_or(Ok(false), |text| text.parse());
+    let attacked = attacked.map_err(|_| bad_query("attacked", "must be true or false"))?;
+    Ok(Json(app.evals.items(id.0, task, attacked).await?).into_response())
 }
 
 /// The id of an evaluation.
@@ -180,39 +284,109 @@ impl FromSegment for EvalId {
     }
 }
 
-/// Tasks with their items, from files or the request.
-pub(super) async fn read_tasks(tasks_dir: PathBuf, tasks: Option<Value>) -> Result<Vec<Arc<Task>>, Problem> {
+/// Tasks with their items, from files or the request; with `attack` the same tasks under it.
+pub(super) async fn read_tasks(
+    app: &App,
+    tasks: Option<Value>,
+    attack: Option<Attack>,
+) -> Result<(Vec<Arc<Task>>, Option<UnderAttack>), Problem> {
     let Some(Value::Array(tasks)) = tasks else {
         return Err(bad("tasks", "must be a list of task files or objects"));
     };
     if !(1..=MAX_TASKS).contains(&tasks.len()) {
         return Err(bad("tasks", &format!("must be 1 to {MAX_TASKS}")));
     }
+    let tasks_dir = app.config.storage.tasks_dir.clone();
+    let mut attacker = Attacker::new(app.sources.clone());
     let read = tokio::task::spawn_blocking(move || {
-        let tasks = tasks.into_iter().enumerate();
+        let (mut read, mut under) = (Vec::new(), Vec::new());
         let mut items_in_all = 0;
-        tasks
-            .map(|(index, value)| {
-                let field = format!("tasks[{index}]");
-                let mut settings = TaskSettings::read(&field, value)?;
-                let items = match (settings.items.take(), &settings.file) {
-                    (Some(items), None) => items,
-                    (None, Some(file)) => read_task_file(&tasks_dir, &field, file)?,
-                    _ => return Err(TaskError::new(field, "give file or items")),
-                };
-                items_in_all += items.len();
-                if items_in_all > MAX_ITEMS {
-                    return Err(TaskError::new(
-                        "tasks",
-                        format!("at most {MAX_ITEMS} items in all"),
-                    ));
-                }
-                settings.with_items(&field, items).map(Arc::new)
-            })
-            .collect::<Result<Vec<_>, TaskError>>()
+        for (index, value) in tasks.into_iter().enumerate() {
+            let field = format!("tasks[{index}]");
+            let mut settings = TaskSettings::read(&field, value)?;
+            let items = match (settings.items.take(), &settings.file) {
+                (Some(items), None) => items,
+                (None, Some(file)) => read_task_file(&tasks_dir, &field, file)?,
+                _ => return Err(TaskError::new(field, "give file or items")),
+            };
+            items_in_all += items.len();
+            if items_in_all > MAX_ITEMS {
+                return Err(TaskError::new(
+                    "tasks",
+                    format!("at most {MAX_ITEMS} items in all"),
+                ));
+            }
+            let own = settings.attack.take();
+            if own.is_some() && attack.is_some() {
+                let detail = "the evaluation attacks its tasks already";
+                return Err(TaskError::new(format!("{field}.attack"), detail));
+            }
+            let mut task = settings.with_items(&field, items)?;
+            if let Some(own) = own {
+                task = attacker.on(&own, &format!("{field}.attack"), &field, &task)?.0;
+            }
+            if let Some(attack) = &attack {
+                let (attacked, changed) = attacker.on(attack, "attack", &field, &task)?;
+                under.push((Arc::new(attacked), changed));
+            }
+            read.push(Arc::new(task));
+        }
+        let under = attack.map(|attack| UnderAttack { attack, tasks: under });
+        Ok::<_, TaskError>((read, under))
     });
     let read = read.await.map_err(|e| Problem::internal("reading tasks", &e))?;
-    read.map_err(|e| bad(&e.field, &e.detail))
+    Ok(read?)
+}
+
+/// Attacks tasks, with the masked language models that it takes.
+struct Attacker {
+    sources: Arc<ModelSources>,
+    loaded: HashMap<String, MaskedLm>,
+    /// Items that such a model may still be asked for.
+    masked_left: usize,
+}
+
+impl Attacker {
+    fn new(sources: Arc<ModelSources>) -> Self {
+        Self {
+            sources,
+            loaded: HashMap::new(),
+            masked_left: MAX_MASKED_ITEMS,
+        }
+    }
+
+    /// `field` is the attack's place in the request, `task_field` the task's. Blocks.
+    fn on(
+        &mut self,
+        attack: &Attack,
+        field: &str,
+        task_field: &str,
+        task: &Task,
+    ) -> Result<(Task, usize), TaskError> {
+        let Some(model) = &attack.model else {
+            return attack.on(task_field, task, None);
+        };
+        self.masked_left = self.masked_left.checked_sub(task.items.len()).ok_or_else(|| {
+            let detail =
+                format!("a masked language model attacks at most {MAX_MASKED_ITEMS} items of a request");
+            TaskError::new(field, detail)
+        })?;
+        if !self.loaded.contains_key(model) {
+            let field = format!("{field}.model");
+            let located = self.sources.locate(&field, model);
+            let located = located.map_err(|e| TaskError::new(field.clone(), e.to_string()))?;
+            let opened = MaskedLm::open(&located.folder);
+            let opened = opened.map_err(|e| TaskError::new(field, e.to_string()))?;
+            self.loaded.insert(model.clone(), opened);
+        }
+        attack.on(task_field, task, self.loaded.get(model))
+    }
+}
+
+impl From<TaskError> for Problem {
+    fn from(error: TaskError) -> Self {
+        bad(&error.field, &error.detail)
+    }
 }
 
 pub(super) fn read_split(field: &str, value: Option<Value>) -> Result<Option<Split>, Problem> {
@@ -240,6 +414,8 @@ fn bad(field: &str, detail: &str) -> Problem {
 fn shown(view: View) -> EvalView {
     let record = view.record;
     let mut scores = view.scores.into_iter();
+    let mut attacked = view.attacked.into_iter();
+    let total = record.items();
     EvalView {
         id: record.id.to_string(),
         status: view.status.to_string(),
@@ -250,7 +426,8 @@ fn shown(view: View) -> EvalView {
         model: record.model,
         system_fingerprint: record.system_fingerprint,
         done: view.done,
-        total: record.tasks.iter().map(|task| task.items).sum(),
+        total,
+        attack: record.attack,
         split: record.split.and_then(|split| serde_json::to_value(split).ok()),
         tasks: record
             .tasks
@@ -262,6 +439,7 @@ fn shown(view: View) -> EvalView {
                 metric: task.metric,
                 items: task.items,
                 scores: scores.next(),
+                attacked: attacked.next(),
             })
             .collect(),
     }

@@ -192,18 +192,28 @@ pub fn pairs(query: PairsOfQuery) -> Result<Vec<(String, String)>, Problem> {
     Ok(pairs)
 }
 
-/// The value of the one parameter that a route knows.
-pub fn only_parameter(query: PairsOfQuery, known: &str) -> Result<Option<String>, Problem> {
-    let mut found = None;
+/// The values of the parameters that a route knows.
+pub fn parameters<const N: usize>(
+    query: PairsOfQuery,
+    known: [&str; N],
+) -> Result<[Option<String>; N], Problem> {
+    let mut found = [const { None }; N];
     for (name, value) in pairs(query)? {
-        if name != known {
+        let Some(place) = known.iter().position(|known| *known == name) else {
             let shown: String = name.chars().take(100).collect();
-            return Err(bad_query(&shown, &format!("unknown parameter; known is {known}")));
-        }
-        if found.replace(value).is_some() {
-            return Err(bad_query(known, "is given twice"));
+            let detail = format!("unknown parameter; known: {}", known.join(", "));
+            return Err(bad_query(&shown, &detail));
+        };
+        if found[place].replace(value).is_some() {
+            return Err(bad_query(known[place], "is given twice"));
         }
     }
+    Ok(found)
+}
+
+/// The value of the one parameter that a route knows.
+pub fn only_parameter(query: PairsOfQuery, known: &str) -> Result<Option<String>, Problem> {
+    let [found] = parameters(query, [known])?;
     Ok(found)
 }
 

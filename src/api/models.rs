@@ -40,8 +40,8 @@ struct LoadBody {
     name: String,
     /// A model reference: a folder under --models-dir, `merge:<job id>` or `checkpoint:<digest>`, each with an optional
     /// `+adapter`.
-    /// Or a recipe without shares (no `mixup`): a family. Its models are asked by `name@lambda`, `name@share,share,share` for
-    /// more than two parents, and computed from the parents when they are.
+    /// Or a recipe without shares (no `mixup`): a family. Its models are asked by `name@lambda`, `name@lambda:lambda:lambda`
+    /// over the layers, `name@share,share,share` for more than two parents, and computed from the parents when they are.
     #[schema(value_type = Value)]
     source: Value,
     /// Other names that mean it, in the place of those it had. Absent: they stay.
@@ -108,8 +108,9 @@ struct FamilyView {
 #[derive(Debug, utoipa::ToSchema)]
 #[expect(dead_code, reason = "the schema of what is read field by field")]
 struct PointBody {
-    /// Of the first of two parents, from 0 to 1.
-    lambda: Option<f64>,
+    /// Of the first of two parents, from 0 to 1; a list of such numbers stands at equal distances over the layers.
+    #[schema(value_type = Option<Object>)]
+    lambda: Option<Value>,
     /// Of each parent; they sum to 1.
     shares: Option<Vec<f64>>,
     /// Also merge it into the cache: the job is `merge` in the answer.
@@ -315,6 +316,13 @@ fn parse_point(body: &[u8]) -> Result<(Shares, bool), Problem> {
     let (lambda, shares, save) = (take("lambda"), take("shares"), take("save"));
     refuse_others(fields.keys(), "", "lambda, shares, save")?;
     let shares = match (lambda, shares) {
+        (Some(Value::Array(lambdas)), None) => {
+            let numbers: Option<Vec<f64>> = lambdas.iter().map(Value::as_f64).collect();
+            let numbers = numbers.filter(|lambdas| lambdas.len() > 1);
+            Shares::by_layer(
+                numbers.ok_or_else(|| bad("lambda", "must be two numbers or more, or one alone"))?,
+            )
+        }
         (Some(lambda), None) => {
             let lambda = lambda.as_f64().filter(|lambda| (0.0..=1.0).contains(lambda));
             Shares::lambda(lambda.ok_or_else(|| bad("lambda", "must be a number from 0 to 1"))?)

@@ -16,7 +16,7 @@ use tokio_stream::wrappers::WatchStream;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
-use super::evals::{SplitBody, TaskBody, read_split, read_tasks};
+use super::evals::{SplitBody, TaskBody, read_lm_eval, read_split, read_tasks};
 use super::extract::{FromSegment, JsonBytes, Segment, json_object, located, refuse_others};
 use super::merge::post_recipe;
 use super::models::{check_open_recipe, in_field};
@@ -24,14 +24,16 @@ use super::problem::Problem;
 use crate::app::AppState;
 use crate::config::ModelName;
 use crate::eval::Split;
-use crate::serving::{OpenRecipe, Shares};
+use crate::serving::OpenRecipe;
 use crate::sweep::{
-    ALPHAS, Given, NewSweep, Search, Select, Status, Sweep, SweepError, csv, markdown, plot, total,
+    ALPHAS, Given, NewSweep, Search, Select, Status, Sweep, SweepError, card, csv, markdown, plot, total,
 };
 
 const MAX_BODY_BYTES: usize = 64 << 20;
 /// Trials of one sweep.
 const MAX_TRIALS: u64 = 1000;
+/// Places over the layers that a search by layer has lambdas for.
+const MAX_GROUPS: u32 = 32;
 /// Larger scores say nothing.
 const MAX_SCORE: f64 = 1e100;
 
@@ -43,6 +45,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(sweep_report))
         .routes(routes!(sweep_plot))
         .routes(routes!(sweep_table))
+        .routes(routes!(sweep_card))
         .routes(routes!(take_winner))
         .routes(routes!(give_score))
         .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY_BYTES))
@@ -57,9 +60,10 @@ struct SweepBody {
     recipe: Value,
     #[schema(value_type = Vec<TaskBody>)]
     tasks: Value,
-    /// `m3` (default: one draw for each alpha of 0.2, 0.4, 0.5, 1, 2, 3, 5), `grid`, `random` or `bayes`; or an object:
+    /// `m3` (default: one draw for each alpha of 0.2, 0.4, 0.5, 1, 2, 3, 5), `grid`, `random`, `bayes` or `cma`; or an object:
     /// `{"kind": "m3", "alphas": [...], "more": 3}` (draws at the best alpha), `{"kind": "grid", "points": 11}`,
-    /// `{"kind": "random", "alpha": 1, "trials": 10}`, `{"kind": "bayes", "trials": 10}` (two parents).
+    /// `{"kind": "random", "alpha": 1, "trials": 10}`, `{"kind": "bayes", "trials": 10}` (two parents),
+    /// `{"kind": "cma", "groups": 4, "trials": 40}` (two parents; lambdas at so many places over the layers).
     #[schema(value_type = Option<Object>)]
     search: Option<Value>,
     /// Of the draws; default 0. Draw i has the seed plus i.
@@ -170,7 +174,7 @@ async fn create_sweep(
     let tasks = match (external, tasks) {
         (true, None) => Vec::new(),
         (true, Some(_)) => return Err(bad("tasks", "an external score needs none")),
-        (false, tasks) => read_tasks(app.config.storage.tasks_dir.clone(), tasks).await?,
+        (false, tasks) => read_tasks(&app, tasks, None).await?.0,
     };
     for (index, task) in tasks.iter().enumerate() {
         let dev = split.of(task).iter().filter(|is_dev| **is_dev).count();
@@ -248,8 +252,20 @@ fn read_search(search: Option<Value>, parents: usize) -> Result<Search, Problem>
         Some("bayes") if parents == 2 => Search::Bayes {
             trials: count("trials", take("trials"), 10, 1)?,
         },
-        Some("bayes") => return Err(bad("search.kind", "bayes is of two parents")),
-        _ => return Err(bad("search.kind", "must be m3, grid, random or bayes")),
+        Some("cma") if parents == 2 => {
+            let groups = count("groups", take("groups"), 4, 2)?;
+            if groups > MAX_GROUPS {
+                return Err(bad("search.groups", &format!("must be at most {MAX_GROUPS}")));
+            }
+            Search::Cma {
+                groups,
+                trials: count("trials", take("trials"), 40, 1)?,
+            }
+        }
+        Some(kind @ ("bayes" | "cma")) => {
+            return Err(bad("search.kind", &format!("{kind} is of two parents")));
+        }
+        _ => return Err(bad("search.kind", "must be m3, grid, random, bayes or cma")),
     };
     match fields.keys().next() {
         None if total(&search, parents) as u64 > MAX_TRIALS => {
@@ -365,6 +381,23 @@ async fn sweep_table(
     Ok(text("text/csv; charset=utf-8", csv(&sweep)))
 }
 
+/// A model card of the winner
+///
+/// The README.md of a repository: the recipe, how it was chosen, what it is better than, and by how much. Put it in the place of
+/// the merged checkpoint's own, which knows of no search.
+#[utoipa::path(get, path = "/sweeps/{id}/card.md", tag = "sweeps", params(("id" = String, Path)),
+    responses((status = 200, content_type = "text/markdown", body = String),
+        (status = 404, body = Problem, content_type = "application/problem+json"),
+        (status = 409, body = Problem, content_type = "application/problem+json")))]
+async fn sweep_card(
+    State(AppState(app)): State<AppState>,
+    Segment(id): Segment<SweepId>,
+) -> Result<Response, Problem> {
+    let sweep = app.sweeps.get(id.0).await?;
+    let card = card(&sweep).ok_or_else(no_winner)?;
+    Ok(text("text/markdown; charset=utf-8", card))
+}
+
 /// Merge the winner into the cache
 ///
 /// With the recipe that gave it; `serve_as` also serves it.
@@ -391,9 +424,9 @@ async fn take_winner(
         .verdict
         .as_ref()
         .and_then(|verdict| sweep.trials.get(verdict.winner));
-    let winner = winner.ok_or_else(|| Problem::conflict("no-winner", "the sweep has no winner"))?;
+    let winner = winner.ok_or_else(no_winner)?;
     let open = OpenRecipe::new(sweep.recipe.clone()).map_err(Problem::from)?;
-    let mut spec = open.spec_at(&Shares::each(winner.shares.clone()));
+    let mut spec = open.spec_at(&winner.shares);
     spec.serve_as = serve_as.map(|name| name.to_string());
     let job = post_recipe(&app, &spec).await?;
     Ok(Json(Taken {
@@ -412,6 +445,10 @@ struct ScoreBody {
     stderr: Option<f64>,
     /// Instead of a score: why there is none. The sweep goes on without it.
     error: Option<String>,
+    /// Instead of a score: what lm-eval wrote (`results_*.json`). The score is made of its tasks as `select` says.
+    lm_eval: Option<Value>,
+    /// With `lm_eval`: the metric of each task, as `acc_norm`; default the first.
+    metric: Option<String>,
 }
 
 /// Give a trial its score
@@ -433,7 +470,8 @@ async fn give_score(
     let mut fields = json_object(&body)?;
     let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
     let (score, stderr, error) = (take("score"), take("stderr"), take("error"));
-    refuse_others(fields.keys(), "", "score, stderr, error")?;
+    let imported = read_lm_eval(take("lm_eval"), take("metric"))?;
+    refuse_others(fields.keys(), "", "score, stderr, error, lm_eval, metric")?;
     let number = |name: &str, value: Option<Value>| match value {
         None => Ok(None),
         Some(value) => {
@@ -444,12 +482,19 @@ async fn give_score(
         }
     };
     let (score, stderr) = (number("score", score)?, number("stderr", stderr)?);
-    let given = match (score, error) {
-        (Some(score), None) => Given::Score { score, stderr },
-        (None, Some(Value::String(error))) => Given::Failed(error.chars().take(1000).collect()),
-        (None, Some(_)) => return Err(bad("error", "must be a string")),
-        (Some(_), Some(_)) => return Err(bad("error", "give score or error, not both")),
-        (None, None) => return Err(bad("score", "is missing")),
+    let given = match (score, error, imported) {
+        (Some(score), None, None) => Given::Score { score, stderr },
+        (None, Some(Value::String(error)), None) => Given::Failed(error.chars().take(1000).collect()),
+        (None, Some(_), None) => return Err(bad("error", "must be a string")),
+        (None, None, Some(imported)) => {
+            let tasks = imported.into_iter().filter_map(|one| {
+                let metric = one.selecting().filter(|metric| metric.value.abs() <= MAX_SCORE)?;
+                Some((one.record, metric))
+            });
+            Given::Tasks(tasks.collect())
+        }
+        (None, None, None) => return Err(bad("score", "is missing")),
+        _ => return Err(bad("score", "give one of score, error and lm_eval")),
     };
     if stderr.is_some_and(|stderr| stderr < 0.0) {
         return Err(bad("stderr", "must not be negative"));
@@ -486,6 +531,10 @@ fn view(sweep: Arc<Sweep>) -> SweepView {
         sweep: (*sweep).clone(),
         winner,
     }
+}
+
+fn no_winner() -> Problem {
+    Problem::conflict("no-winner", "the sweep has no winner")
 }
 
 fn bad(field: &str, detail: &str) -> Problem {

@@ -2,15 +2,18 @@
 //! data folder that no server uses. Both are asked the same way: a data folder through the router of a service that is
 //! opened for it, without a socket.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use axum::Router;
 use axum::body::{Body, Bytes, to_bytes};
-use axum::http::{Method, Request, StatusCode, Uri, header};
+use axum::http::{Method, Request, Response, StatusCode, Uri, header};
 use clap::{Args, Subcommand};
+use futures_util::StreamExt;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tower::ServiceExt;
 
@@ -334,12 +337,40 @@ impl Service {
         }
     }
 
+    /// Writes what a path answers into a file, as it comes.
+    pub(super) async fn download(&self, path: &str, file: &Path) -> anyhow::Result<()> {
+        let response = self.respond(Method::GET, path, None).await?;
+        if !response.status().is_success() {
+            bail!("{path}: {}", response.status());
+        }
+        let mut out = tokio::fs::File::create(file)
+            .await
+            .with_context(|| format!("writing {}", file.display()))?;
+        let mut pieces = response.into_body().into_data_stream();
+        while let Some(piece) = pieces.next().await {
+            out.write_all(&piece?).await?;
+        }
+        out.sync_all().await?;
+        Ok(())
+    }
+
     async fn send(
         &self,
         method: Method,
         path: &str,
         body: Option<Value>,
     ) -> anyhow::Result<(StatusCode, Bytes)> {
+        let response = self.respond(method, path, body).await?;
+        let status = response.status();
+        Ok((status, to_bytes(response.into_body(), MOST_BYTES).await?))
+    }
+
+    async fn respond(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> anyhow::Result<Response<Body>> {
         let host = match &self.reach {
             Reach::Server { authority, .. } => authority,
             Reach::Here(_) => "localhost",
@@ -355,7 +386,7 @@ impl Service {
             request = request.header(header::CONTENT_TYPE, "application/json");
         }
         let request = request.body(body.map_or(Body::empty(), |body| Body::from(body.to_string())))?;
-        let response = match &self.reach {
+        Ok(match &self.reach {
             Reach::Here(router) => router.clone().oneshot(request).await?,
             Reach::Server { authority, .. } => {
                 let connecting = tokio::time::timeout(CONNECT, TcpStream::connect(authority.as_str()));
@@ -369,9 +400,7 @@ impl Service {
                 tokio::spawn(connection);
                 sender.send_request(request).await?.map(Body::new)
             }
-        };
-        let status = response.status();
-        Ok((status, to_bytes(response.into_body(), MOST_BYTES).await?))
+        })
     }
 
     pub(super) fn show(&self, answer: &Value, as_text: &dyn Fn(&Value) -> String) {

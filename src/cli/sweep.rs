@@ -1,17 +1,21 @@
 //! `cauldron sweep`: begins a sweep on a running server and shows how it goes; with a command of the user's that scores each
 //! trial.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use axum::http::Method;
 use clap::Args;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::ops::{Service, Target, escape};
+use crate::serving::Shares;
 
+/// The model card of a folder.
+const CARD: &str = "README.md";
 /// How often the sweep is looked at.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -21,8 +25,12 @@ pub struct SweepArgs {
     request: PathBuf,
     /// A shell command that scores a trial: `{base_url}` and `{model}` in it are the server's /v1 and the trial's name. The score is
     /// the last number of the last line that it prints; higher is better. With it the request needs no tasks.
+    /// A whole results file of lm-eval on standard output counts task by task.
     #[arg(long)]
     eval_command: Option<String>,
+    /// At the end merge the winner, and download it into this new folder with a model card that tells how it was chosen.
+    #[arg(long)]
+    export: Option<PathBuf>,
     #[command(flatten)]
     target: Target,
 }
@@ -43,18 +51,61 @@ async fn sweep(args: SweepArgs) -> anyhow::Result<()> {
     if !args.target.has_server() {
         bail!("--server: a sweep runs on a server");
     }
+    if let Some(folder) = args.export.as_ref().filter(|folder| folder.exists()) {
+        bail!("--export: {} is there already", folder.display());
+    }
     let service = Service::open(args.target).await?;
     let begun = service.call(Method::POST, "/sweeps", Some(request)).await?;
     let id = begun["id"].as_str().context("the answer has no id")?.to_owned();
     eprintln!("sweep {id}");
     let path = format!("/sweeps/{}", escape(&id));
     tokio::select! {
-        ended = follow(&service, &path, args.eval_command.as_deref()) => ended,
+        ended = follow(&service, &path, args.eval_command.as_deref()) => ended?,
         _ = tokio::signal::ctrl_c() => {
             service.call(Method::DELETE, &path, None).await?;
             bail!("the sweep is cancelled")
         }
     }
+    match args.export {
+        Some(folder) => export(&service, &path, &folder).await,
+        None => Ok(()),
+    }
+}
+
+/// Merges the winner on the server and downloads it.
+async fn export(service: &Service, path: &str, folder: &Path) -> anyhow::Result<()> {
+    let card = service.text(&format!("{path}/card.md")).await?;
+    let taken = service
+        .call(Method::POST, &format!("{path}/winner"), Some(json!({})))
+        .await?;
+    let job = format!("/merge/{}", escape(taken["merge"].as_str().unwrap_or_default()));
+    let merged = loop {
+        let merged = service.get(&job).await?;
+        match merged["status"].as_str() {
+            Some("queued" | "running") => tokio::time::sleep(LOOK).await,
+            Some("succeeded") => break merged,
+            _ => bail!("the merge of the winner failed: {}", merged["error"]),
+        }
+    };
+    let digest = merged["digest"].as_str().context("the merge has no digest")?;
+    let entry = service.get(&format!("/checkpoints/{}", escape(digest))).await?;
+    let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty());
+    std::fs::create_dir_all(parent.unwrap_or(Path::new(".")))?;
+    std::fs::create_dir(folder).with_context(|| format!("--export {}", folder.display()))?;
+    for file in entry["files"].as_array().into_iter().flatten() {
+        // What a server names is no path.
+        let name = file["name"].as_str().unwrap_or_default();
+        if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\']) {
+            bail!("the server names a file {name:?}");
+        }
+        if name != CARD {
+            let link = format!("/checkpoints/{}/files/{}", escape(digest), escape(name));
+            service.download(&link, &folder.join(name)).await?;
+        }
+    }
+    std::fs::write(folder.join(CARD), card)?;
+    eprintln!("{}", folder.display());
+    Ok(())
 }
 
 async fn follow(service: &Service, path: &str, command: Option<&str>) -> anyhow::Result<()> {
@@ -88,7 +139,7 @@ async fn follow(service: &Service, path: &str, command: Option<&str>) -> anyhow:
         };
         let model = sweep["waiting"]["model"].as_str().unwrap_or_default();
         let given = match score(command, &service.base_url(), model).await {
-            Ok(score) => json!({"score": score}),
+            Ok(given) => given,
             Err(e) => {
                 eprintln!("{e:#}");
                 json!({"error": format!("{e:#}")})
@@ -102,17 +153,8 @@ async fn follow(service: &Service, path: &str, command: Option<&str>) -> anyhow:
 }
 
 fn line(trial: &Value, total: &Value) -> String {
-    let shares: Vec<String> = trial["shares"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(Value::to_string)
-        .collect();
-    let shares = if shares.is_empty() {
-        "plain".to_owned()
-    } else {
-        shares.join(",")
-    };
+    let shares =
+        Shares::deserialize(&trial["shares"]).map_or_else(|_| "?".to_owned(), |shares| shares.to_string());
     let score = match (&trial["score"], trial["error"].as_str()) {
         (Value::Number(score), _) => score.to_string(),
         (_, Some(error)) => format!("failed: {error}"),
@@ -124,10 +166,10 @@ fn line(trial: &Value, total: &Value) -> String {
     )
 }
 
-/// Runs the user's command for one trial. What it prints besides goes to standard error.
-async fn score(command: &str, base_url: &str, model: &str) -> anyhow::Result<f64> {
+/// Runs the user's command for one trial: what to tell of its score. What it prints besides goes to standard error.
+async fn score(command: &str, base_url: &str, model: &str) -> anyhow::Result<Value> {
     // It becomes part of a shell command, and comes from the server.
-    let plain = |c: char| c.is_ascii_alphanumeric() || "._,@-".contains(c);
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._,:@-".contains(c);
     if model.is_empty() || !model.chars().all(plain) {
         bail!("the server names the trial {model:?}, which is no model's name");
     }
@@ -143,7 +185,15 @@ async fn score(command: &str, base_url: &str, model: &str) -> anyhow::Result<f64
     if !output.status.success() {
         bail!("--eval-command failed for {model}: {}", output.status);
     }
-    last_number(&printed).with_context(|| format!("--eval-command printed no number for {model}: {printed}"))
+    let file = serde_json::from_str(&printed)
+        .ok()
+        .filter(|file: &Value| file["results"].is_object());
+    if let Some(file) = file {
+        return Ok(json!({"lm_eval": file}));
+    }
+    let score = last_number(&printed);
+    let score = score.with_context(|| format!("--eval-command printed no number for {model}: {printed}"))?;
+    Ok(json!({"score": score}))
 }
 
 fn last_number(printed: &str) -> Option<f64> {

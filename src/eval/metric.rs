@@ -35,9 +35,11 @@ pub struct Metric {
     pub items: usize,
 }
 
-/// Whether more is better.
+/// Whether more is better, by the names of our metrics and lm-eval's.
 pub fn is_better_higher(metric: &str) -> bool {
-    !matches!(metric, "brier" | "perplexity")
+    !["brier", "perplexity", "bits_per_byte"]
+        .iter()
+        .any(|less| metric.contains(less))
 }
 
 /// The metrics of a kind of task, the first one being its default.
@@ -46,6 +48,7 @@ pub fn names(kind: Kind, matching: &Match) -> Vec<&'static str> {
         Kind::Generate => vec![matching.name()],
         Kind::Choice => vec!["acc", "acc_norm", "mcc", "brier"],
         Kind::Loglikelihood => vec!["perplexity", "loglikelihood", "greedy"],
+        Kind::Imported => Vec::new(),
     }
 }
 
@@ -103,6 +106,45 @@ pub fn measure(metric: &str, outcomes: &[&Outcome]) -> Option<Metric> {
             mean(&values?)
         }
     }
+}
+
+/// The performance drop rate under an attack, (metric - metric under attack) / metric (arXiv 2502.15434, section 4; PromptBench's
+/// PDR), over the same items in both; its error is that of the jackknife over items. None where the metric is 0 without the attack.
+pub fn drop_rate(metric: &str, plain: &[&Outcome], attacked: &[&Outcome]) -> Option<Metric> {
+    let statistic: &dyn Fn(&Totals) -> f64 = match metric {
+        "mcc" => &mcc,
+        "perplexity" => &perplexity,
+        // The counts are the same: sums do as well as means.
+        _ => &|totals| totals.sum,
+    };
+    let add = |totals: &mut Totals, outcome: &Outcome, sign: f64| match metric {
+        "mcc" | "perplexity" => totals.add(outcome, sign),
+        _ => value(metric, outcome).map(|value| totals.sum += sign * value),
+    };
+    let (mut before, mut after) = (Totals::default(), Totals::default());
+    for (a, b) in plain.iter().zip(attacked) {
+        add(&mut before, a, 1.0)?;
+        add(&mut after, b, 1.0)?;
+    }
+    let rate = |before: &Totals, after: &Totals| {
+        let unattacked = statistic(before);
+        Some(1.0 - statistic(after) / unattacked).filter(|_| unattacked.abs() > 1e-9)
+    };
+    let value = rate(&before, &after)?;
+    let mut without = Vec::with_capacity(plain.len());
+    for (a, b) in plain.iter().zip(attacked) {
+        add(&mut before, a, -1.0)?;
+        add(&mut after, b, -1.0)?;
+        without.push(rate(&before, &after));
+        add(&mut before, a, 1.0)?;
+        add(&mut after, b, 1.0)?;
+    }
+    let without: Option<Vec<f64>> = without.into_iter().collect();
+    Some(Metric {
+        value,
+        stderr: without.as_deref().and_then(spread),
+        items: plain.len(),
+    })
 }
 
 /// What an item counts for a metric that is a mean.
@@ -174,7 +216,6 @@ fn jackknife(outcomes: &[&Outcome], statistic: &dyn Fn(&Totals) -> f64) -> Optio
     if outcomes.is_empty() {
         return None;
     }
-    let n = outcomes.len() as f64;
     let value = statistic(&totals);
     let mut without = Vec::with_capacity(outcomes.len());
     for outcome in outcomes {
@@ -182,13 +223,19 @@ fn jackknife(outcomes: &[&Outcome], statistic: &dyn Fn(&Totals) -> f64) -> Optio
         without.push(statistic(&totals));
         totals.add(outcome, 1.0)?;
     }
-    let middle = without.iter().sum::<f64>() / n;
-    let squares: f64 = without.iter().map(|v| (v - middle).powi(2)).sum();
     Some(Metric {
         value,
-        stderr: (outcomes.len() > 1).then(|| ((n - 1.0) / n * squares).sqrt()),
+        stderr: spread(&without),
         items: outcomes.len(),
     })
+}
+
+/// The jackknife's standard error, from what is found without each item.
+fn spread(without: &[f64]) -> Option<f64> {
+    let n = without.len() as f64;
+    let middle = without.iter().sum::<f64>() / n;
+    let squares: f64 = without.iter().map(|v| (v - middle).powi(2)).sum();
+    (without.len() > 1).then(|| ((n - 1.0) / n * squares).sqrt())
 }
 
 /// Sums that the statistics are made of.
@@ -198,6 +245,8 @@ struct Totals {
     confusion: Vec<Vec<f64>>,
     logprob: f64,
     tokens: f64,
+    /// Of a metric that is a mean.
+    sum: f64,
 }
 
 impl Totals {
@@ -300,6 +349,37 @@ mod tests {
         let brier = measure("brier", &all[..1]).expect("a metric").value;
         assert!((brier - 2.0 * (1.0 - p).powi(2)).abs() < 1e-12);
         assert!(measure("perplexity", &[]).is_none());
+    }
+
+    #[test]
+    fn the_drop_rate_is_of_the_metric_with_an_error_by_items() {
+        let written = |right: bool| Outcome::Generated {
+            text: String::new(),
+            right,
+        };
+        let (plain, attacked) = (
+            [true, true, true, true, false].map(written),
+            [true, false, true, false, false].map(written),
+        );
+        let found = drop_rate("exact", &plain.each_ref(), &attacked.each_ref()).expect("a rate");
+        // (4/5 - 2/5) / (4/5)
+        assert!((found.value - 0.5).abs() < 1e-12);
+        // Without each: 2/3, 1/3 (twice each by symmetry), and 1/2.
+        let squares = 4.0 * (1.0f64 / 6.0).powi(2);
+        assert!(
+            (found.stderr.expect("an error") - (0.8 * squares).sqrt()).abs() < 1e-12,
+            "{found:?}"
+        );
+        let none = [false; 5].map(written);
+        assert_eq!(drop_rate("exact", &none.each_ref(), &attacked.each_ref()), None);
+        // One right answer: without it there is no rate, so no error.
+        let one = [true, false].map(written);
+        let found = drop_rate("exact", &one.each_ref(), &one.each_ref()).expect("a rate");
+        assert_eq!((found.value, found.stderr), (0.0, None));
+        let (a, b) = (chosen(&[-1.0, -2.0], 0), chosen(&[-1.0, -2.0], 1));
+        let (c, d) = (chosen(&[-3.0, -1.0], 1), chosen(&[-3.0, -1.0], 0));
+        let found = drop_rate("mcc", &[&a, &c, &a, &c], &[&a, &c, &b, &d]).expect("a rate");
+        assert!((found.value - 1.0).abs() < 1e-12, "{found:?}");
     }
 
     #[test]

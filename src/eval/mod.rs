@@ -2,6 +2,8 @@
 //! Knows nothing of HTTP.
 
 mod ask;
+mod attack;
+mod lm_eval;
 mod metric;
 mod store;
 mod task;
@@ -20,7 +22,9 @@ use tokio::sync::Semaphore;
 use tracing::{info, warn};
 
 pub use ask::AskError;
-pub use metric::{Metric, Outcome, is_better_higher, mean, measure, value};
+pub use attack::{Attack, AttackKind};
+pub use lm_eval::{Imported, read_results};
+pub use metric::{Metric, Outcome, drop_rate, mean, measure, value};
 pub use store::{read_json, read_task_file, remove_drafts, write_json};
 pub use task::{
     Answer, Item, Kind, MAX_FILE_BYTES, MAX_ITEMS, Match, Task, TaskError, TaskSettings, parse_lines,
@@ -57,6 +61,15 @@ pub struct Split {
 pub struct Evaluation {
     pub tasks: Vec<Arc<Task>>,
     pub split: Option<Split>,
+    pub under: Option<UnderAttack>,
+}
+
+/// The same tasks under an attack.
+#[derive(Debug, Clone)]
+pub struct UnderAttack {
+    pub attack: Attack,
+    /// By task: with how many prompts that are others.
+    pub tasks: Vec<(Arc<Task>, usize)>,
 }
 
 /// How far an evaluation is.
@@ -73,11 +86,16 @@ pub struct Record {
     pub model: String,
     pub system_fingerprint: String,
     pub split: Option<Split>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attack: Option<Attack>,
     pub tasks: Vec<TaskRecord>,
+    /// By task, where another program asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imported: Option<Vec<TaskScores>>,
 }
 
 /// What is kept of a task without its items.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TaskRecord {
     pub name: String,
     pub digest: Digest,
@@ -85,10 +103,23 @@ pub struct TaskRecord {
     /// The metric that selects, and all that there are.
     pub metric: String,
     pub metrics: Vec<String>,
+    /// Of the metric that selects.
+    #[serde(default)]
+    pub less_is_better: bool,
     pub items: usize,
-    /// By item: `1` is a dev item.
+    /// By item, in the order of the task: `1` is a dev item, `0` one that tells.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub parts: String,
+    /// The same task under the evaluation's attack.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attacked: Option<AttackedRecord>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct AttackedRecord {
+    pub digest: Digest,
+    /// Items whose prompt the attack changed.
+    pub changed: usize,
 }
 
 /// An evaluation as others see it.
@@ -99,6 +130,18 @@ pub struct View {
     pub done: usize,
     /// By task; empty until it is done.
     pub scores: Vec<TaskScores>,
+    /// By task, where there is an attack; empty until it is done.
+    pub attacked: Vec<AttackedScores>,
+}
+
+/// A task under attack.
+#[derive(Debug, Clone, Serialize)]
+pub struct AttackedScores {
+    /// Items whose prompt the attack changed.
+    pub changed: usize,
+    pub scores: TaskScores,
+    /// The performance drop rate of each metric.
+    pub drop_rate: TaskScores,
 }
 
 /// Where an evaluation is.
@@ -173,7 +216,8 @@ impl Split {
         // A share of all prompts that there could be: the count of dev items is near that share of the items.
         let below = (self.dev * 2f64.powi(64)) as u128;
         let is_dev = |item: &Item| {
-            let text = match (&item.answer, item.prompt.as_str()) {
+            let prompt = item.unattacked.as_ref().unwrap_or(&item.prompt);
+            let text = match (&item.answer, prompt.as_str()) {
                 (Answer::Continuation(text), "") => text,
                 (_, prompt) => prompt,
             };
@@ -196,25 +240,58 @@ impl TaskRecord {
                 .iter()
                 .map(|&name| name.to_owned())
                 .collect(),
+            less_is_better: !metric::is_better_higher(task.metric),
             items: task.items.len(),
             parts: String::new(),
+            attacked: None,
+        }
+    }
+
+    /// 1 where more of the metric that selects is better, otherwise -1.
+    pub fn sign(&self) -> f64 {
+        if self.less_is_better { -1.0 } else { 1.0 }
+    }
+
+    /// With the side of each item.
+    pub fn parted(task: &Task, split: Split) -> Self {
+        let part = |is_dev: bool| if is_dev { '1' } else { '0' };
+        Self {
+            parts: split.of(task).into_iter().map(part).collect(),
+            ..Self::of(task)
         }
     }
 
     /// Its metrics from what a model did with its items.
     pub fn scores(&self, outcomes: &[Outcome]) -> TaskScores {
+        self.by_part(outcomes.len(), &|name, which| {
+            let chosen: Vec<&Outcome> = which.iter().map(|index| &outcomes[*index]).collect();
+            measure(name, &chosen)
+        })
+    }
+
+    /// The same from what it did with them under attack.
+    fn attacked_scores(&self, changed: usize, plain: &[Outcome], attacked: &[Outcome]) -> AttackedScores {
+        let drops = self.by_part(plain.len().min(attacked.len()), &|name, which| {
+            let before: Vec<&Outcome> = which.iter().map(|index| &plain[*index]).collect();
+            let after: Vec<&Outcome> = which.iter().map(|index| &attacked[*index]).collect();
+            drop_rate(name, &before, &after)
+        });
+        AttackedScores {
+            changed,
+            scores: self.scores(attacked),
+            drop_rate: drops,
+        }
+    }
+
+    /// A number for each metric, over all items and those of each part.
+    fn by_part(&self, items: usize, number: &dyn Fn(&str, &[usize]) -> Option<Metric>) -> TaskScores {
         let of = |which: &dyn Fn(usize) -> bool| {
-            let chosen: Vec<&Outcome> = outcomes
-                .iter()
-                .enumerate()
-                .filter(|(i, _)| which(*i))
-                .map(|(_, o)| o)
-                .collect();
-            let named = |name: &String| Some((name.clone(), measure(name, &chosen)?));
+            let chosen: Vec<usize> = (0..items).filter(|index| which(*index)).collect();
+            let named = |name: &String| Some((name.clone(), number(name, &chosen)?));
             Scores(self.metrics.iter().filter_map(named).collect())
         };
         let is_dev: Vec<bool> = self.parts.bytes().map(|part| part == b'1').collect();
-        let parts = (is_dev.len() == outcomes.len() && !is_dev.is_empty()).then_some(is_dev);
+        let parts = (is_dev.len() == items && !is_dev.is_empty()).then_some(is_dev);
         TaskScores {
             all: of(&|_| true),
             dev: parts.as_ref().map(|is_dev| of(&|index| is_dev[index])),
@@ -225,20 +302,27 @@ impl TaskRecord {
 
 impl Evaluation {
     fn record(&self, served: &Served) -> Record {
-        let part = |is_dev: bool| if is_dev { '1' } else { '0' };
-        let of_task = |task: &Arc<Task>| TaskRecord {
-            parts: self.split.map_or_else(String::new, |split| {
-                split.of(task).into_iter().map(part).collect()
-            }),
-            ..TaskRecord::of(task)
+        let of_task = |task: &Arc<Task>| match self.split {
+            Some(split) => TaskRecord::parted(task, split),
+            None => TaskRecord::of(task),
         };
-        let tasks: Vec<TaskRecord> = self.tasks.iter().map(of_task).collect();
+        let mut tasks: Vec<TaskRecord> = self.tasks.iter().map(of_task).collect();
+        let under = self.under.iter().flat_map(|under| &under.tasks);
+        for (task, (attacked, changed)) in tasks.iter_mut().zip(under) {
+            task.attacked = Some(AttackedRecord {
+                digest: attacked.digest,
+                changed: *changed,
+            });
+        }
         let mut text = format!(
             "cauldron evaluation v1\n{}\n{}\n",
             served.name, served.fingerprint
         );
         for task in &tasks {
             text += &format!("{} {} {}\n", task.digest, task.metric, task.name);
+            if let Some(attacked) = task.attacked {
+                text += &format!("attacked {}\n", attacked.digest);
+            }
         }
         if let Some(split) = self.split {
             text += &format!("{} {}\n", split.seed, split.dev);
@@ -248,8 +332,24 @@ impl Evaluation {
             model: served.name.to_string(),
             system_fingerprint: served.fingerprint.clone(),
             split: self.split,
+            attack: self.under.as_ref().map(|under| under.attack.clone()),
             tasks,
+            imported: None,
         }
+    }
+
+    /// All that is asked: each task, and where there is an attack the same task under it.
+    fn asked(&self) -> impl Iterator<Item = &Arc<Task>> {
+        let under = self.under.iter().flat_map(|under| &under.tasks);
+        self.tasks.iter().chain(under.map(|(task, _)| task))
+    }
+}
+
+impl Record {
+    /// Items that are asked.
+    pub fn items(&self) -> usize {
+        let times = if self.attack.is_some() { 2 } else { 1 };
+        times * self.tasks.iter().map(|task| task.items).sum::<usize>()
     }
 }
 
@@ -300,6 +400,33 @@ impl Evals {
             }
         });
         Ok(view)
+    }
+
+    /// Keeps what another program found of a model.
+    pub async fn import(
+        self: &Arc<Self>,
+        model: &str,
+        fingerprint: &str,
+        imported: Vec<Imported>,
+    ) -> Result<View, EvalError> {
+        let mut text = format!("cauldron imported evaluation v1\n{model}\n{fingerprint}\n");
+        for one in &imported {
+            text += &format!("{} {}\n", one.record.digest, one.record.metric);
+        }
+        let (tasks, scores) = imported.into_iter().map(|one| (one.record, one.scores)).unzip();
+        let record = Record {
+            id: Digest::of(text.as_bytes()),
+            model: model.to_owned(),
+            system_fingerprint: fingerprint.to_owned(),
+            split: None,
+            attack: None,
+            tasks,
+            imported: Some(scores),
+        };
+        let (id, store) = (record.id, self.store.clone());
+        let put = tokio::task::spawn_blocking(move || store.put_record(&record));
+        put.await.map_err(io::Error::other)??;
+        self.view(id).await
     }
 
     /// False if it is under way.
@@ -365,7 +492,7 @@ impl Evals {
         };
         // Never closed.
         let _turn = self.turns.acquire().await;
-        for task in &evaluation.tasks {
+        for task in evaluation.asked() {
             if let Err(error) = self.outcomes(served, task, &progress.done).await {
                 warn!(evaluation = %id, model = %served.name, task = task.name, %error, "an evaluation failed");
                 progress.fail(error.to_string());
@@ -381,39 +508,55 @@ impl Evals {
         let store = self.store.clone();
         let read = tokio::task::spawn_blocking(move || {
             let record = store.record(id)?;
-            let outcomes = record.tasks.iter().map(|task| {
-                let found = store.outcomes(&record.system_fingerprint, task.digest);
-                Some(task.scores(&found?))
-            });
-            let scores: Option<Vec<TaskScores>> = outcomes.collect();
+            let of = |digest| store.outcomes(&record.system_fingerprint, digest);
+            let scores = || {
+                if let Some(imported) = &record.imported {
+                    return Some((imported.clone(), Vec::new()));
+                }
+                let (mut scores, mut attacked) = (Vec::new(), Vec::new());
+                for task in &record.tasks {
+                    let plain = of(task.digest)?;
+                    scores.push(task.scores(&plain));
+                    if let Some(under) = task.attacked {
+                        attacked.push(task.attacked_scores(under.changed, &plain, &of(under.digest)?));
+                    }
+                }
+                Some((scores, attacked))
+            };
+            let scores = scores();
             Some((record, scores))
         });
         let found = read.await.map_err(io::Error::other)?;
         let (record, scores) = found.ok_or(EvalError::Unknown)?;
-        let items = record.tasks.iter().map(|task| task.items).sum();
-        let (status, done, scores) = match (scores, progress) {
-            (Some(scores), _) => (Status::Done, items, scores),
+        let (status, done) = match (&scores, progress) {
+            (Some(_), _) => (Status::Done, record.items()),
             (None, Some(progress)) => {
                 let done = progress.done.load(Ordering::Relaxed);
-                let status = progress.failure().map_or(Status::Running, Status::Failed);
-                (status, done, Vec::new())
+                (progress.failure().map_or(Status::Running, Status::Failed), done)
             }
-            (None, None) => (Status::Interrupted, 0, Vec::new()),
+            (None, None) => (Status::Interrupted, 0),
         };
+        let (scores, attacked) = scores.unwrap_or_default();
         Ok(View {
             record,
             status,
             done,
             scores,
+            attacked,
         })
     }
 
-    /// What the model did with each item of one of the tasks.
-    pub async fn items(&self, id: Digest, task: usize) -> Result<Vec<Outcome>, EvalError> {
+    /// What the model did with each item of one of the tasks, as it is or under the attack.
+    pub async fn items(&self, id: Digest, task: usize, attacked: bool) -> Result<Vec<Outcome>, EvalError> {
         let store = self.store.clone();
         let read = tokio::task::spawn_blocking(move || {
             let record = store.record(id)?;
-            store.outcomes(&record.system_fingerprint, record.tasks.get(task)?.digest)
+            let task = record.tasks.get(task)?;
+            let digest = match attacked {
+                true => task.attacked?.digest,
+                false => task.digest,
+            };
+            store.outcomes(&record.system_fingerprint, digest)
         });
         read.await.map_err(io::Error::other)?.ok_or(EvalError::Unknown)
     }

@@ -5,12 +5,16 @@ use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::attack::Attack;
+
 /// Items of one task at most, and bytes of its file.
 pub const MAX_ITEMS: usize = 100_000;
 pub const MAX_FILE_BYTES: u64 = 64 << 20;
 const MAX_CHOICES: usize = 64;
 const MAX_ANSWER_TOKENS: u64 = 4096;
 const DEFAULT_ANSWER_TOKENS: u64 = 64;
+/// Of a line: its prompt before an attack.
+const UNATTACKED: &str = "prompt_before_attack";
 
 /// A task that cannot be used. `field` is a path into what describes it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -39,6 +43,8 @@ pub enum Kind {
     Choice,
     /// How likely given continuations are.
     Loglikelihood,
+    /// Another program asked; only its scores are here.
+    Imported,
 }
 
 /// When a generated answer is right. Answers are trimmed.
@@ -70,6 +76,9 @@ impl Match {
 pub struct Item {
     pub prompt: String,
     pub answer: Answer,
+    /// The prompt before an attack changed it; decides on which side of a split the item is.
+    #[serde(skip)]
+    pub unattacked: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -94,6 +103,8 @@ pub struct Task {
     pub metric: &'static str,
     pub max_tokens: usize,
     pub stop: Vec<String>,
+    /// What attacks may change of a prompt: the first group, or the whole match. Without one, all of it.
+    pub attack_within: Option<Regex>,
     pub items: Vec<Item>,
     /// Of all that decides the scores but the model.
     pub digest: Digest,
@@ -111,9 +122,13 @@ pub struct TaskSettings {
     max_tokens: Option<u64>,
     stop: Option<Vec<String>>,
     limit: Option<u64>,
+    attack_within: Option<String>,
+    /// An attack of its own.
+    pub attack: Option<Attack>,
 }
 
-const FIELDS: &str = "name, file, items, kind, metric, pattern, max_tokens, stop, limit";
+const FIELDS: &str =
+    "name, file, items, kind, metric, pattern, max_tokens, stop, limit, attack, attack_within";
 
 impl TaskSettings {
     /// Reads `{"file": ..., ...}`, or the name of a file; `field` is its place in the request.
@@ -136,6 +151,7 @@ impl TaskSettings {
             ("kind", &mut settings.kind),
             ("metric", &mut settings.metric),
             ("pattern", &mut settings.pattern),
+            ("attack_within", &mut settings.attack_within),
         ] {
             *place = match take(&mut fields, name) {
                 None => None,
@@ -183,6 +199,10 @@ impl TaskSettings {
                 })?)
             }
         };
+        let attack = take(&mut fields, "attack");
+        settings.attack = attack
+            .map(|attack| Attack::read(&format!("{field}.attack"), attack))
+            .transpose()?;
         match fields.keys().next() {
             None => Ok(settings),
             Some(unknown) => {
@@ -206,6 +226,8 @@ impl TaskSettings {
         };
         let (matching, metric) = matching(kind, self.metric.as_deref(), self.pattern.as_deref())
             .map_err(|(name, detail)| bad(name, detail))?;
+        let attack_within = self.attack_within.as_deref().map(compiled).transpose();
+        let attack_within = attack_within.map_err(|detail| bad("attack_within", detail))?;
         let max_tokens = self.max_tokens.unwrap_or(DEFAULT_ANSWER_TOKENS);
         if max_tokens > MAX_ANSWER_TOKENS {
             return Err(bad("max_tokens", format!("at most {MAX_ANSWER_TOKENS}")));
@@ -231,6 +253,7 @@ impl TaskSettings {
             metric,
             max_tokens: max_tokens as usize,
             stop,
+            attack_within,
             items,
             digest,
         })
@@ -241,7 +264,11 @@ impl Task {
     /// Some of its items, as a task of their own.
     pub fn subset(&self, which: &dyn Fn(usize) -> bool) -> Self {
         let items = self.items.iter().enumerate().filter(|(index, _)| which(*index));
-        let items: Vec<Item> = items.map(|(_, item)| item.clone()).collect();
+        self.with(items.map(|(_, item)| item.clone()).collect())
+    }
+
+    /// The same task with other items.
+    pub fn with(&self, items: Vec<Item>) -> Self {
         Self {
             digest: digest(
                 self.kind,
@@ -257,12 +284,18 @@ impl Task {
 
     /// What [`Task::from_json`] makes it of again.
     pub fn to_json(&self) -> Value {
-        let items = self.items.iter().map(|item| match &item.answer {
-            Answer::Texts(texts) => json!({"prompt": item.prompt, "answers": texts}),
-            Answer::Choice { choices, right } => {
-                json!({"prompt": item.prompt, "choices": choices, "answer": right})
+        let items = self.items.iter().map(|item| {
+            let mut line = match &item.answer {
+                Answer::Texts(texts) => json!({"prompt": item.prompt, "answers": texts}),
+                Answer::Choice { choices, right } => {
+                    json!({"prompt": item.prompt, "choices": choices, "answer": right})
+                }
+                Answer::Continuation(text) => json!({"prompt": item.prompt, "completion": text}),
+            };
+            if let Some(unattacked) = &item.unattacked {
+                line[UNATTACKED] = unattacked.as_str().into();
             }
-            Answer::Continuation(text) => json!({"prompt": item.prompt, "completion": text}),
+            line
         });
         let mut out = json!({
             "name": self.name,
@@ -290,6 +323,11 @@ fn take(fields: &mut Map<String, Value>, name: &str) -> Option<Value> {
     fields.remove(name).filter(|value| !value.is_null())
 }
 
+fn compiled(pattern: &str) -> Result<Regex, String> {
+    let compiled = regex::RegexBuilder::new(pattern).size_limit(1 << 20).build();
+    compiled.map_err(|e| e.to_string())
+}
+
 /// How answers are matched, and the metric that selects.
 fn matching(
     kind: Kind,
@@ -305,9 +343,10 @@ fn matching(
         (Kind::Generate, Some("contains")) => (Match::Contains, "contains"),
         (Kind::Generate, Some("regex")) => {
             let pattern = pattern.ok_or_else(|| ("pattern", "is required for regex".to_owned()))?;
-            let compiled = regex::RegexBuilder::new(pattern).size_limit(1 << 20).build();
-            let compiled = compiled.map_err(|e| ("pattern", e.to_string()))?;
-            (Match::Regex(compiled), "regex")
+            (
+                Match::Regex(compiled(pattern).map_err(|detail| ("pattern", detail))?),
+                "regex",
+            )
         }
         (Kind::Choice, None | Some("acc")) => (Match::Exact, "acc"),
         (Kind::Choice, Some("acc_norm")) => (Match::Exact, "acc_norm"),
@@ -316,11 +355,12 @@ fn matching(
         (Kind::Loglikelihood, None | Some("perplexity")) => (Match::Exact, "perplexity"),
         (Kind::Loglikelihood, Some("loglikelihood")) => (Match::Exact, "loglikelihood"),
         (Kind::Loglikelihood, Some("greedy")) => (Match::Exact, "greedy"),
-        (kind, Some(_)) => {
+        (kind, _) => {
             let known = match kind {
                 Kind::Generate => "exact, numeric, contains, regex",
                 Kind::Choice => "acc, acc_norm, mcc, brier",
                 Kind::Loglikelihood => "perplexity, loglikelihood, greedy",
+                Kind::Imported => "those of the program that asked",
             };
             return Err(("metric", format!("must be one of {known}")));
         }
@@ -391,6 +431,7 @@ fn item(kind: Kind, value: Value) -> Result<Item, String> {
             let text = text(&mut fields, &["completion", "text"])?.filter(|text| !text.is_empty());
             Answer::Continuation(text.ok_or("has neither completion nor text")?)
         }
+        Kind::Imported => return Err("is not asked here".into()),
     };
     let prompt = text(&mut fields, &["prompt", "context"])?;
     if prompt.is_none() && kind != Kind::Loglikelihood {
@@ -399,6 +440,7 @@ fn item(kind: Kind, value: Value) -> Result<Item, String> {
     Ok(Item {
         prompt: prompt.unwrap_or_default(),
         answer,
+        unattacked: text(&mut fields, &[UNATTACKED])?,
     })
 }
 

@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use cauldron_merge::{MixupSpec, Recipe, RecipeError, RecipeSpec};
+use cauldron_merge::{MixupSpec, Recipe, RecipeError, RecipeSpec, Setting};
+use serde::{Deserialize, Serialize};
 
 /// How the plain method is named.
 const PLAIN: &str = "plain";
@@ -10,50 +11,111 @@ const PLAIN: &str = "plain";
 const MAX_DIGITS: usize = 400;
 /// Shares of parents that a request may name at most.
 const MAX_SHARES: usize = cauldron_merge::MAX_MODELS;
+/// Lambdas over the layers that a request may name at most.
+const MAX_ANCHORS: usize = 64;
 
-/// The shares of a family's parents: lambda of the first of two, or one number for each. None at all is the plain method.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Shares(Vec<f64>);
+/// The shares of a family's parents. In JSON a list, `[]` for the plain method; lambdas by layer are `{"by_layer": [...]}`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Form", into = "Form")]
+pub enum Shares {
+    /// The recipe as it is, with the weights that its models have in it.
+    Plain,
+    /// lambda of the first of two parents.
+    Lambda(f64),
+    /// One number for each parent.
+    Each(Vec<f64>),
+    /// lambdas of the first of two parents at equal distances over the layers, the others between them; what is outside the
+    /// layers has the first.
+    ByLayer(Vec<f64>),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Form {
+    List(Vec<f64>),
+    Layers { by_layer: Vec<f64> },
+}
+
+impl From<Form> for Shares {
+    fn from(form: Form) -> Self {
+        match form {
+            Form::List(shares) => Self::each(shares),
+            Form::Layers { by_layer } => Self::by_layer(by_layer),
+        }
+    }
+}
+
+impl From<Shares> for Form {
+    fn from(shares: Shares) -> Self {
+        match shares {
+            Shares::Plain => Self::List(Vec::new()),
+            Shares::Lambda(lambda) => Self::List(vec![lambda]),
+            Shares::Each(shares) => Self::List(shares),
+            Shares::ByLayer(by_layer) => Self::Layers { by_layer },
+        }
+    }
+}
 
 impl Shares {
     pub fn lambda(lambda: f64) -> Self {
-        Self::each(vec![lambda])
-    }
-
-    /// One number is lambda.
-    pub fn each(mut shares: Vec<f64>) -> Self {
         // -0 is 0.
+        Self::Lambda(lambda + 0.0)
+    }
+
+    /// One number is lambda; none at all is the plain method.
+    pub fn each(mut shares: Vec<f64>) -> Self {
         shares.iter_mut().for_each(|share| *share += 0.0);
-        Self(shares)
+        match shares.as_slice() {
+            [] => Self::Plain,
+            [lambda] => Self::Lambda(*lambda),
+            _ => Self::Each(shares),
+        }
     }
 
-    /// The recipe as it is, with the weights that its models have in it.
-    pub fn plain() -> Self {
-        Self(Vec::new())
+    pub fn by_layer(mut lambdas: Vec<f64>) -> Self {
+        lambdas.iter_mut().for_each(|lambda| *lambda += 0.0);
+        Self::ByLayer(lambdas)
     }
 
-    /// Reads `0.35` or `0.2,0.3,0.5`.
+    /// Reads `0.35`, `0.2,0.3,0.5` or `0.2:0.9`.
     pub fn parse(text: &str) -> Option<Self> {
         if text == PLAIN {
-            return Some(Self::plain());
+            return Some(Self::Plain);
         }
         let number = |part: &str| -> Option<f64> {
             let plain = !part.is_empty() && part.bytes().all(|c| c.is_ascii_digit() || c == b'.');
             part.parse().ok().filter(|_| plain && part.len() <= MAX_DIGITS)
         };
-        let shares: Option<Vec<f64>> = text.split(',').take(MAX_SHARES + 1).map(number).collect();
-        shares.filter(|shares| shares.len() <= MAX_SHARES).map(Self::each)
+        let numbers = |between: char, most: usize| -> Option<Vec<f64>> {
+            let found: Option<Vec<f64>> = text.split(between).take(most + 1).map(number).collect();
+            found.filter(|found| found.len() <= most)
+        };
+        match text.contains(':') {
+            true => numbers(':', MAX_ANCHORS).map(Self::by_layer),
+            false => numbers(',', MAX_SHARES).map(Self::each),
+        }
+    }
+
+    /// lambda, where it is one number; of lambdas by layer their mean.
+    pub fn mean_lambda(&self) -> Option<f64> {
+        match self {
+            Self::Lambda(lambda) => Some(*lambda),
+            Self::ByLayer(lambdas) => Some(lambdas.iter().sum::<f64>() / lambdas.len().max(1) as f64),
+            Self::Plain | Self::Each(_) => None,
+        }
     }
 
     fn mixup(&self) -> Option<MixupSpec> {
-        match self.0.as_slice() {
-            [] => None,
-            [lambda] => Some(MixupSpec {
-                lambda: Some((*lambda).into()),
-                ..MixupSpec::default()
-            }),
-            shares => Some(MixupSpec {
-                shares: Some(shares.to_vec()),
+        let of_lambda = |lambda: Setting| MixupSpec {
+            lambda: Some(lambda),
+            ..MixupSpec::default()
+        };
+        match self {
+            Self::Plain => None,
+            Self::Lambda(lambda) => Some(of_lambda((*lambda).into())),
+            Self::ByLayer(lambdas) => Some(of_lambda(Setting::gradient(lambdas.clone()))),
+            Self::Each(shares) => Some(MixupSpec {
+                shares: Some(shares.clone()),
                 ..MixupSpec::default()
             }),
         }
@@ -62,12 +124,15 @@ impl Shares {
 
 impl fmt::Display for Shares {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0.is_empty() {
-            f.write_str(PLAIN)?;
-        }
-        for (index, share) in self.0.iter().enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            write!(f, "{comma}{share}")?;
+        let (numbers, between) = match self {
+            Self::Plain => return f.write_str(PLAIN),
+            Self::Lambda(lambda) => return write!(f, "{lambda}"),
+            Self::Each(shares) => (shares, ","),
+            Self::ByLayer(lambdas) => (lambdas, ":"),
+        };
+        for (index, number) in numbers.iter().enumerate() {
+            let between = if index == 0 { "" } else { between };
+            write!(f, "{between}{number}")?;
         }
         Ok(())
     }

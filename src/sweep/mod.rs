@@ -1,6 +1,8 @@
 //! The search over shares (arXiv 2502.15434): trials of one family, scored on dev items; the winner is told of on test items,
 //! beside the baselines. What a trial found is on disk before the next begins. Knows nothing of HTTP.
 
+mod cma;
+mod linear;
 mod plan;
 mod plot;
 mod report;
@@ -19,13 +21,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 use uuid::Uuid;
 
-use crate::eval::{Evals, Metric, Split, Task, TaskRecord, is_better_higher};
-use crate::serving::{OpenRecipe, Parentage, Serving};
+use crate::eval::{Evals, Metric, Split, Task, TaskRecord};
+use crate::serving::{OpenRecipe, Parentage, Serving, Shares};
 use store::Store;
 
 pub use plan::{ALPHAS, Origin, Search, baselines, total};
 pub use plot::plot;
-pub use report::{csv, markdown};
+pub use report::{card, csv, markdown};
 
 /// Sweeps that wait or run at most.
 const MOST_OPEN: usize = 64;
@@ -79,7 +81,7 @@ pub struct Sweep {
     pub select: Select,
     /// Whether trials that are clearly worse on a third of the dev items are dropped.
     pub race: bool,
-    /// Whether scores come from outside; then there are no tasks.
+    /// Whether scores come from outside; then the tasks are those of the first results of lm-eval, or there are none.
     #[serde(default)]
     pub external: bool,
     pub tasks: Vec<TaskRecord>,
@@ -116,8 +118,7 @@ impl Status {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Trial {
     pub n: usize,
-    /// lambda of the first of two parents, or a share for each; empty for the plain method.
-    pub shares: Vec<f64>,
+    pub shares: Shares,
     pub origin: Origin,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub system_fingerprint: Option<String>,
@@ -140,7 +141,7 @@ pub struct Trial {
 impl Trial {
     /// As requests name it after `family@`.
     pub fn label(&self) -> String {
-        crate::serving::Shares::each(self.shares.clone()).to_string()
+        self.shares.to_string()
     }
 }
 
@@ -148,7 +149,7 @@ impl Trial {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Waiting {
     pub trial: usize,
-    pub shares: Vec<f64>,
+    pub shares: Shares,
     /// What requests name.
     pub model: String,
 }
@@ -156,7 +157,12 @@ pub struct Waiting {
 /// What came from outside for a trial: a score, of which higher is better, or why there is none.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Given {
-    Score { score: f64, stderr: Option<f64> },
+    Score {
+        score: f64,
+        stderr: Option<f64>,
+    },
+    /// By task, of which the sweep makes its score.
+    Tasks(Vec<(TaskRecord, Metric)>),
     Failed(String),
 }
 
@@ -208,10 +214,10 @@ pub fn selected(select: Select, tasks: &[TaskRecord], metrics: &[Metric]) -> Opt
     if metrics.is_empty() || metrics.len() != tasks.len() {
         return None;
     }
-    let signed = tasks.iter().zip(metrics).map(|(task, metric)| {
-        let sign = if is_better_higher(&task.metric) { 1.0 } else { -1.0 };
-        (sign * metric.value, metric.stderr)
-    });
+    let signed = tasks
+        .iter()
+        .zip(metrics)
+        .map(|(task, metric)| (task.sign() * metric.value, metric.stderr));
     let signed: Vec<(f64, Option<f64>)> = signed.collect();
     match select {
         Select::Mean => {
@@ -298,7 +304,11 @@ impl Sweeps {
             select: new.select,
             race: new.race,
             external: new.external,
-            tasks: new.tasks.iter().map(|task| TaskRecord::of(task)).collect(),
+            tasks: new
+                .tasks
+                .iter()
+                .map(|task| TaskRecord::parted(task, new.split))
+                .collect(),
             status: Status::Queued,
             error: None,
             trials: Vec::new(),

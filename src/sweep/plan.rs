@@ -3,6 +3,10 @@
 use cauldron_merge::{draw_lambda, draw_shares};
 use serde::{Deserialize, Serialize};
 
+use super::cma;
+use super::linear::{cholesky, solve};
+use crate::serving::Shares;
+
 /// The alphas of the paper (arXiv 2502.15434, section 4).
 pub const ALPHAS: [f64; 7] = [0.2, 0.4, 0.5, 1.0, 2.0, 3.0, 5.0];
 /// Seeds survive clients whose numbers are f64.
@@ -20,6 +24,8 @@ pub enum Search {
     Random { alpha: f64, trials: u32 },
     /// A Gaussian process over lambda, expected improvement.
     Bayes { trials: u32 },
+    /// Lambdas at `groups` places over the layers, by CMA-ES.
+    Cma { groups: u32, trials: u32 },
 }
 
 impl Search {
@@ -29,6 +35,7 @@ impl Search {
             Self::Grid { .. } => "grid",
             Self::Random { .. } => "random",
             Self::Bayes { .. } => "bayes",
+            Self::Cma { .. } => "cma",
         }
     }
 }
@@ -48,6 +55,10 @@ pub enum Origin {
     },
     Grid,
     Bayes,
+    /// The generation that it is of, from 0 on.
+    Cma {
+        generation: usize,
+    },
 }
 
 impl Origin {
@@ -59,7 +70,7 @@ impl Origin {
 /// What was tried, as far as a search learns from it.
 #[derive(Debug, Clone)]
 pub struct Tried {
-    pub shares: Vec<f64>,
+    pub shares: Shares,
     pub origin: Origin,
     /// Higher is better; None if it failed or was dropped.
     pub score: Option<f64>,
@@ -67,30 +78,31 @@ pub struct Tried {
 }
 
 /// One number for two parents.
-fn shares_of(alpha: f64, seed: u64, parents: usize) -> Option<Vec<f64>> {
+fn shares_of(alpha: f64, seed: u64, parents: usize) -> Option<Shares> {
     match parents {
-        2 => draw_lambda(alpha, seed).map(|lambda| vec![lambda]),
-        _ => draw_shares(alpha, seed, parents),
+        2 => draw_lambda(alpha, seed).map(Shares::lambda),
+        _ => draw_shares(alpha, seed, parents).map(Shares::each),
     }
 }
 
 /// What is always scored: each parent alone, equal shares, and the plain method.
-pub fn baselines(parents: usize) -> Vec<(Vec<f64>, Origin)> {
-    let mut all = vec![(Vec::new(), Origin::Plain)];
+pub fn baselines(parents: usize) -> Vec<(Shares, Origin)> {
+    let mut all = vec![(Shares::Plain, Origin::Plain)];
     if parents == 2 {
-        all.extend([0.0, 0.5, 1.0].map(|lambda| (vec![lambda], Origin::Baseline)));
+        all.extend([0.0, 0.5, 1.0].map(|lambda| (Shares::lambda(lambda), Origin::Baseline)));
         return all;
     }
-    all.push((vec![1.0 / parents as f64; parents], Origin::Baseline));
+    let equal = vec![1.0 / parents as f64; parents];
+    all.push((Shares::each(equal), Origin::Baseline));
     for parent in 0..parents {
         let alone = (0..parents).map(|k| f64::from(u8::from(k == parent)));
-        all.push((alone.collect(), Origin::Baseline));
+        all.push((Shares::each(alone.collect()), Origin::Baseline));
     }
     all
 }
 
 /// The next shares to try; None once the search is over. `tried` has all that came before, baselines first.
-pub fn next(search: &Search, seed: u64, parents: usize, tried: &[Tried]) -> Option<(Vec<f64>, Origin)> {
+pub fn next(search: &Search, seed: u64, parents: usize, tried: &[Tried]) -> Option<(Shares, Origin)> {
     let own = tried.iter().filter(|trial| !trial.origin.is_baseline()).count();
     let draw = |alpha: f64, number: usize| {
         let seed = seed.wrapping_add(number as u64) % SEEDS;
@@ -104,13 +116,22 @@ pub fn next(search: &Search, seed: u64, parents: usize, tried: &[Tried]) -> Opti
         },
         Search::Grid { points } => {
             let all = grid(*points as usize, parents);
-            all.get(own).map(|shares| (shares.clone(), Origin::Grid))
+            all.get(own)
+                .map(|shares| (Shares::each(shares.clone()), Origin::Grid))
         }
         Search::Random { alpha, trials } if own < *trials as usize => draw(*alpha, own),
         Search::Bayes { trials } if own < *trials as usize => {
-            Some((vec![most_promising(tried)?], Origin::Bayes))
+            Some((Shares::lambda(most_promising(tried)?), Origin::Bayes))
         }
-        Search::Random { .. } | Search::Bayes { .. } => None,
+        Search::Cma { groups, trials } if own < *trials as usize => {
+            let told = tried.iter().filter_map(|trial| match &trial.shares {
+                Shares::ByLayer(lambdas) => Some((lambdas.as_slice(), trial.score)),
+                _ => None,
+            });
+            let (lambdas, generation) = cma::next(seed, *groups as usize, &told.collect::<Vec<_>>())?;
+            Some((Shares::by_layer(lambdas), Origin::Cma { generation }))
+        }
+        Search::Random { .. } | Search::Bayes { .. } | Search::Cma { .. } => None,
     }
 }
 
@@ -119,7 +140,9 @@ pub fn total(search: &Search, parents: usize) -> usize {
     let own = match search {
         Search::M3 { alphas, more } => alphas.len() + *more as usize,
         Search::Grid { points } => grid(*points as usize, parents).len(),
-        Search::Random { trials, .. } | Search::Bayes { trials } => *trials as usize,
+        Search::Random { trials, .. } | Search::Bayes { trials } | Search::Cma { trials, .. } => {
+            *trials as usize
+        }
     };
     own + baselines(parents).len()
 }
@@ -177,14 +200,14 @@ const LENGTH: f64 = 0.15;
 fn most_promising(tried: &[Tried]) -> Option<f64> {
     let seen: Vec<(f64, f64, f64)> = tried
         .iter()
-        .filter_map(|trial| match (trial.shares.as_slice(), trial.score) {
-            ([lambda], Some(score)) => Some((*lambda, score, trial.stderr.unwrap_or(0.0))),
+        .filter_map(|trial| match (&trial.shares, trial.score) {
+            (Shares::Lambda(lambda), Some(score)) => Some((*lambda, score, trial.stderr.unwrap_or(0.0))),
             _ => None,
         })
         .collect();
     let n = seen.len() as f64;
     let is_new = |lambda: &f64| {
-        let near = |trial: &Tried| matches!(trial.shares.as_slice(), [x] if (x - lambda).abs() < 1e-9);
+        let near = |trial: &Tried| matches!(trial.shares, Shares::Lambda(x) if (x - lambda).abs() < 1e-9);
         !tried.iter().any(near)
     };
     let first = || [0.25, 0.75].into_iter().find(is_new);
@@ -240,45 +263,14 @@ fn normal_below(z: f64) -> f64 {
     if z >= 0.0 { 1.0 - above } else { above }
 }
 
-/// The lower factor of a positive definite matrix.
-fn cholesky(mut matrix: Vec<Vec<f64>>) -> Option<Vec<Vec<f64>>> {
-    let n = matrix.len();
-    for i in 0..n {
-        for j in 0..=i {
-            let known: f64 = (0..j).map(|k| matrix[i][k] * matrix[j][k]).sum();
-            let left = matrix[i][j] - known;
-            matrix[i][j] = match i == j {
-                true if left > 0.0 => left.sqrt(),
-                true => return None,
-                false => left / matrix[j][j],
-            };
-        }
-    }
-    Some(matrix)
-}
-
-fn solve(factor: &[Vec<f64>], values: &[f64]) -> Vec<f64> {
-    let n = values.len();
-    let mut x = values.to_vec();
-    for i in 0..n {
-        let known: f64 = (0..i).map(|k| factor[i][k] * x[k]).sum();
-        x[i] = (x[i] - known) / factor[i][i];
-    }
-    for i in (0..n).rev() {
-        let known: f64 = (i + 1..n).map(|k| factor[k][i] * x[k]).sum();
-        x[i] = (x[i] - known) / factor[i][i];
-    }
-    x
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn run(search: &Search, parents: usize, score: impl Fn(&[f64]) -> f64) -> Vec<Tried> {
+    fn run(search: &Search, parents: usize, score: impl Fn(f64) -> f64) -> Vec<Tried> {
         let mut tried: Vec<Tried> = Vec::new();
-        let take = |(shares, origin): (Vec<f64>, Origin), tried: &mut Vec<Tried>| {
-            let score = (!shares.is_empty()).then(|| score(&shares));
+        let take = |(shares, origin): (Shares, Origin), tried: &mut Vec<Tried>| {
+            let score = shares.mean_lambda().map(&score);
             tried.push(Tried {
                 shares,
                 origin,
@@ -301,7 +293,7 @@ mod tests {
             alphas: ALPHAS.to_vec(),
             more: 3,
         };
-        let tried = run(&search, 2, |shares| -(shares[0] - 0.7).abs());
+        let tried = run(&search, 2, |lambda| -(lambda - 0.7).abs());
         assert_eq!(tried.len(), total(&search, 2));
         assert_eq!(tried.len(), 4 + 7 + 3);
         let draws: Vec<(f64, u64)> = tried
@@ -320,7 +312,7 @@ mod tests {
         };
         assert!(draws[7..].iter().all(|d| d.0 == alpha));
         // The draws are those of a recipe with this alpha and seed.
-        assert_eq!(draw_lambda(draws[2].0, draws[2].1), Some(tried[6].shares[0]));
+        assert_eq!(draw_lambda(draws[2].0, draws[2].1), tried[6].shares.mean_lambda());
     }
 
     #[test]
@@ -339,13 +331,13 @@ mod tests {
 
     #[test]
     fn a_gaussian_process_comes_near_the_best_lambda() {
-        let score = |shares: &[f64]| 1.0 - (shares[0] - 0.73).powi(2);
+        let score = |lambda: f64| 1.0 - (lambda - 0.73).powi(2);
         let tried = run(&Search::Bayes { trials: 8 }, 2, score);
         let best = tried
             .iter()
             .filter(|t| t.score.is_some())
             .max_by(|a, b| a.score.partial_cmp(&b.score).expect("numbers"));
-        let lambda = best.expect("a trial").shares[0];
+        let lambda = best.and_then(|best| best.shares.mean_lambda()).expect("a trial");
         assert!((lambda - 0.73).abs() < 0.05, "{lambda}");
         assert!(
             (normal_below(1.0) - 0.841_344_746).abs() < 1e-6

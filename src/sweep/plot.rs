@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::plan::{Origin, Search};
 use super::{Sweep, Trial};
+use crate::serving::Shares;
 
 const WIDTH: f64 = 760.0;
 const HEIGHT: f64 = 440.0;
@@ -17,10 +18,12 @@ pub fn plot(sweep: &Sweep) -> String {
     let (left, right, top, bottom) = FIELD;
     let two = sweep.parents == 2;
     let count = sweep.trials.len().max(2);
-    let place = |trial: &Trial| match (two, trial.shares.as_slice()) {
-        (true, [lambda]) => Some(left + lambda * (right - left)),
-        (true, _) => None,
-        (false, _) => Some(left + trial.n as f64 / (count - 1) as f64 * (right - left)),
+    let place = |trial: &Trial| match two {
+        true => trial
+            .shares
+            .mean_lambda()
+            .map(|lambda| left + lambda * (right - left)),
+        false => Some(left + trial.n as f64 / (count - 1) as f64 * (right - left)),
     };
     let scored: Vec<(&Trial, f64, f64)> = sweep
         .trials
@@ -77,10 +80,10 @@ pub fn plot(sweep: &Sweep) -> String {
             bottom + 16.0
         );
     }
-    let axis = if two {
-        "lambda, the share of the first model"
-    } else {
-        "trials in their order"
+    let axis = match (two, &sweep.search) {
+        (true, Search::Cma { .. }) => "lambda, the share of the first model (by layer: the mean)",
+        (true, _) => "lambda, the share of the first model",
+        (false, _) => "trials in their order",
     };
     let _ = writeln!(
         out,
@@ -130,7 +133,7 @@ fn densities(out: &mut String, sweep: &Sweep) {
     let alphas = match &sweep.search {
         Search::M3 { alphas, .. } => alphas.clone(),
         Search::Random { alpha, .. } => vec![*alpha],
-        Search::Grid { .. } | Search::Bayes { .. } => return,
+        Search::Grid { .. } | Search::Bayes { .. } | Search::Cma { .. } => return,
     };
     let (left, right, ..) = FIELD;
     let (top, bottom) = STRIP;
@@ -160,8 +163,8 @@ fn densities(out: &mut String, sweep: &Sweep) {
     let drawn = sweep
         .trials
         .iter()
-        .filter_map(|trial| match (&trial.origin, trial.shares.as_slice()) {
-            (Origin::Draw { .. }, [lambda]) => Some(left + lambda * (right - left)),
+        .filter_map(|trial| match (&trial.origin, &trial.shares) {
+            (Origin::Draw { .. }, Shares::Lambda(lambda)) => Some(left + lambda * (right - left)),
             _ => None,
         });
     for x in drawn {

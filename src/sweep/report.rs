@@ -5,15 +5,12 @@ use std::fmt::Write;
 use super::plan::Origin;
 use super::{Select, Sweep, Trial, Verdict};
 use crate::eval::Metric;
+use crate::serving::OpenRecipe;
 
 /// What a sweep did and found.
 pub fn markdown(sweep: &Sweep) -> String {
     let mut out = String::new();
     let recipe = serde_json::to_string(&sweep.recipe).unwrap_or_default();
-    let select = match sweep.select {
-        Select::Mean => "mean of the tasks",
-        Select::Min => "worst of the tasks",
-    };
     let _ = writeln!(out, "# Sweep {}\n", sweep.id);
     let _ = writeln!(out, "Recipe: `{recipe}`\n");
     let _ = write!(
@@ -24,45 +21,21 @@ pub fn markdown(sweep: &Sweep) -> String {
         sweep.trials.len(),
         sweep.total
     );
-    let _ = match sweep.external {
-        true => writeln!(
-            out,
-            "Scores came from outside. The best of several scores is better on what chose it than it will be elsewhere: score it and \
-             the baselines once more on other items.\n"
-        ),
-        false => writeln!(
-            out,
-            "Selected by the {select} on dev items ({:.0} % of each task, split by seed {}), told of on the other items. `±` is one \
-             standard error.\n",
-            100.0 * sweep.split.dev,
-            sweep.split.seed
-        ),
-    };
+    let _ = writeln!(out, "{}\n", judged(sweep));
     if let Some(verdict) = &sweep.verdict {
         let _ = writeln!(out, "{}\n", sentence(sweep, verdict));
     }
-    let tasks: Vec<String> = sweep
-        .tasks
-        .iter()
-        .map(|task| format!("{} ({})", plain(&task.name), task.metric))
-        .collect();
-    let heads = |part: &str| {
-        tasks
-            .iter()
-            .map(|task| format!(" {task}, {part} |"))
-            .collect::<String>()
-    };
     let _ = writeln!(
         out,
         "| | shares | from | score, dev |{}{}",
-        heads("dev"),
-        heads("test")
+        heads(sweep, ", dev"),
+        heads(sweep, ", test")
     );
-    let _ = writeln!(out, "|{}", " --- |".repeat(4 + 2 * tasks.len()));
+    let _ = writeln!(out, "|{}", " --- |".repeat(4 + 2 * sweep.tasks.len()));
     for trial in &sweep.trials {
         let mark = match &sweep.verdict {
             Some(verdict) if verdict.winner == trial.n => "**best**",
-            Some(verdict) if verdict.pareto.contains(&trial.n) && tasks.len() > 1 => "front",
+            Some(verdict) if verdict.pareto.contains(&trial.n) && sweep.tasks.len() > 1 => "front",
             _ => "",
         };
         let score = match (trial.score, &trial.error) {
@@ -70,23 +43,13 @@ pub fn markdown(sweep: &Sweep) -> String {
             (None, Some(_)) => "failed".to_owned(),
             (None, None) => "dropped".to_owned(),
         };
-        let cells = |metrics: &[Metric]| {
-            let cell = |index: usize| {
-                metrics
-                    .get(index)
-                    .map_or_else(String::new, |m| number(m.value, m.stderr))
-            };
-            (0..tasks.len())
-                .map(|index| format!(" {} |", cell(index)))
-                .collect::<String>()
-        };
         let _ = writeln!(
             out,
             "| {mark} | {} | {} | {score} |{}{}",
             trial.label(),
             origin(&trial.origin),
-            cells(&trial.dev),
-            cells(&trial.test)
+            cells(sweep, &trial.dev),
+            cells(sweep, &trial.test)
         );
     }
     for trial in sweep.trials.iter().filter(|trial| trial.error.is_some()) {
@@ -98,6 +61,42 @@ pub fn markdown(sweep: &Sweep) -> String {
         );
     }
     out
+}
+
+/// By what trials were told apart.
+fn judged(sweep: &Sweep) -> String {
+    let select = match sweep.select {
+        Select::Mean => "mean of the tasks",
+        Select::Min => "worst of the tasks",
+    };
+    match sweep.external {
+        true => "Scores came from outside. The best of several scores is better on what chose it than it will be elsewhere: score it \
+                 and the baselines once more on other items."
+            .to_owned(),
+        false => format!(
+            "Selected by the {select} on dev items ({:.0} % of each task, split by seed {}), told of on the other items. `±` is one \
+             standard error.",
+            100.0 * sweep.split.dev,
+            sweep.split.seed
+        ),
+    }
+}
+
+/// Heads of a column for each task.
+fn heads(sweep: &Sweep, part: &str) -> String {
+    let each = sweep.tasks.iter();
+    each.map(|task| format!(" {} ({}){part} |", plain(&task.name), plain(&task.metric)))
+        .collect()
+}
+
+fn cells(sweep: &Sweep, metrics: &[Metric]) -> String {
+    let cell = |index: usize| {
+        let metric = metrics.get(index);
+        metric.map_or_else(String::new, |m| number(m.value, m.stderr))
+    };
+    (0..sweep.tasks.len())
+        .map(|index| format!(" {} |", cell(index)))
+        .collect()
 }
 
 fn sentence(sweep: &Sweep, verdict: &Verdict) -> String {
@@ -134,6 +133,67 @@ fn sentence(sweep: &Sweep, verdict: &Verdict) -> String {
     )
 }
 
+/// README.md of the winner, as the Hugging Face hub reads it; None without a verdict.
+pub fn card(sweep: &Sweep) -> Option<String> {
+    let verdict = sweep.verdict.as_ref()?;
+    let winner = sweep.trials.get(verdict.winner)?;
+    let open = OpenRecipe::new(sweep.recipe.clone()).ok()?;
+    let recipe = serde_json::to_string_pretty(&open.spec_at(&winner.shares)).unwrap_or_default();
+    let mut out = String::from("---\nlibrary_name: transformers\ntags:\n- merge\n- cauldron\n---\n\n");
+    let _ = writeln!(
+        out,
+        "# {}, shares {}\n",
+        plain(&sweep.recipe.method),
+        winner.label()
+    );
+    let _ = writeln!(
+        out,
+        "Merged by Cauldron with this recipe:\n\n```json\n{recipe}\n```\n"
+    );
+    if let Some(fingerprint) = &winner.system_fingerprint {
+        let _ = writeln!(out, "Digest of the checkpoint: `{}`.\n", plain(fingerprint));
+    }
+    let _ = writeln!(
+        out,
+        "## How it was chosen\n\nBy a {} search (Mixup Model Merge, arXiv 2502.15434; sweep {}, seed {}) over {} models, from {}. {}\n",
+        sweep.search.name(),
+        sweep.id,
+        sweep.seed,
+        sweep.trials.len(),
+        origin(&winner.origin),
+        judged(sweep)
+    );
+    let _ = writeln!(out, "{}\n", sentence(sweep, verdict));
+    let baselines = sweep
+        .trials
+        .iter()
+        .filter(|trial| trial.origin.is_baseline() && trial.n != winner.n);
+    let _ = writeln!(
+        out,
+        "| shares | | score |{}",
+        heads(sweep, if sweep.external { "" } else { ", test" })
+    );
+    let _ = writeln!(out, "|{}", " --- |".repeat(3 + sweep.tasks.len()));
+    for trial in std::iter::once(winner).chain(baselines) {
+        let metrics = if sweep.external { &trial.dev } else { &trial.test };
+        let name = if trial.n == winner.n {
+            "this model".to_owned()
+        } else {
+            origin(&trial.origin)
+        };
+        let score = trial
+            .score
+            .map_or_else(|| "-".to_owned(), |score| number(score, trial.stderr));
+        let _ = writeln!(
+            out,
+            "| {} | {name} | {score} |{}",
+            trial.label(),
+            cells(sweep, metrics)
+        );
+    }
+    Some(out)
+}
+
 fn origin(origin: &Origin) -> String {
     match origin {
         Origin::Plain => "plain method".to_owned(),
@@ -141,6 +201,7 @@ fn origin(origin: &Origin) -> String {
         Origin::Draw { alpha, seed } => format!("alpha {alpha}, seed {seed}"),
         Origin::Grid => "grid".to_owned(),
         Origin::Bayes => "expected improvement".to_owned(),
+        Origin::Cma { generation } => format!("generation {generation}"),
     }
 }
 
@@ -187,6 +248,7 @@ fn line(out: &mut String, sweep: &Sweep, trial: &Trial) {
         Origin::Draw { alpha, seed } => ("draw", alpha.to_string(), seed.to_string()),
         Origin::Grid => ("grid", String::new(), String::new()),
         Origin::Bayes => ("bayes", String::new(), String::new()),
+        Origin::Cma { .. } => ("cma", String::new(), String::new()),
     };
     let or_empty = |value: Option<f64>| value.map_or_else(String::new, |value| value.to_string());
     let _ = write!(

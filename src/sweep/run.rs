@@ -9,9 +9,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::plan::{Tried, baselines, next};
-use super::{Given, Origin, Select, Status, Sweep, Sweeps, Trial, Verdict, Waiting, selected};
+use super::{Given, Origin, Select, Status, Sweep, Sweeps, Trial, Verdict, Waiting, cma, selected};
 use crate::config::ModelName;
-use crate::eval::{Metric, Outcome, Task, is_better_higher, mean, measure, value};
+use crate::eval::{Metric, Outcome, Task, TaskRecord, mean, measure, value};
 use crate::serving::{Family, OpenRecipe, Served, ServingError, Shares};
 
 /// Standard errors by which a trial must be behind to be dropped.
@@ -136,7 +136,10 @@ impl Sweeps {
                 .is_ok_and(|served| self.serving.has_room_beside(served));
             if has_room
                 && !sweep.external
-                && let Some((next_shares, _)) = first.get(n + 1).cloned().or_else(|| foreseen(sweep, n + 1))
+                && let Some((next_shares, _)) = first
+                    .get(n + 1)
+                    .cloned()
+                    .or_else(|| foreseen(sweep, &(shares.clone(), origin.clone())))
             {
                 let (this, family, of) = (self.clone(), family.clone(), next_shares.clone());
                 ahead = Some((
@@ -187,19 +190,24 @@ impl Sweeps {
             .iter()
             .filter_map(|trial| Some((trial.score?, trial)));
         let (score, trial) = scored.reduce(|best, other| if other.0 > best.0 { other } else { best })?;
+        let dev = |part: &Parts| vec![part.heat.clone(), part.rest.clone()];
+        let found = self.recalled(trial, parts.iter().map(dev)).await?;
+        Some((score, found))
+    }
+
+    /// What a trial's weights did with tasks, each in some pieces, if all of it is kept.
+    async fn recalled(&self, trial: &Trial, tasks: impl Iterator<Item = Vec<Arc<Task>>>) -> Option<Found> {
         let fingerprint = trial.system_fingerprint.as_deref()?;
         let mut found = Found::new();
-        for part in parts {
+        for pieces in tasks {
             let mut outcomes = Vec::new();
-            for task in [&part.heat, &part.rest] {
-                if !task.items.is_empty() {
-                    let known = self.evals.known(fingerprint, task.digest, task.items.len()).await;
-                    outcomes.extend(known.ok()??.iter().cloned());
-                }
+            for task in pieces.iter().filter(|task| !task.items.is_empty()) {
+                let known = self.evals.known(fingerprint, task.digest, task.items.len()).await;
+                outcomes.extend(known.ok()??.iter().cloned());
             }
             found.push(outcomes);
         }
-        Some((score, found))
+        Some(found)
     }
 
     async fn note(&self, sweep: &Sweep) -> Result<(), String> {
@@ -208,7 +216,7 @@ impl Sweeps {
             .map_err(|e| format!("it cannot be kept: {e}"))
     }
 
-    async fn point(&self, family: &Arc<Family>, shares: &[f64]) -> Result<Arc<Served>, String> {
+    async fn point(&self, family: &Arc<Family>, shares: &Shares) -> Result<Arc<Served>, String> {
         let mut tries = 0;
         loop {
             match self.point_or_why(family, shares).await {
@@ -223,15 +231,12 @@ impl Sweeps {
         }
     }
 
-    async fn point_once(&self, family: &Arc<Family>, shares: &[f64]) -> Result<Arc<Served>, String> {
+    async fn point_once(&self, family: &Arc<Family>, shares: &Shares) -> Result<Arc<Served>, String> {
         self.point_or_why(family, shares).await.map_err(|e| e.to_string())
     }
 
-    async fn point_or_why(&self, family: &Arc<Family>, shares: &[f64]) -> Result<Arc<Served>, ServingError> {
-        let served = self
-            .serving
-            .point(family.clone(), &Shares::each(shares.to_vec()))
-            .await?;
+    async fn point_or_why(&self, family: &Arc<Family>, shares: &Shares) -> Result<Arc<Served>, ServingError> {
+        let served = self.serving.point(family.clone(), shares).await?;
         let now = self.serving.family(&family.name);
         match now.is_some_and(|now| Arc::ptr_eq(&now, family)) {
             true => Ok(served),
@@ -246,6 +251,14 @@ impl Sweeps {
         }
         let found = self.evals.outcomes(served, task, &AtomicUsize::new(0)).await;
         Ok(found.map_err(|e| e.to_string())?.to_vec())
+    }
+
+    async fn ask_test(&self, served: &Arc<Served>, parts: &[Parts]) -> Result<Found, String> {
+        let mut found = Found::new();
+        for part in parts {
+            found.push(self.ask(served, &part.test).await?);
+        }
+        Ok(found)
     }
 
     async fn try_one(
@@ -275,6 +288,10 @@ impl Sweeps {
                 *leader = Some((score, found));
             }
         }
+        // All baselines are told of: while their weights are there.
+        if trial.origin.is_baseline() {
+            trial.test = metrics(sweep, &self.ask_test(served, parts).await?)?;
+        }
         Ok(())
     }
 
@@ -298,6 +315,21 @@ impl Sweeps {
         match given? {
             Ok(Some(Given::Score { score, stderr })) => {
                 (trial.score, trial.stderr) = (Some(score), stderr);
+                Ok(())
+            }
+            Ok(Some(Given::Tasks(given))) => {
+                if sweep.tasks.is_empty() {
+                    sweep.tasks = given.iter().map(|(task, _)| task.clone()).collect();
+                }
+                let named = |task: &TaskRecord| (task.name.clone(), task.metric.clone());
+                let expected = sweep.tasks.iter().map(named);
+                if !expected.eq(given.iter().map(|(task, _)| named(task))) {
+                    return Err("its results are of other tasks or metrics than the first trial's".into());
+                }
+                trial.dev = given.into_iter().map(|(_, metric)| metric).collect();
+                if let Some((score, stderr)) = selected(sweep.select, &sweep.tasks, &trial.dev) {
+                    (trial.score, trial.stderr) = (Some(score), stderr);
+                }
                 Ok(())
             }
             Ok(Some(Given::Failed(detail))) => Err(detail),
@@ -337,11 +369,14 @@ impl Sweeps {
             .map(|trial| trial.n)
             .collect();
         for n in to_test {
-            let served = self.point(family, &sweep.trials[n].shares).await?;
-            let mut outcomes = Found::new();
-            for part in parts {
-                outcomes.push(self.ask(&served, &part.test).await?);
-            }
+            let test = |part: &Parts| vec![part.test.clone()];
+            let outcomes = match self.recalled(&sweep.trials[n], parts.iter().map(test)).await {
+                Some(outcomes) => outcomes,
+                None => {
+                    let served = self.point(family, &sweep.trials[n].shares).await?;
+                    self.ask_test(&served, parts).await?
+                }
+            };
             sweep.trials[n].test = metrics(sweep, &outcomes)?;
             found.push((n, outcomes));
         }
@@ -394,7 +429,10 @@ fn of_scores(sweep: &Sweep, winner: usize, baseline: usize) -> Verdict {
         test_gain: a - b,
         test_gain_stderr: stderr,
         within_noise: is_noise(a - b, stderr),
-        pareto: vec![winner],
+        pareto: match sweep.tasks.is_empty() {
+            true => vec![winner],
+            false => pareto(sweep),
+        },
     }
 }
 
@@ -410,25 +448,24 @@ async fn joined(
 }
 
 /// What comes after the trial that is being asked, where that does not depend on its score.
-fn foreseen(sweep: &Sweep, n: usize) -> Option<(Vec<f64>, Origin)> {
-    let own = n.checked_sub(baselines(sweep.parents).len())?;
-    match &sweep.search {
-        super::Search::Bayes { .. } => None,
-        super::Search::M3 { alphas, .. } if own >= alphas.len() => None,
-        search => {
-            let mut known = tried(sweep);
-            // The trial that is being asked counts as tried.
-            known.push(Tried {
-                shares: Vec::new(),
-                origin: match n > baselines(sweep.parents).len() {
-                    true => Origin::Grid,
-                    false => Origin::Baseline,
-                },
-                score: None,
-                stderr: None,
-            });
-            next(search, sweep.seed, sweep.parents, &known)
-        }
+fn foreseen(sweep: &Sweep, asked: &(Shares, Origin)) -> Option<(Shares, Origin)> {
+    let mut known = tried(sweep);
+    known.push(Tried {
+        shares: asked.0.clone(),
+        origin: asked.1.clone(),
+        score: None,
+        stderr: None,
+    });
+    let own = known.iter().filter(|trial| !trial.origin.is_baseline()).count();
+    let learns = match &sweep.search {
+        super::Search::Bayes { .. } => true,
+        super::Search::M3 { alphas, .. } => own >= alphas.len(),
+        super::Search::Cma { groups, .. } => cma::ends_generation(*groups as usize, own),
+        super::Search::Grid { .. } | super::Search::Random { .. } => false,
+    };
+    match learns {
+        true => None,
+        false => next(&sweep.search, sweep.seed, sweep.parents, &known),
     }
 }
 
@@ -470,7 +507,7 @@ fn gain(sweep: &Sweep, ours: &Found, theirs: &Found) -> (f64, Option<f64>) {
         Select::Min => None,
         Select::Mean => both()
             .map(|(task, (ours, theirs))| {
-                let sign = if is_better_higher(&task.metric) { 1.0 } else { -1.0 };
+                let sign = task.sign();
                 let differences: Option<Vec<f64>> = ours
                     .iter()
                     .zip(theirs)
@@ -507,15 +544,7 @@ fn is_clearly_worse(sweep: &Sweep, found: &Found, leader: Option<&(f64, Found)>)
 fn pareto(sweep: &Sweep) -> Vec<usize> {
     let signed = |trial: &Trial| -> Vec<f64> {
         let values = sweep.tasks.iter().zip(&trial.dev);
-        values
-            .map(|(task, metric)| {
-                if is_better_higher(&task.metric) {
-                    metric.value
-                } else {
-                    -metric.value
-                }
-            })
-            .collect()
+        values.map(|(task, metric)| task.sign() * metric.value).collect()
     };
     let scored: Vec<(usize, Vec<f64>)> = sweep
         .trials

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::common::TestApp;
+use crate::common::{TestApp, write_masked_lm};
 
 fn generate() -> Value {
     let items: Vec<Value> = (0..70)
@@ -193,4 +193,172 @@ async fn tasks_come_from_files_and_bad_ones_are_named() {
         .await;
     assert_eq!(failed["status"], "failed");
     assert!(failed["error"].as_str().unwrap().contains("item 0"), "{failed}");
+}
+
+/// Choices about reviews, of which an attack may change the review alone.
+fn reviews() -> Value {
+    let words = [
+        "boring",
+        "lovely",
+        "rude",
+        "plain",
+        "the last movie",
+        "a good film",
+    ];
+    let items: Vec<Value> = (0..24)
+        .map(|i| {
+            let prompt = format!(
+                "Review: it was said {} is very {}.\nSentiment:",
+                words[i % 6],
+                words[(i / 6) % 4]
+            );
+            json!({"prompt": prompt, "choices": [" good", " bad"], "answer": i % 2})
+        })
+        .collect();
+    json!({"name": "reviews", "items": items, "metric": "brier", "attack_within": "Review: (.*)\n"})
+}
+
+/// The scores under an attack are those of the attacked items as a task of their own, and the drop rate follows from both.
+#[tokio::test(flavor = "multi_thread")]
+async fn under_an_attack_the_scores_and_their_drop_are_told() {
+    let app = TestApp::start().await;
+    app.load("m", "math").await;
+    write_masked_lm(&app.models_dir().join("masked"), 5);
+    let plain = evaluated(&app, json!({"model": "m", "tasks": [reviews()]})).await;
+    for attack in [
+        json!("deep_word_bug"),
+        json!({"kind": "stress_test", "seed": 4}),
+        json!({"kind": "synonyms", "seed": 4, "rate": 0.5}),
+        json!({"kind": "bert", "model": "masked", "rate": 0.5}),
+    ] {
+        let body =
+            json!({"model": "m", "tasks": [reviews()], "attack": attack, "split": {"seed": 1, "dev": 0.5}});
+        let eval = evaluated(&app, body.clone()).await;
+        assert_eq!((&eval["done"], &eval["total"]), (&json!(48), &json!(48)));
+        let task = &eval["tasks"][0];
+        assert_eq!(task["scores"]["all"], plain["tasks"][0]["scores"]["all"]);
+        let under = &task["attacked"];
+        assert!(under["changed"].as_u64().unwrap() >= 12, "{under}");
+        for part in ["all", "dev", "test"] {
+            let of = |scores: &Value| scores[part]["brier"]["value"].as_f64().unwrap();
+            let (before, after) = (of(&task["scores"]), of(&under["scores"]));
+            assert_ne!(before, after, "{attack}");
+            let rate = &under["drop_rate"][part]["brier"];
+            assert!((rate["value"].as_f64().unwrap() - (before - after) / before).abs() < 1e-12);
+            assert!(rate["stderr"].as_f64().unwrap() > 0.0);
+            assert_eq!(rate["items"], task["scores"][part]["brier"]["items"]);
+        }
+        // The same attack as the task's own.
+        let mut own = reviews();
+        own["attack"] = attack.clone();
+        let alone = evaluated(
+            &app,
+            json!({"model": "m", "tasks": [own], "split": {"seed": 1, "dev": 0.5}}),
+        )
+        .await;
+        assert_eq!(alone["tasks"][0]["scores"], under["scores"], "{attack}");
+        let id = eval["id"].as_str().unwrap();
+        let items = async |query: &str| {
+            app.get(&format!("/evals/{id}/items{query}"))
+                .await
+                .expect(200)
+                .json()
+        };
+        assert_ne!(items("?attacked=true").await, items("").await);
+        app.get(&format!("/evals/{id}/items?attacked=1"))
+            .await
+            .expect_problem(422, Some("attacked"));
+        assert_eq!(app.post("/evals", body).await.expect(200).json(), eval);
+    }
+    let own = |attack: Value| {
+        let mut task = reviews();
+        task["attack"] = attack;
+        task
+    };
+    let elsewhere = |pattern: &str| {
+        let mut task = reviews();
+        task["attack_within"] = json!(pattern);
+        task
+    };
+    for (task, attack, field) in [
+        (reviews(), json!("luck"), "attack.kind"),
+        (
+            reviews(),
+            json!({"kind": "bert", "model": "nobody"}),
+            "attack.model",
+        ),
+        (
+            reviews(),
+            json!({"kind": "bert", "model": "math"}),
+            "attack.model",
+        ),
+        (own(json!("synonyms")), json!("synonyms"), "tasks[0].attack"),
+        (
+            own(json!({"kind": "synonyms", "rate": 2})),
+            json!(null),
+            "tasks[0].attack.rate",
+        ),
+        (elsewhere("("), json!("synonyms"), "tasks[0].attack_within"),
+        (elsewhere("Title: (.*)"), json!("synonyms"), "tasks[0].items[0]"),
+    ] {
+        app.post("/evals", json!({"model": "m", "tasks": [task], "attack": attack}))
+            .await
+            .expect_problem(422, Some(field));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn results_of_lm_eval_become_an_evaluation() {
+    let app = TestApp::start().await;
+    app.load("m", "math").await;
+    let file = json!({
+        "results": {"arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25}},
+        "higher_is_better": {"arc_easy": {"acc": true, "acc_norm": true}},
+        "n-samples": {"arc_easy": {"original": 26, "effective": 26}},
+        "versions": {"arc_easy": 1},
+    });
+    let body = json!({"model": "m", "lm_eval": file, "metric": "acc_norm"});
+    let eval = app.post("/evals/import", body.clone()).await.expect(201).json();
+    let slot = app.get("/models/m").await.json();
+    assert_eq!(eval["system_fingerprint"], slot["system_fingerprint"]);
+    assert_eq!(
+        (&eval["status"], &eval["tasks"][0]["kind"]),
+        (&json!("done"), &json!("imported"))
+    );
+    assert_eq!(eval["tasks"][0]["metric"], "acc_norm,none");
+    assert_eq!(
+        eval["tasks"][0]["scores"]["all"]["acc,none"],
+        json!({"value": 0.5, "stderr": 0.1, "items": 26})
+    );
+    let id = eval["id"].as_str().unwrap();
+    let app = app.restart(true).await;
+    assert_eq!(app.get(&format!("/evals/{id}")).await.expect(200).json(), eval);
+    let mut elsewhere = body.clone();
+    elsewhere["system_fingerprint"] = json!("abc");
+    assert_ne!(
+        app.post("/evals/import", elsewhere).await.expect(201).json()["id"],
+        id
+    );
+    let refused = |change: fn(&mut Value)| {
+        let mut body = body.clone();
+        body["system_fingerprint"] = json!("abc");
+        change(&mut body);
+        body
+    };
+    for (body, status, field) in [
+        (body.clone(), 404, "model"),
+        (refused(|b| b["lm_eval"] = json!(null)), 422, "metric"),
+        (refused(|b| b["lm_eval"] = json!({})), 422, "lm_eval.results"),
+        (
+            refused(|b| b["metric"] = json!("f1")),
+            422,
+            "lm_eval.results.arc_easy",
+        ),
+        (refused(|b| b["model"] = json!("")), 422, "model"),
+        (refused(|b| b["tasks"] = json!([])), 422, "tasks"),
+    ] {
+        app.post("/evals/import", body)
+            .await
+            .expect_problem(status, Some(field));
+    }
 }

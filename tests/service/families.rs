@@ -88,6 +88,49 @@ async fn a_point_has_the_digest_and_the_scores_of_the_merge_on_disk() {
     }
 }
 
+/// A lambda of its own for the first layer, the last one, and what lies between.
+#[tokio::test(flavor = "multi_thread")]
+async fn lambdas_by_layer_are_those_of_a_gradient() {
+    let app = TestApp::start().await;
+    for (name, recipe) in [
+        ("ta", family("task_arithmetic")),
+        ("ties", family("ties")),
+        ("slerp", family("slerp")),
+    ] {
+        load(&app, name, recipe.clone()).await;
+        let (fingerprint, scores) = ask(&app, &format!("{name}@0.9:0.2")).await;
+        let mut closed = recipe;
+        closed["mixup"] = json!({"lambda": [0.9, 0.2]});
+        let job = app.merge(closed).await;
+        assert_eq!(job["digest"], fingerprint, "{name}");
+        app.load("disk", &format!("checkpoint:{fingerprint}")).await;
+        assert_eq!(ask(&app, "disk").await, (fingerprint.clone(), scores));
+        assert_ne!(ask(&app, &format!("{name}@0.9")).await.0, fingerprint);
+        let made = app
+            .post(
+                &format!("/models/{name}/point"),
+                json!({"lambda": [0.9, 0.2], "save": true}),
+            )
+            .await
+            .expect(200)
+            .json();
+        assert_eq!(
+            (&made["model"], &made["system_fingerprint"]),
+            (&json!(format!("{name}@0.9:0.2")), &json!(fingerprint))
+        );
+    }
+    for bad in ["0.9:", ":0.9", "0.9:1.5", "0.9:x", "0.1:0.2,0.3"] {
+        app.post("/v1/completions", scoring(&format!("ta@{bad}")))
+            .await
+            .expect_error(400, Some("model"));
+    }
+    for bad in [json!([]), json!([0.5]), json!([0.5, "x"])] {
+        app.post("/models/ta/point", json!({"lambda": bad}))
+            .await
+            .expect_problem(422, Some("lambda"));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn more_than_two_parents_have_a_share_each() {
     let app = TestApp::start().await;

@@ -210,6 +210,61 @@ async fn other_searches_and_more_parents() {
     assert!(plot.contains("trials in their order"));
 }
 
+/// Lambdas by layer are searched by CMA-ES; the points are those of merges, and a restart does not change them.
+#[tokio::test(flavor = "multi_thread")]
+async fn lambdas_by_layer_are_searched() {
+    let app = TestApp::start().await;
+    let body = sweep(json!({"kind": "cma", "groups": 2, "trials": 15}));
+    let found = swept(&app, body.clone()).await;
+    let trials = found["trials"].as_array().unwrap();
+    assert_eq!(trials.len(), 4 + 15);
+    let by_layer = trials[4]["shares"]["by_layer"].clone();
+    assert_eq!(by_layer.as_array().unwrap().len(), 2, "{}", trials[4]);
+    let mut closed = recipe();
+    closed["mixup"] = json!({"lambda": by_layer});
+    assert_eq!(app.merge(closed).await["digest"], trials[4]["system_fingerprint"]);
+    let generations: Vec<u64> = trials[4..]
+        .iter()
+        .map(|trial| trial["origin"]["cma"]["generation"].as_u64().unwrap())
+        .collect();
+    assert_eq!(generations, [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2]);
+    let id = begun(&app, body).await;
+    app.eventually(&format!("/sweeps/{id}"), |sweep| {
+        sweep["trials"].as_array().unwrap().len() >= 9
+    })
+    .await;
+    let app = app.restart(true).await;
+    let again = ended(&app, &id).await;
+    let points = |sweep: &Value| -> Vec<Value> {
+        let trials = sweep["trials"].as_array().unwrap().iter();
+        trials
+            .map(|trial| json!([trial["shares"], trial["score"]]))
+            .collect()
+    };
+    assert_eq!(points(&again), points(&found));
+    let plot = app
+        .get(&format!("/sweeps/{id}/plot.svg"))
+        .await
+        .expect(200)
+        .text();
+    assert_eq!(plot.matches("<circle").count(), 18);
+}
+
+/// A sweep may look for what holds under an attack.
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_under_attack_are_searched_and_stay_split_as_they_were() {
+    let app = TestApp::start().await;
+    let mut body = sweep(json!({"kind": "grid", "points": 3}));
+    let plain = swept(&app, body.clone()).await;
+    body["tasks"][0]["attack"] = json!("stress_test");
+    let attacked = swept(&app, body).await;
+    assert_eq!(attacked["tasks"][0]["parts"], plain["tasks"][0]["parts"]);
+    assert_eq!(attacked["tasks"][0]["parts"].as_str().unwrap().len(), 24);
+    let first = |sweep: &Value| sweep["trials"][1]["dev"][0].clone();
+    assert_eq!(first(&attacked)["items"], first(&plain)["items"]);
+    assert_ne!(first(&attacked)["value"], first(&plain)["value"]);
+}
+
 /// The same trials with the same scores, whether it ran in one go or not.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sweep_goes_on_after_a_restart_and_can_be_cancelled() {
@@ -288,6 +343,69 @@ async fn scores_may_come_from_outside() {
         .expect_problem(422, Some("tasks"));
 }
 
+/// What lm-eval wrote of each trial counts task by task.
+#[tokio::test(flavor = "multi_thread")]
+async fn scores_of_lm_eval_count_task_by_task() {
+    let app = TestApp::start().await;
+    let body = json!({"recipe": recipe(), "search": {"kind": "grid", "points": 5}, "score": "external"});
+    let id = begun(&app, body).await;
+    app.get(&format!("/sweeps/{id}/card.md"))
+        .await
+        .expect_problem(409, None);
+    for trial in 0..6 {
+        let sweep = app
+            .eventually(&format!("/sweeps/{id}"), |sweep| {
+                sweep["waiting"]["trial"] == trial
+            })
+            .await;
+        let lambda = sweep["waiting"]["shares"][0].as_f64().unwrap_or(0.5);
+        let mut file = json!({
+            "results": {
+                "one": {"acc,none": 1.0 - (lambda - 0.75).abs(), "acc_stderr,none": 0.01},
+                "two": {"word_perplexity,none": 4.0 + 4.0 * lambda, "word_perplexity_stderr,none": "N/A"},
+            },
+            "higher_is_better": {"one": {"acc": true}, "two": {"word_perplexity": false}},
+        });
+        if trial == 1 {
+            file["results"].as_object_mut().unwrap().remove("two");
+        }
+        app.post(
+            &format!("/sweeps/{id}/trials/{trial}/score"),
+            json!({"lm_eval": file}),
+        )
+        .await
+        .expect(204);
+    }
+    let sweep = ended(&app, &id).await;
+    assert_eq!(sweep["status"], "done", "{sweep}");
+    assert_eq!(sweep["tasks"][1]["name"], "two");
+    assert!(
+        sweep["trials"][1]["error"]
+            .as_str()
+            .unwrap()
+            .contains("other tasks")
+    );
+    // (acc - perplexity) / 2
+    let scores = scores(&sweep);
+    assert!((scores[2].unwrap() - (0.75 - 6.0) / 2.0).abs() < 1e-12);
+    assert_eq!(scores[1], None);
+    // 0.25 is best in perplexity of those left, 0.75 in accuracy; what lies between is on the front.
+    let front = sweep["verdict"]["pareto"].as_array().unwrap().clone();
+    assert!(
+        front.contains(&json!(4)) && front.contains(&json!(5)) && !front.contains(&json!(3)),
+        "{front:?}"
+    );
+    let card = app.get(&format!("/sweeps/{id}/card.md")).await.expect(200).text();
+    assert!(card.starts_with("---\nlibrary_name: transformers\n"), "{card}");
+    assert!(
+        card.contains("How it was chosen") && card.contains("\"mixup\"") && card.contains("this model"),
+        "{card}"
+    );
+    app.post(&format!("/sweeps/{id}/trials/5/score"), json!({"lm_eval": {}}))
+        .await
+        .expect_problem(422, Some("lm_eval.results"));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_sweeps_are_refused_by_their_field() {
     let app = TestApp::start().await;
@@ -319,6 +437,21 @@ async fn bad_sweeps_are_refused_by_their_field() {
         "search.trials",
     )
     .await;
+    refused(
+        |b| b["search"] = json!({"kind": "cma", "groups": 1}),
+        "search.groups",
+    )
+    .await;
+    refused(
+        |b| b["search"] = json!({"kind": "cma", "groups": 99}),
+        "search.groups",
+    )
+    .await;
+    refused(
+        |b| b["tasks"][1]["attack"] = json!("luck"),
+        "tasks[1].attack.kind",
+    )
+    .await;
     refused(|b| b["select"] = json!("max"), "select").await;
     refused(|b| b["race"] = json!(1), "race").await;
     refused(|b| b["seed"] = json!(-1), "seed").await;
@@ -327,7 +460,14 @@ async fn bad_sweeps_are_refused_by_their_field() {
     refused(|b| b["tasks"] = json!([]), "tasks").await;
     refused(|b| b["budget"] = json!(3), "budget").await;
     let nobody = uuid::Uuid::new_v4();
-    for path in ["", "/report.md", "/plot.svg", "/trials.csv", "/events"] {
+    for path in [
+        "",
+        "/report.md",
+        "/plot.svg",
+        "/trials.csv",
+        "/card.md",
+        "/events",
+    ] {
         app.get(&format!("/sweeps/{nobody}{path}"))
             .await
             .expect_problem(404, None);

@@ -72,17 +72,7 @@ impl TextTokenizer {
     ) -> Result<Self, LmError> {
         let file = tokenizer_guard::check(bytes, rows)?;
         let form = TokenForm::of(file.get("decoder").unwrap_or(&Value::Null));
-        let checked = serde_json::to_vec(&file).map_err(|e| LmError::tokenizer(e.to_string()))?;
-        let tokenizer: Tokenizer = fenced(|| Tokenizer::from_bytes(&checked))?;
-        // The library numbers added tokens itself where the file's ids do not fit.
-        if let Some(id) = tokenizer
-            .get_added_tokens_decoder()
-            .keys()
-            .find(|id| **id as usize >= rows)
-        {
-            let detail = format!("an added token got the id {id}; the model has {rows} embedding rows");
-            return Err(LmError::tokenizer(detail));
-        }
+        let tokenizer = tokenizer_of(&file, rows)?;
         let mut eos_ids = match eos_ids {
             Some(ids) => ids,
             None => {
@@ -227,8 +217,27 @@ fn read_object(read: ReadFile<'_>, file: &str) -> Result<Map<String, Value>, LmE
     }
 }
 
+/// The library's tokenizer of a tokenizer.json that is checked first.
+pub(crate) fn checked_tokenizer(bytes: &[u8], rows: usize) -> Result<Tokenizer, LmError> {
+    tokenizer_of(&tokenizer_guard::check(bytes, rows)?, rows)
+}
+
+fn tokenizer_of(checked: &Map<String, Value>, rows: usize) -> Result<Tokenizer, LmError> {
+    let bytes = serde_json::to_vec(checked).map_err(|e| LmError::tokenizer(e.to_string()))?;
+    let tokenizer: Tokenizer = fenced(|| Tokenizer::from_bytes(&bytes))?;
+    // The library numbers added tokens itself where the file's ids do not fit.
+    let mut added = tokenizer.get_added_tokens_decoder().into_keys();
+    match added.find(|id| *id as usize >= rows) {
+        None => Ok(tokenizer),
+        Some(id) => {
+            let detail = format!("an added token got the id {id}; the model has {rows} embedding rows");
+            Err(LmError::tokenizer(detail))
+        }
+    }
+}
+
 /// Runs a call of the tokenizers crate so that neither its errors nor its panics go further.
-fn fenced<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, LmError> {
+pub(crate) fn fenced<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, LmError> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(result) => result.map_err(|e| LmError::tokenizer(e.to_string())),
         Err(_) => Err(LmError::tokenizer("the tokenizer panicked on this input")),

@@ -41,11 +41,16 @@ struct Rule {
 
 impl Setting {
     pub fn constant(value: f64) -> Self {
+        Self::gradient(vec![value])
+    }
+
+    /// Numbers at equal distances over the layers; at least one.
+    pub fn gradient(values: Vec<f64>) -> Self {
         Self(vec![Rule {
             filter: None,
             layers: None,
             slice: None,
-            values: vec![value],
+            values,
         }])
     }
 

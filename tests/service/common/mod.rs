@@ -20,7 +20,7 @@ use std::sync::Arc;
 use tempfile::TempDir;
 use tower::ServiceExt;
 
-pub use models::{Shape, write_adapter, write_model};
+pub use models::{Shape, write_adapter, write_masked_lm, write_model};
 
 /// A response that has been read.
 #[derive(Debug)]

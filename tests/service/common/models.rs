@@ -69,6 +69,20 @@ pub fn write_model(dir: &Path, seed: u32, shape: &Shape) {
     write_tensors(&dir.join("model.safetensors"), seed, &tensors);
 }
 
+/// The tiny BERT of the language models' tests, with weights of chance.
+pub fn write_masked_lm(dir: &Path, seed: u32) {
+    fs::create_dir_all(dir).unwrap();
+    let golden = include_str!("../../../crates/lm/tests/data/masked.json");
+    let golden: Value = serde_json::from_str(golden).unwrap();
+    fs::write(dir.join("config.json"), golden["config"].to_string()).unwrap();
+    fs::write(dir.join("tokenizer.json"), golden["tokenizer"].to_string()).unwrap();
+    let shapes = golden["tensors"].as_object().unwrap().iter();
+    let tensors: Vec<(String, Vec<usize>)> = shapes
+        .map(|(name, shape)| (name.clone(), serde_json::from_value(shape.clone()).unwrap()))
+        .collect();
+    write_tensors(&dir.join("model.safetensors"), seed, &tensors);
+}
+
 /// A rank-2 adapter of the first layer's query projection.
 pub fn write_adapter(dir: &Path, seed: u32, shape: &Shape) {
     fs::create_dir_all(dir).unwrap();

@@ -16,7 +16,7 @@ fn golden() -> Value {
 }
 
 /// Uniform in [-0.5, 0.5): FNV-1a of the name, then SplitMix64 of that plus the index.
-fn noise(name: &str, count: usize) -> Vec<f32> {
+pub fn noise(name: &str, count: usize) -> Vec<f32> {
     let seed = name.bytes().fold(0xCBF2_9CE4_8422_2325_u64, |seed, byte| {
         (seed ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3)
     });

@@ -8,3 +8,4 @@ mod decoder;
 mod decoder_vs_candle;
 mod engine;
 mod golden;
+mod masked;
