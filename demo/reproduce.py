@@ -39,7 +39,8 @@ class Service:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
         with urllib.request.urlopen(request, timeout=600) as response:
-            return response.read().decode() if text else json.load(response)
+            answer = response.read().decode()
+            return answer if text or not answer else json.loads(answer)
 
 
 def sweep(service, pair, method, limit, seed):
@@ -60,6 +61,36 @@ def sweep(service, pair, method, limit, seed):
     if made["status"] != "done":
         raise SystemExit(f"{pair} {method}: {made['status']} {made.get('error')}")
     return made | {"wall_s": time.time() - start}
+
+
+# What of a prompt an attack may change, by task.
+WITHIN = {"sentiment": "Review: (.*)", "math": "Question: (.*)"}
+ATTACKS = {"DeepWordBug": {"kind": "deep_word_bug", "rate": 0.3}, "StressTest": {"kind": "stress_test"},
+           "synonyms": {"kind": "synonyms", "rate": 1.0}}
+
+
+def robustness(service, pair, method, made, limit):
+    """Drop rates of the plain method and of the best draw, by attack and task."""
+    tasks = [{"name": task, "file": f"{task}.test.jsonl", "max_tokens": TOKENS[task], "stop": "\n", "attack_within": WITHIN[task]} |
+             ({"limit": limit} if limit else {}) for task in pair if task in WITHIN]
+    drawn = [t for t in made["trials"] if isinstance(t["origin"], dict) and t["score"] is not None]
+    best = max(drawn, key=lambda t: t["score"])
+    service.ask("POST", "/models", {"name": "under-attack", "source": METHODS[method] | {"models": list(pair)}})
+    found = []
+    for label, point in [("plain", "plain"), ("M3", repr(best["shares"][0]))]:
+        for attack, how in ATTACKS.items():
+            asked = service.ask("POST", "/evals", {"model": f"under-attack@{point}", "tasks": tasks, "attack": how})
+            while asked["status"] == "running":
+                time.sleep(0.5)
+                asked = service.ask("GET", f"/evals/{asked['id']}")
+            if asked["status"] != "done":
+                raise SystemExit(f"{pair} {method} {attack}: {asked['error']}")
+            for task in asked["tasks"]:
+                found.append({"pair": "+".join(pair), "method": method, "model": label, "attack": attack, "task": task["name"],
+                              "plain": task["scores"]["all"]["exact"], "attacked": task["attacked"]["scores"]["all"]["exact"],
+                              "drop": task["attacked"]["drop_rate"]["all"].get("exact")})
+    service.ask("DELETE", "/models/under-attack")
+    return found
 
 
 def shown(metric):
@@ -84,22 +115,24 @@ def main():
     with tempfile.TemporaryDirectory(dir=ROOT / "target/demo") as data:
         service = Service(os.environ.get("CAULDRON", ROOT / "target/release/cauldron"), data)
         try:
-            found = {}
+            found, attacked = {}, []
             for pair in [tuple(p.split("+")) for p in args.pairs.split(",")]:
                 for method in args.methods.split(","):
                     found[pair, method] = made = sweep(service, pair, method, args.limit, args.seed)
                     path = out.parent / "reproduction" / f"{'-'.join(pair)}-{method.replace(' ', '-').lower()}.svg"
                     path.parent.mkdir(exist_ok=True)
                     path.write_text(service.ask("GET", f"/sweeps/{made['id']}/plot.svg", text=True))
+                    if any(task in WITHIN for task in pair):
+                        attacked += robustness(service, pair, method, made, args.limit)
                     # What is there counts if the rest is not waited for.
-                    write(out, found, args)
+                    write(out, found, attacked, args)
         finally:
             service.process.terminate()
             service.process.wait()
     print(out)
 
 
-def write(out, found, args):
+def write(out, found, attacked, args):
     any_sweep = next(iter(found.values()))
     items = any_sweep["trials"][0]["dev"][0]["items"], any_sweep["trials"][0]["test"][0]["items"]
     lines = [
@@ -117,7 +150,8 @@ def write(out, found, args):
     gains, edges, better = [], 0, 0
     for (pair, method), made in found.items():
         trials = made["trials"]
-        plain = trials[0]
+        # Of an average equal shares are the plain method.
+        plain = next((t for t in trials if t["origin"] == "plain"), None) or next(t for t in trials if t["shares"] == [0.5])
         drawn = [t for t in trials if isinstance(t["origin"], dict) and t["score"] is not None]
         winner = max(drawn, key=lambda t: t["score"])
         if not winner.get("test"):
@@ -125,7 +159,7 @@ def write(out, found, args):
             winner_test = None
         else:
             winner_test = winner["test"]
-        fixed = max((t for t in trials[1:4] if t["score"] is not None), key=lambda t: t["score"])
+        fixed = max((t for t in trials if t["origin"] == "baseline" and t["score"] is not None), key=lambda t: t["score"])
         plain_mean = mean_of(plain["test"])
         draw = winner["origin"]["draw"]
         cells = [f"{pair[0]} + {pair[1]}", method, shown(plain_mean)]
@@ -152,6 +186,20 @@ def write(out, found, args):
               "- *Equal shares can fail where another ratio keeps both tasks*: see the pictures; math + sentiment is such a pair "
               "(../demo/data, equal shares lose math).",
               f"- {len(found)} sweeps of {any_sweep['total']} trials took {wall / 60:.0f} minutes.", "", "## Score against lambda", ""]
+    if attacked:
+        at = lines.index("## Score against lambda")
+        table = ["## Robustness", "",
+                 "Exact match without and under an attack on the text of the question (docs/SEARCH.md), and the paper's performance drop rate, PDR = (metric - metric under attack) / "
+                 "metric (section 4). `plain` is the plain method, `M3` the best draw; all items of the task, ± one standard error. Models that cannot do a task have nothing to lose: a "
+                 "PDR is told where the metric is 10 % at least.", "",
+                 "| pair | method | task | attack | plain: metric, attacked, PDR | M3: metric, attacked, PDR |", "| --- | --- | --- | --- | --- | --- |"]
+        cell = lambda one: f"{100 * one['plain']['value']:.1f}, {100 * one['attacked']['value']:.1f}, " + (
+            shown(one["drop"]) if one["drop"] and one["plain"]["value"] >= 0.1 else "-")
+        keys = list(dict.fromkeys((one["pair"], one["method"], one["task"], one["attack"]) for one in attacked))
+        for key in keys:
+            both = {one["model"]: one for one in attacked if (one["pair"], one["method"], one["task"], one["attack"]) == key}
+            table.append("| " + " | ".join(key).replace("+", " + ") + f" | {cell(both['plain'])} | {cell(both['M3'])} |")
+        lines[at:at] = table + [""]
     for pair, method in found:
         name = f"{'-'.join(pair)}-{method.replace(' ', '-').lower()}"
         lines.append(f"![{' + '.join(pair)}, {method}](reproduction/{name}.svg)")

@@ -38,6 +38,7 @@ if wanted transformers; then
     environment transformers scripts/requirements-oracles.txt
     "$environment/bin/python" scripts/oracle_transformers.py "$url"
     "$environment/bin/python" scripts/golden_architectures.py crates/lm/tests/data/architectures.json --check
+    "$environment/bin/python" scripts/golden_masked.py crates/lm/tests/data/masked.json --check
 fi
 if wanted openai; then
     environment openai scripts/requirements-openai.txt

@@ -8,7 +8,7 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use cauldron_merge::recipe_from_value;
+use cauldron_merge::{RecipeSpec, recipe_from_value};
 use futures_util::stream::{Stream, StreamExt};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -124,7 +124,8 @@ struct Taken {
 /// Begin a sweep
 ///
 /// Each trial is a point of the recipe's family, scored on the dev items of the tasks. Each parent alone, equal shares and
-/// the plain method are always scored. The best is told of on the other items, beside these baselines. One sweep runs at a
+/// the plain method (an average of two is equal shares already) are always scored. Answers that must be exact are given up where they
+/// can no longer be right. The best is told of on the other items, beside these baselines. One sweep runs at a
 /// time; it goes on where it was after a restart.
 #[utoipa::path(post, path = "/sweeps", tag = "sweeps", request_body = SweepBody,
     responses((status = 202, body = SweepView, headers(("Location" = String, description = "The sweep"))),
@@ -146,7 +147,7 @@ async fn create_sweep(
     let recipe = recipe.ok_or_else(|| bad("recipe", "is missing"))?;
     let recipe = recipe_from_value(recipe).and_then(OpenRecipe::new);
     let recipe = recipe.map_err(|e| in_field("recipe", e))?;
-    let search = read_search(search, recipe.models())?;
+    let search = read_search(search, recipe.spec())?;
     let seed = match seed {
         None => 0,
         Some(seed) => {
@@ -199,7 +200,8 @@ async fn create_sweep(
     Ok(located(StatusCode::ACCEPTED, &location, view(sweep)))
 }
 
-fn read_search(search: Option<Value>, parents: usize) -> Result<Search, Problem> {
+fn read_search(search: Option<Value>, recipe: &RecipeSpec) -> Result<Search, Problem> {
+    let parents = recipe.models.len();
     let mut fields = match search {
         None => Map::new(),
         Some(Value::String(kind)) => Map::from_iter([("kind".to_owned(), Value::String(kind))]),
@@ -268,7 +270,7 @@ fn read_search(search: Option<Value>, parents: usize) -> Result<Search, Problem>
         _ => return Err(bad("search.kind", "must be m3, grid, random, bayes or cma")),
     };
     match fields.keys().next() {
-        None if total(&search, parents) as u64 > MAX_TRIALS => {
+        None if total(&search, recipe) as u64 > MAX_TRIALS => {
             Err(bad("search", &format!("makes more than {MAX_TRIALS} trials")))
         }
         None => Ok(search),

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cauldron_lm::{Event, LmError, NO_LOGPROB, Request, TextStream, TokenLogprobs};
+use futures_util::future::try_join_all;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
-use super::metric::{Outcome, is_right};
+use super::metric::{Outcome, is_right, may_be_right};
 use super::task::{Answer, Item, Task};
 use crate::serving::{Generation, Served, ServingError};
 
@@ -86,42 +87,56 @@ async fn batch(
         .map(|sequence| sequence.request.clone())
         .collect();
     let mut generations = served.submit(requests).await?.into_iter();
-    let mut outcomes = Vec::with_capacity(encoded.len());
-    for (sequences, item) in encoded.iter().zip(&task.items[from..to]) {
-        let mut own = generations.by_ref().take(sequences.len());
-        outcomes.push(match &item.answer {
-            Answer::Texts(_) => {
-                let text = written(served, task, own.next()).await?;
-                let right = is_right(task, item, &text);
-                Outcome::Generated { text, right }
-            }
-            Answer::Choice { choices, right } => {
-                let mut logprobs = Vec::with_capacity(choices.len());
-                for (sequence, generation) in sequences.iter().zip(own) {
-                    logprobs.push(sum(&scored(sequence, generation).await?));
-                }
-                Outcome::Chosen {
-                    logprobs,
-                    bytes: choices.iter().map(String::len).collect(),
-                    right: *right,
-                }
-            }
-            Answer::Continuation(text) => {
-                let mut tokens = Vec::new();
-                for (sequence, generation) in sequences.iter().zip(own) {
-                    tokens = scored(sequence, generation).await?;
-                }
-                let greedy = |token: &TokenLogprobs| token.top.iter().all(|(_, l)| *l <= token.logprob);
-                Outcome::Scored {
-                    logprob: sum(&tokens),
-                    tokens: tokens.len(),
-                    bytes: text.len(),
-                    greedy: tokens.iter().all(greedy),
-                }
-            }
+    // All are listened to at the same time: whoever is done makes room.
+    let answers = encoded
+        .iter()
+        .zip(&task.items[from..to])
+        .map(|(sequences, item)| {
+            let own: Vec<Generation> = generations.by_ref().take(sequences.len()).collect();
+            outcome(served, task, item, sequences, own)
         });
-    }
-    Ok(outcomes)
+    try_join_all(answers.collect::<Vec<_>>()).await
+}
+
+async fn outcome(
+    served: &Served,
+    task: &Task,
+    item: &Item,
+    sequences: &[Sequence],
+    own: Vec<Generation>,
+) -> Result<Outcome, AskError> {
+    let mut own = own.into_iter();
+    Ok(match &item.answer {
+        Answer::Texts(_) => {
+            let text = written(served, task, item, own.next()).await?;
+            let right = is_right(task, item, &text);
+            Outcome::Generated { text, right }
+        }
+        Answer::Choice { choices, right } => {
+            let mut logprobs = Vec::with_capacity(choices.len());
+            for (sequence, generation) in sequences.iter().zip(own) {
+                logprobs.push(sum(&scored(sequence, generation).await?));
+            }
+            Outcome::Chosen {
+                logprobs,
+                bytes: choices.iter().map(String::len).collect(),
+                right: *right,
+            }
+        }
+        Answer::Continuation(text) => {
+            let mut tokens = Vec::new();
+            for (sequence, generation) in sequences.iter().zip(own) {
+                tokens = scored(sequence, generation).await?;
+            }
+            let greedy = |token: &TokenLogprobs| token.top.iter().all(|(_, l)| *l <= token.logprob);
+            Outcome::Scored {
+                logprob: sum(&tokens),
+                tokens: tokens.len(),
+                bytes: text.len(),
+                greedy: tokens.iter().all(greedy),
+            }
+        }
+    })
 }
 
 fn encode(served: &Served, task: &Task, item: &Item) -> Result<Vec<Sequence>, LmError> {
@@ -169,7 +184,12 @@ fn encode(served: &Served, task: &Task, item: &Item) -> Result<Vec<Sequence>, Lm
     continuations.into_iter().map(sequence).collect()
 }
 
-async fn written(served: &Served, task: &Task, generation: Option<Generation>) -> Result<String, AskError> {
+async fn written(
+    served: &Served,
+    task: &Task,
+    item: &Item,
+    generation: Option<Generation>,
+) -> Result<String, AskError> {
     let failed = |detail: &str| AskError::Failed(detail.to_owned());
     let lm = |e: LmError| AskError::Failed(e.to_string());
     let mut generation = generation.ok_or_else(|| failed("the model was stopped"))?;
@@ -181,7 +201,8 @@ async fn written(served: &Served, task: &Task, generation: Option<Generation>) -
             Some(Event::Token { token, .. }) => {
                 let chunk = stream.push(token).map_err(lm)?;
                 text.push_str(&chunk.text);
-                if chunk.stopped {
+                // The engine hears of it by the end of the stream.
+                if chunk.stopped || (task.is_hasty && !may_be_right(item, &text)) {
                     return Ok(text);
                 }
             }

@@ -76,6 +76,18 @@ pub fn is_right(task: &Task, item: &Item, text: &str) -> bool {
     }
 }
 
+/// Whether an answer that begins so can still be right, for [`Match::Exact`].
+pub fn may_be_right(item: &Item, begun: &str) -> bool {
+    let Answer::Texts(right) = &item.answer else {
+        return true;
+    };
+    let begun = begun.trim_start();
+    right
+        .iter()
+        .map(|right| right.trim())
+        .any(|right| right.starts_with(begun) || right == begun.trim_end())
+}
+
 /// `1,234.5` and `-3` are numbers; what follows a digit as in `x2` too.
 fn last_number(text: &str) -> Option<f64> {
     let bytes = text.as_bytes();
@@ -298,6 +310,21 @@ mod tests {
             logprobs: logprobs.to_vec(),
             bytes: vec![2, 4],
             right,
+        }
+    }
+
+    #[test]
+    fn an_answer_is_given_up_where_it_cannot_be_right() {
+        let item = Item {
+            prompt: String::new(),
+            answer: Answer::Texts(vec![" 1+2=3".to_owned(), "three".to_owned()]),
+            unattacked: None,
+        };
+        for begun in ["", " ", " 1", "1+2", " 1+2=3", "1+2=3 \n", "th", "three"] {
+            assert!(may_be_right(&item, begun), "{begun}");
+        }
+        for begun in ["2", " 1 +", "1+2=3.", "threes", "1+2=3 4"] {
+            assert!(!may_be_right(&item, begun), "{begun}");
         }
     }
 

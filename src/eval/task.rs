@@ -106,6 +106,8 @@ pub struct Task {
     /// What attacks may change of a prompt: the first group, or the whole match. Without one, all of it.
     pub attack_within: Option<Regex>,
     pub items: Vec<Item>,
+    /// Whether a written answer ends where it can no longer be right: the scores are the same, and wrong answers are cut.
+    pub is_hasty: bool,
     /// Of all that decides the scores but the model.
     pub digest: Digest,
 }
@@ -245,7 +247,7 @@ impl TaskSettings {
             .collect::<Result<_, _>>()?;
         let name = self.name.or(self.file).unwrap_or_else(|| "task".to_owned());
         let stop = self.stop.unwrap_or_default();
-        let digest = digest(kind, &matching, max_tokens, &stop, &items);
+        let digest = digest(kind, &matching, max_tokens, &stop, &items, false);
         Ok(Task {
             name: name.chars().take(100).collect(),
             kind,
@@ -255,6 +257,7 @@ impl TaskSettings {
             stop,
             attack_within,
             items,
+            is_hasty: false,
             digest,
         })
     }
@@ -276,10 +279,21 @@ impl Task {
                 self.max_tokens as u64,
                 &self.stop,
                 &items,
+                self.is_hasty,
             ),
             items,
             ..self.clone()
         }
+    }
+
+    /// For whoever wants the scores alone.
+    pub fn hasty(&self) -> Self {
+        let is_hasty = self.kind == Kind::Generate && matches!(self.matching, Match::Exact);
+        let hasty = Self {
+            is_hasty,
+            ..self.clone()
+        };
+        hasty.with(self.items.clone())
     }
 
     /// What [`Task::from_json`] makes it of again.
@@ -447,12 +461,19 @@ fn item(kind: Kind, value: Value) -> Result<Item, String> {
 /// The version of what is done with a task; part of its digest.
 const VERSION: u32 = 1;
 
-fn digest(kind: Kind, matching: &Match, max_tokens: u64, stop: &[String], items: &[Item]) -> Digest {
+fn digest(
+    kind: Kind,
+    matching: &Match,
+    max_tokens: u64,
+    stop: &[String],
+    items: &[Item],
+    is_hasty: bool,
+) -> Digest {
     let pattern = match matching {
         Match::Regex(pattern) => Some(pattern.as_str()),
         _ => None,
     };
-    let all = json!({
+    let mut all = json!({
         "version": VERSION,
         "kind": kind,
         "matching": matching.name(),
@@ -461,6 +482,9 @@ fn digest(kind: Kind, matching: &Match, max_tokens: u64, stop: &[String], items:
         "stop": stop,
         "items": items,
     });
+    if is_hasty {
+        all["hasty"] = true.into();
+    }
     Digest::of(all.to_string().as_bytes())
 }
 

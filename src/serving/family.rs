@@ -372,6 +372,19 @@ impl WeightSource for PointWeights<'_> {
             _ => Ok(false),
         }
     }
+
+    fn bf16_pieces(&self, name: &str) -> Option<Vec<&[u8]>> {
+        let tensor = self
+            .tensors
+            .0
+            .get(name)
+            .filter(|tensor| tensor.dtype == Dtype::BF16)?;
+        let runs = self.runs[tensor.index].iter();
+        Some(
+            runs.map(|(buffer, range)| &self.buffers[*buffer][range.clone()])
+                .collect(),
+        )
+    }
 }
 
 impl<'a> PointWeights<'a> {

@@ -297,7 +297,7 @@ impl Sweeps {
             created_at: jiff::Timestamp::now().as_millisecond(),
             recipe: new.recipe.spec().clone(),
             parents: new.recipe.models(),
-            total: total(&new.search, new.recipe.models()),
+            total: total(&new.search, new.recipe.spec()),
             search: new.search,
             seed: new.seed,
             split: new.split,

@@ -1,6 +1,6 @@
 //! Which shares are tried, and in what order. Everything follows from the sweep's seed and, where a search learns, from scores.
 
-use cauldron_merge::{draw_lambda, draw_shares};
+use cauldron_merge::{ModelEntry, RecipeSpec, draw_lambda, draw_shares};
 use serde::{Deserialize, Serialize};
 
 use super::cma;
@@ -85,9 +85,20 @@ fn shares_of(alpha: f64, seed: u64, parents: usize) -> Option<Shares> {
     }
 }
 
-/// What is always scored: each parent alone, equal shares, and the plain method.
-pub fn baselines(parents: usize) -> Vec<(Shares, Origin)> {
-    let mut all = vec![(Shares::Plain, Origin::Plain)];
+/// Whether the plain method gives two parents equal shares.
+fn is_equal(recipe: &RecipeSpec) -> bool {
+    let bare = |model: &ModelEntry| matches!(model, ModelEntry::Reference(_));
+    let plain = recipe.method == "average" && recipe.normalize != Some(false);
+    plain && recipe.models.len() == 2 && recipe.models.iter().all(bare)
+}
+
+/// What is always scored: each parent alone, equal shares, and the plain method where it is another.
+pub fn baselines(recipe: &RecipeSpec) -> Vec<(Shares, Origin)> {
+    let parents = recipe.models.len();
+    let mut all = match is_equal(recipe) {
+        true => Vec::new(),
+        false => vec![(Shares::Plain, Origin::Plain)],
+    };
     if parents == 2 {
         all.extend([0.0, 0.5, 1.0].map(|lambda| (Shares::lambda(lambda), Origin::Baseline)));
         return all;
@@ -136,7 +147,8 @@ pub fn next(search: &Search, seed: u64, parents: usize, tried: &[Tried]) -> Opti
 }
 
 /// How many trials a search makes, baselines included.
-pub fn total(search: &Search, parents: usize) -> usize {
+pub fn total(search: &Search, recipe: &RecipeSpec) -> usize {
+    let parents = recipe.models.len();
     let own = match search {
         Search::M3 { alphas, more } => alphas.len() + *more as usize,
         Search::Grid { points } => grid(*points as usize, parents).len(),
@@ -144,7 +156,7 @@ pub fn total(search: &Search, parents: usize) -> usize {
             *trials as usize
         }
     };
-    own + baselines(parents).len()
+    own + baselines(recipe).len()
 }
 
 fn best_alpha(tried: &[Tried]) -> Option<f64> {
@@ -267,6 +279,36 @@ fn normal_below(z: f64) -> f64 {
 mod tests {
     use super::*;
 
+    fn recipe(parents: usize) -> RecipeSpec {
+        RecipeSpec {
+            method: "task_arithmetic".to_owned(),
+            models: vec![ModelEntry::Reference("math".to_owned()); parents],
+            ..RecipeSpec::default()
+        }
+    }
+
+    #[test]
+    fn the_plain_method_is_scored_where_it_is_not_equal_shares() {
+        let plain = |recipe: &RecipeSpec| {
+            baselines(recipe)
+                .iter()
+                .any(|(shares, _)| *shares == Shares::Plain)
+        };
+        let average = |change: fn(&mut RecipeSpec)| {
+            let mut recipe = recipe(2);
+            recipe.method = "average".to_owned();
+            change(&mut recipe);
+            recipe
+        };
+        assert!(plain(&recipe(2)) && !plain(&average(|_| ())));
+        assert!(plain(&average(|recipe| recipe.normalize = Some(false))));
+        assert!(plain(&average(|recipe| recipe
+            .models
+            .push(recipe.models[0].clone()))));
+        let weighted = |recipe: &mut RecipeSpec| recipe.models[0] = ModelEntry::Weighted(Default::default());
+        assert!(plain(&average(weighted)));
+    }
+
     fn run(search: &Search, parents: usize, score: impl Fn(f64) -> f64) -> Vec<Tried> {
         let mut tried: Vec<Tried> = Vec::new();
         let take = |(shares, origin): (Shares, Origin), tried: &mut Vec<Tried>| {
@@ -278,7 +320,7 @@ mod tests {
                 stderr: Some(0.01),
             });
         };
-        for baseline in baselines(parents) {
+        for baseline in baselines(&recipe(parents)) {
             take(baseline, &mut tried);
         }
         while let Some(trial) = next(search, 7, parents, &tried) {
@@ -294,7 +336,7 @@ mod tests {
             more: 3,
         };
         let tried = run(&search, 2, |lambda| -(lambda - 0.7).abs());
-        assert_eq!(tried.len(), total(&search, 2));
+        assert_eq!(tried.len(), total(&search, &recipe(2)));
         assert_eq!(tried.len(), 4 + 7 + 3);
         let draws: Vec<(f64, u64)> = tried
             .iter()
@@ -326,7 +368,7 @@ mod tests {
                 .iter()
                 .all(|shares| (shares.iter().sum::<f64>() - 1.0).abs() < 1e-12)
         );
-        assert_eq!(total(&Search::Grid { points: 5 }, 2), 6);
+        assert_eq!(total(&Search::Grid { points: 5 }, &recipe(2)), 6);
     }
 
     #[test]

@@ -40,6 +40,8 @@ impl Parts {
         };
         let mut is_first = vec![false; is_dev.len()];
         dev.iter().take(first).for_each(|index| is_first[*index] = true);
+        // Scores are all that a sweep wants.
+        let task = task.hasty();
         Self {
             heat: Arc::new(task.subset(&|index| is_first[index])),
             rest: Arc::new(task.subset(&|index| is_dev[index] && !is_first[index])),
@@ -107,7 +109,7 @@ impl Sweeps {
             .map_err(|e| e.to_string())?;
         sweep.status = Status::Running;
         self.note(sweep).await?;
-        let first: Vec<_> = baselines(sweep.parents);
+        let first: Vec<_> = baselines(&sweep.recipe);
         // Outcomes of the best so far, for the race.
         let mut leader = self.leader(sweep, &parts).await;
         let mut ahead = None;

@@ -265,6 +265,53 @@ async fn tasks_under_attack_are_searched_and_stay_split_as_they_were() {
     assert_ne!(first(&attacked)["value"], first(&plain)["value"]);
 }
 
+/// Answers that can no longer be right are given up; the scores are those of whole answers.
+#[tokio::test(flavor = "multi_thread")]
+async fn given_up_answers_change_no_score() {
+    let app = TestApp::start().await;
+    app.load("m", "math").await;
+    let mut items = Vec::new();
+    for i in 0..24 {
+        let prompt = format!("Question {i}:");
+        let ask = json!({"model": "m", "prompt": prompt, "max_tokens": 6, "temperature": 0});
+        let answer = app.post("/v1/completions", ask).await.expect(200).json();
+        let right = answer["choices"][0]["text"].as_str().unwrap().to_owned();
+        items.push(json!({"prompt": prompt, "completion": if i % 3 == 0 { "nothing of the kind".to_owned() } else { right }}));
+    }
+    let task = json!({"name": "writing", "items": items, "max_tokens": 6});
+    let mut body = sweep(json!({"kind": "grid", "points": 3}));
+    body["recipe"] = json!({"method": "average", "models": ["math", "code"]});
+    body["tasks"] = json!([task]);
+    let found = swept(&app, body).await;
+    // An average of two is equal shares already.
+    let trials = found["trials"].as_array().unwrap();
+    let shares: Vec<&Value> = trials.iter().map(|trial| &trial["shares"][0]).collect();
+    assert_eq!(json!(shares), json!([0.0, 0.5, 1.0]));
+    app.post(
+        "/models",
+        json!({"name": "again", "source": {"method": "average", "models": ["math", "code"]}}),
+    )
+    .await
+    .expect(202);
+    for trial in trials {
+        let eval = json!({"model": format!("again@{}", trial["shares"][0]), "tasks": [task], "split": {"seed": 0, "dev": 0.5}});
+        let id = app.post("/evals", eval).await.json()["id"].clone();
+        let eval = app
+            .eventually(&format!("/evals/{}", id.as_str().unwrap()), |eval| {
+                eval["status"] == "done"
+            })
+            .await;
+        for part in ["dev", "test"] {
+            assert_eq!(
+                trial[part][0], eval["tasks"][0]["scores"][part]["exact"],
+                "{trial}"
+            );
+        }
+    }
+    let of_math = trials[2]["dev"][0]["value"].as_f64().unwrap();
+    assert!(of_math > 0.4 && of_math < 1.0, "{of_math}");
+}
+
 /// The same trials with the same scores, whether it ran in one go or not.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sweep_goes_on_after_a_restart_and_can_be_cancelled() {

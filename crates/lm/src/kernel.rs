@@ -243,6 +243,73 @@ impl Instructions for Wide {
     }
 }
 
+/// Rows of little-endian numbers become the first columns of a panel, which has as many steps as a row has numbers.
+pub(crate) fn transpose(panel: &mut [[u16; TILE_COLUMNS]], rows: &[&[u8]]) {
+    let steps = panel.len();
+    assert!(rows.len() <= TILE_COLUMNS && rows.iter().all(|row| row.len() == 2 * steps));
+    #[cfg(target_arch = "x86_64")]
+    let done = match <&[&[u8]; TILE_COLUMNS]>::try_from(rows) {
+        // SAFETY: SSE2 is part of every x86-64.
+        Ok(rows) => unsafe { transpose_sse2(panel, rows) },
+        Err(_) => 0,
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
+    // A few cache lines at a time.
+    const STEPS: usize = 32;
+    for (block, steps) in panel[done..].chunks_mut(STEPS).enumerate() {
+        let from = 2 * (done + STEPS * block);
+        for (column, row) in rows.iter().enumerate() {
+            let numbers = row[from..from + 2 * steps.len()].chunks_exact(2);
+            for (step, number) in steps.iter_mut().zip(numbers) {
+                step[column] = u16::from_le_bytes([number[0], number[1]]);
+            }
+        }
+    }
+}
+
+/// Eight steps of all rows at a time; says how many steps it did.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "sse2")]
+fn transpose_sse2(panel: &mut [[u16; TILE_COLUMNS]], rows: &[&[u8]; TILE_COLUMNS]) -> usize {
+    const HALF: usize = TILE_COLUMNS / 2;
+    let (blocks, _) = panel.as_chunks_mut::<HALF>();
+    for (index, block) in blocks.iter_mut().enumerate() {
+        for half in 0..2 {
+            let mut square = [_mm_setzero_si128(); HALF];
+            for (register, row) in square.iter_mut().zip(&rows[half * HALF..]) {
+                let bytes = row.as_chunks::<16>().0[index];
+                let number = u128::from_le_bytes(bytes);
+                *register = _mm_set_epi64x((number >> 64) as i64, number as i64);
+            }
+            // Three perfect shuffles of eight by eight.
+            for _ in 0..3 {
+                let [a, b, c, d, e, f, g, h] = square;
+                square = [
+                    _mm_unpacklo_epi16(a, e),
+                    _mm_unpackhi_epi16(a, e),
+                    _mm_unpacklo_epi16(b, f),
+                    _mm_unpackhi_epi16(b, f),
+                    _mm_unpacklo_epi16(c, g),
+                    _mm_unpackhi_epi16(c, g),
+                    _mm_unpacklo_epi16(d, h),
+                    _mm_unpackhi_epi16(d, h),
+                ];
+            }
+            for (step, register) in block.iter_mut().zip(square) {
+                let low = _mm_cvtsi128_si64(register) as u64;
+                let high = _mm_cvtsi128_si64(_mm_unpackhi_epi64(register, register)) as u64;
+                let numbers: [u16; HALF] = std::array::from_fn(|at| match at < 4 {
+                    true => (low >> (16 * at)) as u16,
+                    false => (high >> (16 * (at - 4))) as u16,
+                });
+                step[half * HALF..][..HALF].copy_from_slice(&numbers);
+            }
+        }
+    }
+    blocks.len() * HALF
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,6 +4,7 @@
 
 use crate::ModelConfig;
 use crate::kernel::TILE_COLUMNS;
+use crate::pages::Zeroed;
 
 /// Tokens of one block.
 pub const BLOCK_TOKENS: usize = TILE_COLUMNS;
@@ -27,9 +28,9 @@ pub(crate) enum Store {
 #[derive(Debug)]
 pub(crate) struct KvLayer {
     /// \[block, head, head_dim\] panels of 16 tokens.
-    keys: Vec<[f32; BLOCK_TOKENS]>,
+    keys: Zeroed<[f32; BLOCK_TOKENS]>,
     /// \[block, head, head_dim / 16, token\] panels of 16 dimensions; the last one is padded with zeros.
-    values: Vec<[f32; TILE_COLUMNS]>,
+    values: Zeroed<[f32; TILE_COLUMNS]>,
     kv_heads: usize,
     head_dim: usize,
 }
@@ -85,8 +86,8 @@ impl KvLayer {
     pub(crate) fn new(kv_heads: usize, head_dim: usize, blocks: usize) -> Self {
         let panels = head_dim.div_ceil(TILE_COLUMNS);
         Self {
-            keys: vec![[0.0; BLOCK_TOKENS]; blocks * kv_heads * head_dim],
-            values: vec![[0.0; TILE_COLUMNS]; blocks * kv_heads * panels * BLOCK_TOKENS],
+            keys: Zeroed::sparse(blocks * kv_heads * head_dim),
+            values: Zeroed::sparse(blocks * kv_heads * panels * BLOCK_TOKENS),
             kv_heads,
             head_dim,
         }

@@ -16,6 +16,7 @@ mod kv;
 mod masked;
 mod ops;
 mod packed;
+mod pages;
 mod quantized;
 mod request;
 mod rope;

@@ -1,6 +1,7 @@
 //! The arithmetic that the decoder is made of, on f32 tensors in CPU memory: matrices, linear layers, the gated activation,
 //! and an exponential that the compiler can vectorise. (What a GPU computes instead is in `decoder/gpu.rs`.)
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use candle_core::{CpuStorage, Device, Storage, Tensor};
@@ -47,9 +48,9 @@ impl Matrix {
         })
     }
 
-    /// From W row by row, in little-endian bf16, in CPU memory for products in f32.
-    pub(crate) fn of_bf16(bytes: &[u8], inner: usize) -> Self {
-        Self::Packed(PackedMatrix::from_bf16(bytes, inner))
+    /// From the rows of W in little-endian bf16, in CPU memory for products in f32.
+    pub(crate) fn of_bf16(rows: &[Cow<'_, [u8]>], inner: usize) -> Self {
+        Self::Packed(PackedMatrix::from_bf16(rows, inner))
     }
 
     /// The tensor on the GPU.

@@ -2,14 +2,17 @@
 //! read in sequence whether `x` has one row (decoding, bound by memory) or a thousand (prefill, bound by
 //! arithmetic).
 
+use std::borrow::Cow;
 use std::ops::Range;
 
+use bytemuck::Pod;
 use rayon::prelude::*;
 
 use crate::kernel::{
     Bf16, F32, Instructions, Pairs, PairsAtOnce, TILE_COLUMNS, Unit, Vectorized, bf16_of, f32_of,
-    has_pairs_at_once, most_rows, vectorized, vectorized_at_once, with_rows,
+    has_pairs_at_once, most_rows, transpose, vectorized, vectorized_at_once, with_rows,
 };
+use crate::pages::Zeroed;
 
 /// Inner numbers that one pass takes: a panel's share of at most 16 KiB, and that of a tile's rows, stay in the first cache.
 const INNER_BLOCK: usize = 256;
@@ -33,11 +36,11 @@ pub(crate) struct PackedMatrix {
 
 #[derive(Debug)]
 enum Panels {
-    F32(Vec<[f32; TILE_COLUMNS]>),
+    F32(Zeroed<[f32; TILE_COLUMNS]>),
     /// Half the memory to read for the same products, to the bit.
-    Bf16(Vec<[u16; TILE_COLUMNS]>),
+    Bf16(Zeroed<[u16; TILE_COLUMNS]>),
     /// Two neighbours of the inner dimension beside each other, for rounded factors.
-    Pairs(Vec<[[u16; 2]; TILE_COLUMNS]>),
+    Pairs(Zeroed<[[u16; 2]; TILE_COLUMNS]>),
 }
 
 impl PackedMatrix {
@@ -51,17 +54,19 @@ impl PackedMatrix {
         Self::new(panels, values, inner)
     }
 
-    /// As [`PackedMatrix::from_rows`], from little-endian bf16.
-    pub(crate) fn from_bf16(bytes: &[u8], inner: usize) -> Self {
-        let columns = bytes.len() / 2 / inner;
-        let mut panels = vec![[0; TILE_COLUMNS]; columns.div_ceil(TILE_COLUMNS) * inner];
+    /// As [`PackedMatrix::from_rows`], from rows of little-endian bf16.
+    pub(crate) fn from_bf16(rows: &[Cow<'_, [u8]>], inner: usize) -> Self {
+        let mut panels = Zeroed::dense(rows.len().div_ceil(TILE_COLUMNS) * inner);
         panels
             .par_chunks_exact_mut(inner)
-            .zip(bytes.par_chunks(2 * inner * TILE_COLUMNS))
-            .for_each(|(panel, rows)| transpose(panel, rows, 2 * inner));
+            .zip(rows.par_chunks(TILE_COLUMNS))
+            .for_each(|(panel, rows)| {
+                let rows: Vec<&[u8]> = rows.iter().map(|row| &**row).collect();
+                transpose(panel, &rows);
+            });
         Self {
             panels: Panels::Bf16(panels),
-            columns,
+            columns: rows.len(),
             inner,
         }
     }
@@ -163,14 +168,18 @@ impl PackedMatrix {
 }
 
 /// Panels of W, given row by row, with so many numbers a step; columns beyond the last are zeros.
-fn pack<W: Copy + Default + Send>(
+fn pack<W>(
     values: &[f32],
     inner: usize,
     numbers: usize,
     to: impl Fn(&[f32]) -> W + Sync,
-) -> Vec<[W; TILE_COLUMNS]> {
+) -> Zeroed<[W; TILE_COLUMNS]>
+where
+    W: Send,
+    [W; TILE_COLUMNS]: Pod,
+{
     let (columns, steps) = (values.len() / inner, inner.div_ceil(numbers));
-    let mut panels = vec![[W::default(); TILE_COLUMNS]; columns.div_ceil(TILE_COLUMNS) * steps];
+    let mut panels = Zeroed::<[W; TILE_COLUMNS]>::dense(columns.div_ceil(TILE_COLUMNS) * steps);
     panels
         .par_chunks_exact_mut(steps)
         .zip(values.par_chunks(inner * TILE_COLUMNS))
@@ -182,20 +191,6 @@ fn pack<W: Copy + Default + Send>(
             }
         });
     panels
-}
-
-/// Rows of bytes become the columns of a panel, a few cache lines at a time.
-fn transpose(panel: &mut [[u16; TILE_COLUMNS]], rows: &[u8], row_bytes: usize) {
-    const STEPS: usize = 32;
-    for (block, steps) in panel.chunks_mut(STEPS).enumerate() {
-        let from = 2 * STEPS * block;
-        for (column, row) in rows.chunks_exact(row_bytes).enumerate() {
-            let numbers = row[from..from + 2 * steps.len()].chunks_exact(2);
-            for (step, number) in steps.iter_mut().zip(numbers) {
-                step[column] = u16::from_le_bytes([number[0], number[1]]);
-            }
-        }
-    }
 }
 
 /// Column stretches \[rows, share\] one after the other become rows.
@@ -488,13 +483,14 @@ mod tests {
                 .map(|i| number((i * 40_503 % 65_536) as u16))
                 .collect();
             let bytes: Vec<u8> = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
+            let rows: Vec<Cow<'_, [u8]>> = bytes.chunks(2 * inner).map(Cow::Borrowed).collect();
             let values: Vec<f32> = halves.iter().map(|half| f32_of(*half)).collect();
             let (direct, detour) = (
-                PackedMatrix::from_bf16(&bytes, inner),
+                PackedMatrix::from_bf16(&rows, inner),
                 PackedMatrix::from_rows(&values, inner),
             );
             match (&direct.panels, &detour.panels) {
-                (Panels::Bf16(a), Panels::Bf16(b)) => assert_eq!(a, b),
+                (Panels::Bf16(a), Panels::Bf16(b)) => assert_eq!(a[..], b[..]),
                 _ => panic!("not bf16"),
             }
             assert_eq!((direct.columns, direct.inner), (detour.columns, detour.inner));

@@ -1,6 +1,7 @@
 //! Where a decoder's weights come from: an opened checkpoint, or one with an adapter folded in. Checks every
 //! shape against the config before a byte of the tensor is read.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 
 use candle_core::Tensor;
@@ -19,6 +20,11 @@ pub trait WeightSource: Sync {
     /// Appends the little-endian bytes of a tensor that is bf16; false if it is something else, and then nothing is appended.
     fn read_bf16(&self, _name: &str, _out: &mut Vec<u8>) -> Result<bool, LmError> {
         Ok(false)
+    }
+
+    /// The same bytes where they lie in memory, in their order; None where they do not, or are something else.
+    fn bf16_pieces(&self, _name: &str) -> Option<Vec<&[u8]>> {
+        None
     }
 }
 
@@ -154,22 +160,43 @@ impl<'a> Loader<'a> {
         if !self.placement.keeps_bf16() {
             return Ok(None);
         }
+        for (name, rows) in parts {
+            check_shape(self.source, name, &[*rows, columns])?;
+        }
+        let row_bytes = 2 * columns;
+        let pieces: Option<Vec<_>> = parts
+            .iter()
+            .map(|(name, _)| self.source.bf16_pieces(name))
+            .collect();
+        if let Some(pieces) = pieces {
+            let mut rows = Vec::new();
+            for ((name, count), pieces) in parts.iter().zip(pieces) {
+                let before = rows.len();
+                rows_of(&pieces, row_bytes, &mut rows);
+                if rows.len() - before != *count || rows.iter().any(|row| row.len() != row_bytes) {
+                    return Err(unfilled(name));
+                }
+            }
+            return Ok(Some(Matrix::of_bf16(&rows, columns)));
+        }
         // Memory that was touched before is cheaper than new one.
         let mut bytes = self.spare.take();
         bytes.clear();
         let mut are_bf16 = true;
         for (name, rows) in parts {
-            check_shape(self.source, name, &[*rows, columns])?;
             let start = bytes.len();
             are_bf16 = self.source.read_bf16(name, &mut bytes)?;
             if !are_bf16 {
                 break;
             }
-            if bytes.len() - start != 2 * rows * columns {
+            if bytes.len() - start != rows * row_bytes {
                 return Err(unfilled(name));
             }
         }
-        let matrix = are_bf16.then(|| Matrix::of_bf16(&bytes, columns));
+        let matrix = are_bf16.then(|| {
+            let rows: Vec<Cow<'_, [u8]>> = bytes.chunks_exact(row_bytes).map(Cow::Borrowed).collect();
+            Matrix::of_bf16(&rows, columns)
+        });
         self.spare.replace(bytes);
         Ok(matrix)
     }
@@ -194,6 +221,29 @@ impl<'a> Loader<'a> {
     }
 }
 
+/// Rows of what lies in pieces: where it lies, but for rows that two pieces share. A last row may be short.
+fn rows_of<'a>(pieces: &[&'a [u8]], row_bytes: usize, rows: &mut Vec<Cow<'a, [u8]>>) {
+    let mut begun: Vec<u8> = Vec::new();
+    for piece in pieces {
+        let mut piece = *piece;
+        if !begun.is_empty() {
+            let (end, rest) = piece.split_at(piece.len().min(row_bytes - begun.len()));
+            begun.extend_from_slice(end);
+            piece = rest;
+            if begun.len() < row_bytes {
+                continue;
+            }
+            rows.push(Cow::Owned(std::mem::take(&mut begun)));
+        }
+        let whole = piece.chunks_exact(row_bytes);
+        begun.extend_from_slice(whole.remainder());
+        rows.extend(whole.map(Cow::Borrowed));
+    }
+    if !begun.is_empty() {
+        rows.push(Cow::Owned(begun));
+    }
+}
+
 fn unfilled(name: &str) -> LmError {
     LmError::Tensor {
         tensor: name.to_owned(),
@@ -211,5 +261,30 @@ pub(crate) fn check_shape(source: &dyn WeightSource, name: &str, shape: &[usize]
         None => Err(bad("is missing".into())),
         Some(found) if found != shape => Err(bad(format!("is {found:?}; config.json says {shape:?}"))),
         Some(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_found_wherever_pieces_are_cut() {
+        let bytes: Vec<u8> = (0..60).collect();
+        let whole: Vec<&[u8]> = bytes.chunks(6).collect();
+        for cuts in [vec![], vec![6], vec![1], vec![5, 7], vec![2, 3, 4, 20, 24, 59]] {
+            let mut pieces = Vec::new();
+            let mut start = 0;
+            for end in cuts.iter().copied().chain([60]) {
+                pieces.push(&bytes[start..end]);
+                start = end;
+            }
+            let mut rows = Vec::new();
+            rows_of(&pieces, 6, &mut rows);
+            assert_eq!(rows, whole, "{cuts:?}");
+        }
+        let mut rows = Vec::new();
+        rows_of(&[&bytes[..8]], 6, &mut rows);
+        assert_eq!(rows.last().map(|row| row.len()), Some(2));
     }
 }
