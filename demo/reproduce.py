@@ -1,5 +1,6 @@
 """The design of Table 2 of Mixup Model Merge (arXiv 2502.15434) at small scale; see demo/reproduce.sh."""
 import argparse
+import decimal
 import itertools
 import json
 import os
@@ -64,7 +65,7 @@ def sweep(service, pair, method, limit, seed):
 
 
 # What of a prompt an attack may change, by task.
-WITHIN = {"sentiment": "Review: (.*)", "math": "Question: (.*)"}
+WITHIN = {"sentiment": "Review: (.*)"}
 ATTACKS = {"DeepWordBug": {"kind": "deep_word_bug", "rate": 0.3}, "StressTest": {"kind": "stress_test"},
            "synonyms": {"kind": "synonyms", "rate": 1.0}}
 
@@ -77,7 +78,7 @@ def robustness(service, pair, method, made, limit):
     best = max(drawn, key=lambda t: t["score"])
     service.ask("POST", "/models", {"name": "under-attack", "source": METHODS[method] | {"models": list(pair)}})
     found = []
-    for label, point in [("plain", "plain"), ("M3", repr(best["shares"][0]))]:
+    for label, point in [("plain", "plain"), ("M3", format(decimal.Decimal(repr(best["shares"][0])), "f"))]:
         for attack, how in ATTACKS.items():
             asked = service.ask("POST", "/evals", {"model": f"under-attack@{point}", "tasks": tasks, "attack": how})
             while asked["status"] == "running":

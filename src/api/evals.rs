@@ -1,6 +1,5 @@
 //! /evals: scores of served models on tasks.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -177,11 +176,11 @@ async fn begin_evaluation(
     let attack = fields.remove("attack").filter(|value| !value.is_null());
     refuse_others(fields.keys(), "", "model, tasks, split, attack")?;
     let attack = attack.map(|attack| Attack::read("attack", attack)).transpose()?;
-    let (tasks, under) = read_tasks(&app, tasks, attack).await?;
     let served = app
         .model(&model)
         .await
         .map_err(|e| Problem::from(e).with_field("model"))?;
+    let (tasks, under) = read_tasks(&app, tasks, attack).await?;
     let view = app
         .evals
         .begin(served, Evaluation { tasks, split, under })
@@ -199,6 +198,7 @@ async fn begin_evaluation(
 /// Its results become an evaluation like any other, with tasks of the kind `imported`. The same file gives the same evaluation.
 #[utoipa::path(post, path = "/evals/import", tag = "evals", request_body = ImportBody,
     responses((status = 201, body = EvalView, headers(("Location" = String, description = "The evaluation"))),
+        (status = 404, body = Problem, content_type = "application/problem+json"),
         (status = 422, body = Problem, content_type = "application/problem+json")))]
 async fn import_evaluation(
     State(AppState(app)): State<AppState>,
@@ -296,6 +296,13 @@ pub(super) async fn read_tasks(
     if !(1..=MAX_TASKS).contains(&tasks.len()) {
         return Err(bad("tasks", &format!("must be 1 to {MAX_TASKS}")));
     }
+    // A masked language model takes memory that is not the served models': one at a time.
+    let is_masked = |task: &Value| task.pointer("/attack/kind") == Some(&"bert".into());
+    let takes_model = attack.as_ref().is_some_and(|attack| attack.model.is_some());
+    let _turn = match takes_model || tasks.iter().any(is_masked) {
+        true => Some(app.evals.masked_turn().await),
+        false => None,
+    };
     let tasks_dir = app.config.storage.tasks_dir.clone();
     let mut attacker = Attacker::new(app.sources.clone());
     let read = tokio::task::spawn_blocking(move || {
@@ -324,6 +331,7 @@ pub(super) async fn read_tasks(
             let mut task = settings.with_items(&field, items)?;
             if let Some(own) = own {
                 task = attacker.on(&own, &format!("{field}.attack"), &field, &task)?.0;
+                task.attack = Some(own);
             }
             if let Some(attack) = &attack {
                 let (attacked, changed) = attacker.on(attack, "attack", &field, &task)?;
@@ -341,7 +349,7 @@ pub(super) async fn read_tasks(
 /// Attacks tasks, with the masked language models that it takes.
 struct Attacker {
     sources: Arc<ModelSources>,
-    loaded: HashMap<String, MaskedLm>,
+    loaded: Option<(String, MaskedLm)>,
     /// Items that such a model may still be asked for.
     masked_left: usize,
 }
@@ -350,7 +358,7 @@ impl Attacker {
     fn new(sources: Arc<ModelSources>) -> Self {
         Self {
             sources,
-            loaded: HashMap::new(),
+            loaded: None,
             masked_left: MAX_MASKED_ITEMS,
         }
     }
@@ -371,15 +379,21 @@ impl Attacker {
                 format!("a masked language model attacks at most {MAX_MASKED_ITEMS} items of a request");
             TaskError::new(field, detail)
         })?;
-        if !self.loaded.contains_key(model) {
-            let field = format!("{field}.model");
-            let located = self.sources.locate(&field, model);
-            let located = located.map_err(|e| TaskError::new(field.clone(), e.to_string()))?;
-            let opened = MaskedLm::open(&located.folder);
-            let opened = opened.map_err(|e| TaskError::new(field, e.to_string()))?;
-            self.loaded.insert(model.clone(), opened);
+        let field = format!("{field}.model");
+        let bad = |detail: String| TaskError::new(field.clone(), detail);
+        if self.loaded.as_ref().is_some_and(|(loaded, _)| loaded != model) {
+            return Err(bad("a request takes one masked language model".into()));
         }
-        attack.on(task_field, task, self.loaded.get(model))
+        if self.loaded.is_none() {
+            let located = self.sources.locate(&field, model);
+            let located = located.map_err(|e| bad(e.to_string()))?;
+            if located.adapter.is_some() {
+                return Err(bad("a masked language model takes no adapter".into()));
+            }
+            let opened = MaskedLm::open(&located.folder).map_err(|e| bad(e.to_string()))?;
+            self.loaded = Some((model.clone(), opened));
+        }
+        attack.on(task_field, task, self.loaded.as_ref().map(|(_, loaded)| loaded))
     }
 }
 

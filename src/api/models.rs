@@ -18,7 +18,8 @@ use super::problem::Problem;
 use crate::app::{App, AppState};
 use crate::config::{ModelName, NameError};
 use crate::serving::{
-    LoadError, LoadRequest, OpenRecipe, PointInfo, ServingError, Shares, SlotInfo, check_family, check_model,
+    LoadError, LoadRequest, MAX_ANCHORS, OpenRecipe, PointInfo, ServingError, Shares, SlotInfo, check_family,
+    check_model,
 };
 use crate::sources::{Care, SourceError};
 
@@ -109,7 +110,7 @@ struct FamilyView {
 #[expect(dead_code, reason = "the schema of what is read field by field")]
 struct PointBody {
     /// Of the first of two parents, from 0 to 1; a list of such numbers stands at equal distances over the layers.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<Value>)]
     lambda: Option<Value>,
     /// Of each parent; they sum to 1.
     shares: Option<Vec<f64>>,
@@ -318,10 +319,11 @@ fn parse_point(body: &[u8]) -> Result<(Shares, bool), Problem> {
     let shares = match (lambda, shares) {
         (Some(Value::Array(lambdas)), None) => {
             let numbers: Option<Vec<f64>> = lambdas.iter().map(Value::as_f64).collect();
-            let numbers = numbers.filter(|lambdas| lambdas.len() > 1);
-            Shares::by_layer(
-                numbers.ok_or_else(|| bad("lambda", "must be two numbers or more, or one alone"))?,
-            )
+            let numbers = numbers.filter(|lambdas| {
+                (2..=MAX_ANCHORS).contains(&lambdas.len()) && lambdas.iter().all(|l| (0.0..=1.0).contains(l))
+            });
+            let detail = format!("must be 2 to {MAX_ANCHORS} numbers from 0 to 1, or one alone");
+            Shares::by_layer(numbers.ok_or_else(|| bad("lambda", &detail))?)
         }
         (Some(lambda), None) => {
             let lambda = lambda.as_f64().filter(|lambda| (0.0..=1.0).contains(lambda));

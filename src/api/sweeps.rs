@@ -458,7 +458,7 @@ struct ScoreBody {
 /// For sweeps with `score: external`: `waiting` of the sweep says which trial, and what to name it in requests.
 #[utoipa::path(post, path = "/sweeps/{id}/trials/{n}/score", tag = "sweeps",
     params(("id" = String, Path), ("n" = usize, Path)), request_body = ScoreBody,
-    responses((status = 204), (status = 404, body = Problem, content_type = "application/problem+json"),
+    responses((status = 204), (status = 422, body = Problem, content_type = "application/problem+json"), (status = 404, body = Problem, content_type = "application/problem+json"),
         (status = 409, body = Problem, content_type = "application/problem+json")))]
 async fn give_score(
     State(AppState(app)): State<AppState>,
@@ -489,11 +489,15 @@ async fn give_score(
         (None, Some(Value::String(error)), None) => Given::Failed(error.chars().take(1000).collect()),
         (None, Some(_), None) => return Err(bad("error", "must be a string")),
         (None, None, Some(imported)) => {
-            let tasks = imported.into_iter().filter_map(|one| {
-                let metric = one.selecting().filter(|metric| metric.value.abs() <= MAX_SCORE)?;
-                Some((one.record, metric))
+            let tasks = imported.into_iter().map(|one| {
+                let metric = one.selecting().filter(|metric| metric.value.abs() <= MAX_SCORE);
+                let field = format!("lm_eval.results.{}", one.record.name);
+                Ok((
+                    one.record,
+                    metric.ok_or_else(|| bad(&field, "has a number of no sensible size"))?,
+                ))
             });
-            Given::Tasks(tasks.collect())
+            Given::Tasks(tasks.collect::<Result<_, Problem>>()?)
         }
         (None, None, None) => return Err(bad("score", "is missing")),
         _ => return Err(bad("score", "give one of score, error and lm_eval")),
@@ -501,8 +505,11 @@ async fn give_score(
     if stderr.is_some_and(|stderr| stderr < 0.0) {
         return Err(bad("stderr", "must not be negative"));
     }
+    if stderr.is_some() && !matches!(given, Given::Score { .. }) {
+        return Err(bad("stderr", "is of a score"));
+    }
     app.sweeps.get(id.0).await?;
-    app.sweeps.give(id.0, trial, given)?;
+    app.sweeps.give(id.0, trial, given).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -554,6 +561,7 @@ impl From<SweepError> for Problem {
             .with_retry_after(60),
             SweepError::Unknown => Self::not_found(SweepId::WHAT),
             SweepError::NotWaiting(_) => Self::conflict("not-waiting", error.to_string()),
+            SweepError::OtherTasks(_) => bad("lm_eval", &error.to_string()),
             SweepError::Io(_) => Self::internal("a sweep", &error),
         }
     }

@@ -337,8 +337,8 @@ impl Service {
         }
     }
 
-    /// Writes what a path answers into a file, as it comes.
-    pub(super) async fn download(&self, path: &str, file: &Path) -> anyhow::Result<()> {
+    /// Writes what a path answers, so many bytes, into a file, as it comes.
+    pub(super) async fn download(&self, path: &str, file: &Path, bytes: u64) -> anyhow::Result<()> {
         let response = self.respond(Method::GET, path, None).await?;
         if !response.status().is_success() {
             bail!("{path}: {}", response.status());
@@ -347,11 +347,19 @@ impl Service {
             .await
             .with_context(|| format!("writing {}", file.display()))?;
         let mut pieces = response.into_body().into_data_stream();
+        let mut written = 0;
         while let Some(piece) = pieces.next().await {
-            out.write_all(&piece?).await?;
+            let piece = piece?;
+            out.write_all(&piece).await?;
+            written += piece.len() as u64;
         }
+        // What is still on its way may fail.
+        out.flush().await?;
         out.sync_all().await?;
-        Ok(())
+        match written == bytes {
+            true => Ok(()),
+            false => bail!("{path}: {written} of {bytes} bytes came"),
+        }
     }
 
     async fn send(

@@ -91,7 +91,28 @@ async fn export(service: &Service, path: &str, folder: &Path) -> anyhow::Result<
     let entry = service.get(&format!("/checkpoints/{}", escape(digest))).await?;
     let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty());
     std::fs::create_dir_all(parent.unwrap_or(Path::new(".")))?;
-    std::fs::create_dir(folder).with_context(|| format!("--export {}", folder.display()))?;
+    // Whole or not at all.
+    let part = parent
+        .unwrap_or(Path::new("."))
+        .join(format!(".{}.part", uuid::Uuid::new_v4()));
+    std::fs::create_dir(&part).with_context(|| format!("--export {}", folder.display()))?;
+    let fetched = fetch(service, digest, &entry, &card, &part).await;
+    let fetched = fetched.and_then(|()| Ok(std::fs::rename(&part, folder)?));
+    if fetched.is_err() {
+        let _ = std::fs::remove_dir_all(&part);
+    }
+    fetched.with_context(|| format!("--export {}", folder.display()))?;
+    eprintln!("{}", folder.display());
+    Ok(())
+}
+
+async fn fetch(
+    service: &Service,
+    digest: &str,
+    entry: &Value,
+    card: &str,
+    folder: &Path,
+) -> anyhow::Result<()> {
     for file in entry["files"].as_array().into_iter().flatten() {
         // What a server names is no path.
         let name = file["name"].as_str().unwrap_or_default();
@@ -100,16 +121,16 @@ async fn export(service: &Service, path: &str, folder: &Path) -> anyhow::Result<
         }
         if name != CARD {
             let link = format!("/checkpoints/{}/files/{}", escape(digest), escape(name));
-            service.download(&link, &folder.join(name)).await?;
+            let bytes = file["size"].as_u64().context("the server gives a file no size")?;
+            service.download(&link, &folder.join(name), bytes).await?;
         }
     }
     std::fs::write(folder.join(CARD), card)?;
-    eprintln!("{}", folder.display());
     Ok(())
 }
 
 async fn follow(service: &Service, path: &str, command: Option<&str>) -> anyhow::Result<()> {
-    let (mut shown, mut scored) = (0, None);
+    let mut shown = 0;
     loop {
         let sweep = service.get(path).await?;
         let trials = sweep["trials"].as_array().map_or(&[][..], Vec::as_slice);
@@ -130,10 +151,7 @@ async fn follow(service: &Service, path: &str, command: Option<&str>) -> anyhow:
                 sweep["error"].as_str().unwrap_or("")
             ),
         }
-        let waiting = sweep["waiting"]["trial"]
-            .as_u64()
-            .filter(|trial| scored != Some(*trial));
-        let (Some(command), Some(trial)) = (command, waiting) else {
+        let (Some(command), Some(trial)) = (command, sweep["waiting"]["trial"].as_u64()) else {
             tokio::time::sleep(LOOK).await;
             continue;
         };
@@ -148,7 +166,6 @@ async fn follow(service: &Service, path: &str, command: Option<&str>) -> anyhow:
         service
             .call(Method::POST, &format!("{path}/trials/{trial}/score"), Some(given))
             .await?;
-        scored = Some(trial);
     }
 }
 

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::LazyLock;
 
 use cauldron_checkpoint::Digest;
-use cauldron_lm::MaskedLm;
+use cauldron_lm::{MAX_PROMPT_BYTES, MaskedLm};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -133,18 +133,16 @@ impl Attack {
         let mut changed = 0;
         let mut items = Vec::with_capacity(task.items.len());
         for (index, item) in task.items.iter().enumerate() {
-            let range = target(task, item).ok_or_else(|| {
-                let detail = "attack_within of the task finds nothing in its prompt";
-                TaskError::new(format!("{field}.items[{index}]"), detail)
-            })?;
-            let text = self.text(&item.prompt[range.clone()], masked);
-            let text = text.map_err(|detail| TaskError::new(format!("{field}.items[{index}]"), detail))?;
+            let bad = |detail: String| TaskError::new(format!("{field}.items[{index}]"), detail);
             let mut item = item.clone();
-            if text != item.prompt[range.clone()] {
-                changed += 1;
-                item.unattacked = Some(std::mem::take(&mut item.prompt));
-                let before = item.unattacked.as_deref().unwrap_or_default();
-                item.prompt = format!("{}{text}{}", &before[..range.start], &before[range.end..]);
+            if let Some(range) = target(task, &item).map_err(|detail| bad(detail.to_owned()))? {
+                let text = self.text(&item.prompt, range.clone(), masked).map_err(bad)?;
+                if text != item.prompt[range.clone()] {
+                    changed += 1;
+                    let before = std::mem::take(&mut item.prompt);
+                    item.prompt = format!("{}{text}{}", &before[..range.start], &before[range.end..]);
+                    item.unattacked.get_or_insert(before);
+                }
             }
             items.push(item);
         }
@@ -155,16 +153,14 @@ impl Attack {
         Ok((task.with(items), changed))
     }
 
-    /// One text under attack.
-    fn text(&self, text: &str, masked: Option<&MaskedLm>) -> Result<String, String> {
+    /// A part of a prompt under attack.
+    fn text(&self, prompt: &str, within: Range<usize>, masked: Option<&MaskedLm>) -> Result<String, String> {
+        let text = &prompt[within.clone()];
         // All chance is of the seed and the text: the same prompt is attacked in the same way in every task.
+        let all = format!("cauldron attack v1\n{}\n{}\n{text}", self.kind.name(), self.seed);
+        let all = Digest::of(all.as_bytes());
         let chance = |what: &str, index: usize| {
-            let all = format!(
-                "cauldron attack v1\n{}\n{}\n{what}\n{index}\n{text}",
-                self.kind.name(),
-                self.seed
-            );
-            let digest = Digest::of(all.as_bytes());
+            let digest = Digest::of(format!("{all}\n{what}\n{index}").as_bytes());
             let first: [u8; 8] = std::array::from_fn(|byte| digest.as_bytes()[byte]);
             u64::from_be_bytes(first)
         };
@@ -174,20 +170,19 @@ impl Attack {
             let end = text
                 .trim_end_matches(|c: char| c.is_whitespace() || ".!?:".contains(c))
                 .len();
-            return Ok(format!(
-                "{}{}{}",
-                &text[..end],
-                tautology.repeat(times),
-                &text[end..]
-            ));
+            let (text, end) = text.split_at(end);
+            return Ok(format!("{text}{}{end}", tautology.repeat(times)));
         }
         let words: Vec<Range<usize>> = words(text)
             .filter(|word| self.may_change(&text[word.clone()]))
             .collect();
         let wanted = (self.rate.unwrap_or(DEFAULT_RATE) * words.len() as f64).ceil() as usize;
         let mut ranked: Vec<usize> = (0..words.len()).collect();
-        ranked.sort_by_key(|index| (chance("rank", *index), *index));
-        let expected = masked.map(|masked| masked.read(text)).transpose();
+        ranked.sort_by_cached_key(|index| (chance("rank", *index), *index));
+        let expected = masked
+            .filter(|_| !words.is_empty())
+            .map(|masked| masked.read(prompt))
+            .transpose();
         let expected = expected.map_err(|e| e.to_string())?;
         let mut replaced: HashMap<usize, String> = HashMap::new();
         for index in ranked {
@@ -200,7 +195,8 @@ impl Attack {
             let other = match (self.kind, &expected) {
                 (AttackKind::DeepWordBug, _) => Some(misspelt(word, draw)),
                 (AttackKind::Bert, Some(expected)) => {
-                    let guesses = expected.instead_of(text, &range, GUESSES);
+                    let place = within.start + range.start..within.start + range.end;
+                    let guesses = expected.instead_of(prompt, &place, GUESSES);
                     pick(&guesses, draw).map(|guess| in_case_of(word, guess))
                 }
                 _ => pick(synonyms(word), draw).map(|synonym| in_case_of(word, synonym)),
@@ -230,19 +226,21 @@ impl Attack {
     }
 }
 
-/// The part of a prompt that an attack may change.
-fn target(task: &Task, item: &Item) -> Option<Range<usize>> {
-    // Texts without a prompt are what is scored, not what is asked.
-    if let (Answer::Continuation(_), "") = (&item.answer, item.prompt.as_str()) {
-        return Some(0..0);
+/// The part of a prompt that an attack may change. Texts without a prompt are what is scored, not what is asked.
+fn target(task: &Task, item: &Item) -> Result<Option<Range<usize>>, &'static str> {
+    if matches!(item.answer, Answer::Continuation(_)) && item.prompt.is_empty() {
+        return Ok(None);
     }
-    match &task.attack_within {
-        None => Some(0..item.prompt.len()),
-        Some(pattern) => {
-            let found = pattern.captures(&item.prompt)?;
-            found.get(1).or(found.get(0)).map(|found| found.range())
-        }
+    if item.prompt.len() > MAX_PROMPT_BYTES {
+        return Err("the prompt is too long");
     }
+    let Some(pattern) = &task.attack_within else {
+        return Ok(Some(0..item.prompt.len()));
+    };
+    let found = pattern.captures(&item.prompt);
+    let found = found.and_then(|found| found.get(1).or(found.get(0)));
+    let found = found.ok_or("attack_within of the task finds nothing in its prompt")?;
+    Ok(Some(found.range()))
 }
 
 /// Runs of letters.
@@ -331,7 +329,7 @@ mod tests {
     }
 
     fn attacked(value: Value, text: &str) -> String {
-        attack(value).text(text, None).expect("a text")
+        attack(value).text(text, 0..text.len(), None).expect("a text")
     }
 
     const TEXT: &str = "Review: The last MOVIE was boring, and the Organizer announced nothing else.";
@@ -447,6 +445,17 @@ mod tests {
         assert_eq!(error.expect_err("no such part").field, "tasks[0].items[0]");
         let error = attack(json!("synonyms")).on("tasks[0]", &read(json!({"attack_within": "\\d+"})), None);
         assert_eq!(error.expect_err("nothing to change").field, "tasks[0]");
+        // What is scored is not what is asked.
+        let texts = TaskSettings::read("tasks[0]", json!({})).expect("settings");
+        let items = vec![
+            json!({"text": "boring"}),
+            json!({"prompt": "boring", "completion": "x", "text": "y"}),
+        ];
+        let texts = texts.with_items("tasks[0]", items).expect("a task");
+        let (under, changed) = attack(json!("stress_test"))
+            .on("tasks[0]", &texts, None)
+            .expect("a task");
+        assert_eq!((changed, under.items[0].prompt.as_str()), (1, ""));
     }
 
     #[test]

@@ -7,6 +7,10 @@ use super::metric::{Metric, is_better_higher};
 use super::task::{Kind, TaskError};
 use super::{MAX_TASKS, Scores, TaskRecord, TaskScores};
 
+/// Metrics of a task, and bytes of the name of one.
+const MAX_METRICS: usize = 256;
+const MAX_KEY_BYTES: usize = 100;
+
 /// A task of lm-eval with what it found.
 #[derive(Debug, Clone)]
 pub struct Imported {
@@ -33,9 +37,15 @@ pub fn read_results(field: &str, file: &Value, metric: Option<&str>) -> Result<V
         )
     })?;
     let groups = file.get("groups").and_then(Value::as_object);
-    let own = results
-        .iter()
-        .filter(|(name, _)| groups.is_none_or(|groups| !groups.contains_key(*name)));
+    // Groups are among the results; those without a number of their own are told by their tasks alone.
+    let has_tasks = |name: &String| {
+        let tasks = file
+            .get("group_subtasks")
+            .and_then(|all| all.get(name)?.as_array());
+        tasks.is_some_and(|tasks| !tasks.is_empty())
+    };
+    let is_group = |name: &String| groups.is_some_and(|groups| groups.contains_key(name)) || has_tasks(name);
+    let own = results.iter().filter(|(name, _)| !is_group(name));
     let mut found = Vec::new();
     for (name, numbers) in own {
         let shown: String = name.chars().take(100).collect();
@@ -44,14 +54,15 @@ pub fn read_results(field: &str, file: &Value, metric: Option<&str>) -> Result<V
             .as_object()
             .ok_or_else(|| bad(&path, "must be an object".into()))?;
         let items = file
-            .pointer("/n-samples")
+            .get("n-samples")
             .and_then(|n| n.get(name)?.get("effective")?.as_u64());
-        let scores = scores(numbers, items.unwrap_or(0) as usize);
+        let items = items.unwrap_or(0).min(u64::from(u32::MAX)) as usize;
+        let scores = scores(numbers, items);
         let selecting = scores.0.iter().find(|(name, _)| {
             metric.is_none_or(|metric| name == metric || name.split(',').next() == Some(metric))
         });
         let Some((selecting, _)) = selecting else {
-            let names: Vec<&str> = scores.0.iter().map(|(name, _)| name.as_str()).collect();
+            let names: Vec<&str> = scores.0.iter().map(|(name, _)| name.as_str()).take(20).collect();
             let detail = match (metric, names.as_slice()) {
                 (Some(metric), [_, ..]) => format!("has no {metric}, but {}", names.join(" ")),
                 _ => "has no metric with a finite value".to_owned(),
@@ -69,8 +80,9 @@ pub fn read_results(field: &str, file: &Value, metric: Option<&str>) -> Result<V
                 kind: Kind::Imported,
                 metric: selecting.clone(),
                 metrics: scores.0.iter().map(|(name, _)| name.clone()).collect(),
-                less_is_better: !direction.unwrap_or_else(|| is_better_higher(bare)),
-                items: items.unwrap_or(0) as usize,
+                less_is_better: Some(!direction.unwrap_or_else(|| is_better_higher(bare))),
+                attack: None,
+                items,
                 parts: String::new(),
                 attacked: None,
             },
@@ -103,9 +115,9 @@ fn scores(numbers: &Map<String, Value>, items: usize) -> Scores {
             stderr: stderr.filter(|stderr| stderr.is_finite() && *stderr >= 0.0),
             items,
         };
-        Some((key.chars().take(100).collect(), metric))
+        Some((key.clone(), metric)).filter(|_| key.len() <= MAX_KEY_BYTES)
     });
-    Scores(named.collect())
+    Scores(named.take(MAX_METRICS).collect())
 }
 
 /// What was asked, as far as the file tells, and what was found.
@@ -140,8 +152,10 @@ mod tests {
                     "acc_norm_stderr,none": "N/A"},
                 "wikitext": {"alias": "wikitext", "word_perplexity,none": 12.5, "word_perplexity_stderr,none": "N/A"},
                 "both": {"alias": "both", "acc,none": 0.5},
+                "all": {"alias": "all", " ": " "},
             },
             "groups": {"both": {"acc,none": 0.5}},
+            "group_subtasks": {"arc_easy": [], "all": ["arc_easy"]},
             "higher_is_better": {"arc_easy": {"acc": true, "acc_norm": true}, "wikitext": {"word_perplexity": false}},
             "n-samples": {"arc_easy": {"original": 200, "effective": 100}},
         })
@@ -156,7 +170,7 @@ mod tests {
                 (
                     one.record.name.as_str(),
                     one.record.metric.as_str(),
-                    one.record.less_is_better,
+                    one.record.sign() < 0.0,
                 )
             })
             .collect();
@@ -184,6 +198,16 @@ mod tests {
         let found = read_results("lm_eval", &one, Some("acc_norm")).expect("results");
         assert_eq!(found[0].record.metric, "acc_norm,none");
         assert_ne!(found[0].record.digest, Digest::of(b""));
+    }
+
+    #[test]
+    fn a_record_that_does_not_tell_the_direction_goes_by_its_metric() {
+        let record = &read_results("lm_eval", &file(), None).expect("results")[1].record;
+        assert_eq!(record.sign(), -1.0);
+        let mut kept = serde_json::to_value(record).expect("JSON");
+        kept.as_object_mut().expect("an object").remove("less_is_better");
+        let record: TaskRecord = serde_json::from_value(kept).expect("a record");
+        assert_eq!((record.less_is_better, record.sign()), (None, -1.0));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cauldron_checkpoint::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tracing::{info, warn};
 
 pub use ask::AskError;
@@ -46,6 +46,8 @@ pub struct Evals {
     store: Store,
     running: Mutex<HashMap<Digest, Arc<Progress>>>,
     turns: Semaphore,
+    /// Of requests with a masked language model.
+    masked: Semaphore,
 }
 
 /// How items are parted: dev items choose, test items tell.
@@ -103,9 +105,12 @@ pub struct TaskRecord {
     /// The metric that selects, and all that there are.
     pub metric: String,
     pub metrics: Vec<String>,
-    /// Of the metric that selects.
-    #[serde(default)]
-    pub less_is_better: bool,
+    /// Of the metric that selects; None: as its name says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub less_is_better: Option<bool>,
+    /// The attack that the task is under by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attack: Option<Attack>,
     pub items: usize,
     /// By item, in the order of the task: `1` is a dev item, `0` one that tells.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -240,7 +245,8 @@ impl TaskRecord {
                 .iter()
                 .map(|&name| name.to_owned())
                 .collect(),
-            less_is_better: !metric::is_better_higher(task.metric),
+            less_is_better: None,
+            attack: task.attack.clone(),
             items: task.items.len(),
             parts: String::new(),
             attacked: None,
@@ -249,7 +255,11 @@ impl TaskRecord {
 
     /// 1 where more of the metric that selects is better, otherwise -1.
     pub fn sign(&self) -> f64 {
-        if self.less_is_better { -1.0 } else { 1.0 }
+        let by_name = || !metric::is_better_higher(&self.metric);
+        match self.less_is_better.unwrap_or_else(by_name) {
+            true => -1.0,
+            false => 1.0,
+        }
     }
 
     /// With the side of each item.
@@ -320,12 +330,18 @@ impl Evaluation {
         );
         for task in &tasks {
             text += &format!("{} {} {}\n", task.digest, task.metric, task.name);
+            if !task.parts.is_empty() {
+                text += &format!("parts {}\n", task.parts);
+            }
             if let Some(attacked) = task.attacked {
                 text += &format!("attacked {}\n", attacked.digest);
             }
         }
         if let Some(split) = self.split {
             text += &format!("{} {}\n", split.seed, split.dev);
+        }
+        if let Some(under) = &self.under {
+            text += &format!("attack {}\n", serde_json::json!(under.attack));
         }
         Record {
             id: Digest::of(text.as_bytes()),
@@ -359,7 +375,14 @@ impl Evals {
             store: Store::open(data_dir)?,
             running: Mutex::default(),
             turns: Semaphore::new(AT_ONCE),
+            masked: Semaphore::new(1),
         })
+    }
+
+    /// Waits until no other request has a masked language model in memory.
+    pub async fn masked_turn(&self) -> Option<SemaphorePermit<'_>> {
+        // Never closed.
+        self.masked.acquire().await.ok()
     }
 
     fn running(&self) -> MutexGuard<'_, HashMap<Digest, Arc<Progress>>> {
@@ -409,7 +432,8 @@ impl Evals {
         fingerprint: &str,
         imported: Vec<Imported>,
     ) -> Result<View, EvalError> {
-        let mut text = format!("cauldron imported evaluation v1\n{model}\n{fingerprint}\n");
+        let whose = serde_json::json!([model, fingerprint]);
+        let mut text = format!("cauldron imported evaluation v1\n{whose}\n");
         for one in &imported {
             text += &format!("{} {}\n", one.record.digest, one.record.metric);
         }

@@ -13,7 +13,7 @@ pub const MAX_FILE_BYTES: u64 = 64 << 20;
 const MAX_CHOICES: usize = 64;
 const MAX_ANSWER_TOKENS: u64 = 4096;
 const DEFAULT_ANSWER_TOKENS: u64 = 64;
-/// Of a line: its prompt before an attack.
+/// Of a line that [`Task::to_json`] wrote: its prompt before an attack.
 const UNATTACKED: &str = "prompt_before_attack";
 
 /// A task that cannot be used. `field` is a path into what describes it.
@@ -105,6 +105,8 @@ pub struct Task {
     pub stop: Vec<String>,
     /// What attacks may change of a prompt: the first group, or the whole match. Without one, all of it.
     pub attack_within: Option<Regex>,
+    /// What its items are already under.
+    pub attack: Option<Attack>,
     pub items: Vec<Item>,
     /// Whether a written answer ends where it can no longer be right: the scores are the same, and wrong answers are cut.
     pub is_hasty: bool,
@@ -256,6 +258,7 @@ impl TaskSettings {
             max_tokens: max_tokens as usize,
             stop,
             attack_within,
+            attack: None,
             items,
             is_hasty: false,
             digest,
@@ -322,6 +325,9 @@ impl Task {
         if let Match::Regex(pattern) = &self.matching {
             out["pattern"] = pattern.as_str().into();
         }
+        if let Some(attack) = &self.attack {
+            out["attack"] = json!(attack);
+        }
         out
     }
 
@@ -329,7 +335,15 @@ impl Task {
     pub fn from_json(value: Value) -> Result<Self, TaskError> {
         let mut settings = TaskSettings::read("task", value)?;
         let items = settings.items.take().unwrap_or_default();
-        settings.with_items("task", items)
+        let before = |item: &Value| item.get(UNATTACKED).and_then(Value::as_str).map(str::to_owned);
+        let unattacked: Vec<Option<String>> = items.iter().map(before).collect();
+        let attack = settings.attack.take();
+        let mut task = settings.with_items("task", items)?;
+        task.attack = attack;
+        for (item, unattacked) in task.items.iter_mut().zip(unattacked) {
+            item.unattacked = unattacked;
+        }
+        Ok(task)
     }
 }
 
@@ -454,7 +468,7 @@ fn item(kind: Kind, value: Value) -> Result<Item, String> {
     Ok(Item {
         prompt: prompt.unwrap_or_default(),
         answer,
-        unattacked: text(&mut fields, &[UNATTACKED])?,
+        unattacked: None,
     })
 }
 

@@ -28,7 +28,7 @@ pub use engine::{EngineThread, Work};
 pub use family::{Family, Parentage, check_family};
 pub use load::check_model;
 pub use served::{Generation, Served};
-pub use shares::{OpenRecipe, Shares};
+pub use shares::{MAX_ANCHORS, OpenRecipe, Shares};
 pub use slot::{FamilyInfo, LoadRequest, PointInfo, SlotInfo, WeightsFrom};
 
 use memory::Memory;

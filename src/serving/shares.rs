@@ -12,7 +12,7 @@ const MAX_DIGITS: usize = 400;
 /// Shares of parents that a request may name at most.
 const MAX_SHARES: usize = cauldron_merge::MAX_MODELS;
 /// Lambdas over the layers that a request may name at most.
-const MAX_ANCHORS: usize = 64;
+pub const MAX_ANCHORS: usize = 64;
 
 /// The shares of a family's parents. In JSON a list, `[]` for the plain method; lambdas by layer are `{"by_layer": [...]}`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

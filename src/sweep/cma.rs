@@ -13,6 +13,32 @@ const LARGEST_SIGMA: f64 = 0.5;
 /// Points have so many steps along an edge, so that they have short names.
 const STEPS: f64 = 1e4;
 
+/// A point that was tried.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Told<'a> {
+    pub point: &'a [f64],
+    pub rank: Rank,
+}
+
+/// How it did; what was scored in full comes before what was dropped on the way, whatever the numbers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Rank {
+    Scored(f64),
+    Dropped(f64),
+    Failed,
+}
+
+impl Rank {
+    /// Larger is better.
+    fn key(self) -> (u8, f64) {
+        match self {
+            Self::Scored(score) => (2, score),
+            Self::Dropped(heat) => (1, heat),
+            Self::Failed => (0, 0.0),
+        }
+    }
+}
+
 /// The distribution that a generation is drawn from.
 struct State {
     mean: Vec<f64>,
@@ -32,9 +58,8 @@ pub(super) fn ends_generation(dims: usize, points: usize) -> bool {
     points.is_multiple_of(population(dims))
 }
 
-/// The next point to try, and its generation. `told` has the points so far, in order, with their scores (higher is better; None
-/// where there is none, which counts as the worst).
-pub(super) fn next(seed: u64, dims: usize, told: &[(&[f64], Option<f64>)]) -> Option<(Vec<f64>, usize)> {
+/// The next point to try, and its generation. `told` has the points so far, in order.
+pub(super) fn next(seed: u64, dims: usize, told: &[Told<'_>]) -> Option<(Vec<f64>, usize)> {
     let size = population(dims);
     let mut state = State::new(dims);
     let generations = told.chunks_exact(size);
@@ -74,14 +99,17 @@ impl State {
     }
 
     /// Hansen, section 3 and appendix A, without negative weights.
-    fn learn(&mut self, generation: &[(&[f64], Option<f64>)], number: usize) -> Option<()> {
+    fn learn(&mut self, generation: &[Told<'_>], number: usize) -> Option<()> {
         let n = self.mean.len() as f64;
-        let mut ranked: Vec<&(&[f64], Option<f64>)> = generation.iter().collect();
-        let score = |of: &(&[f64], Option<f64>)| of.1.unwrap_or(f64::NEG_INFINITY);
-        ranked.sort_by(|a, b| score(b).total_cmp(&score(a)));
+        let mut ranked: Vec<&Told<'_>> = generation.iter().collect();
+        ranked.sort_by(|a, b| {
+            let ((a_class, a), (b_class, b)) = (a.rank.key(), b.rank.key());
+            b_class.cmp(&a_class).then(b.total_cmp(&a))
+        });
         let parents = generation.len() / 2;
+        let middle = (generation.len() as f64 + 1.0) / 2.0;
         let raw: Vec<f64> = (1..=parents)
-            .map(|rank| (parents as f64 + 0.5).ln() - (rank as f64).ln())
+            .map(|rank| middle.ln() - (rank as f64).ln())
             .collect();
         let sum: f64 = raw.iter().sum();
         let weights: Vec<f64> = raw.iter().map(|weight| weight / sum).collect();
@@ -96,8 +124,8 @@ impl State {
 
         let steps: Vec<Vec<f64>> = ranked[..parents]
             .iter()
-            .map(|(point, _)| {
-                let each = point.iter().zip(&self.mean);
+            .map(|told| {
+                let each = told.point.iter().zip(&self.mean);
                 each.map(|(x, mean)| (x - mean) / self.sigma).collect()
             })
             .collect();
@@ -149,9 +177,12 @@ mod tests {
     fn search(dims: usize, trials: usize, score: impl Fn(&[f64]) -> f64) -> Vec<(Vec<f64>, f64)> {
         let mut told: Vec<(Vec<f64>, f64)> = Vec::new();
         while told.len() < trials {
-            let known: Vec<(&[f64], Option<f64>)> = told
+            let known: Vec<Told<'_>> = told
                 .iter()
-                .map(|(point, score)| (point.as_slice(), Some(*score)))
+                .map(|(point, score)| Told {
+                    point,
+                    rank: Rank::Scored(*score),
+                })
                 .collect();
             let (point, generation) = next(5, dims, &known).expect("a point");
             assert_eq!(generation, told.len() / population(dims));
@@ -194,11 +225,24 @@ mod tests {
         assert_eq!(search(2, 30, score), search(2, 30, score));
         let flat = search(2, 30, |_| 0.5);
         assert!(flat.iter().all(|(point, _)| point.iter().all(|x| x.is_finite())));
+        // What was dropped counts less than what was scored, whatever its number, and more than what failed.
         let points = search(2, 6, score);
-        let failed: Vec<(&[f64], Option<f64>)> = points
-            .iter()
-            .map(|(p, s)| (p.as_slice(), (p[0] > 0.5).then_some(*s)))
-            .collect();
-        assert!(next(5, 2, &failed).is_some());
+        let next_after = |rank: &dyn Fn(usize) -> Rank| {
+            let told: Vec<Told<'_>> = points
+                .iter()
+                .enumerate()
+                .map(|(n, (point, _))| Told { point, rank: rank(n) })
+                .collect();
+            next(5, 2, &told)
+        };
+        let scored = |n: usize| Rank::Scored(if n < 3 { 3.0 - n as f64 } else { -(n as f64) });
+        let dropped = |n: usize| match n {
+            0 => Rank::Scored(0.1),
+            1 => Rank::Dropped(9.0),
+            2 => Rank::Dropped(5.0),
+            _ => Rank::Failed,
+        };
+        assert_eq!(next_after(&scored), next_after(&dropped));
+        assert!(next_after(&|_| Rank::Failed).is_some());
     }
 }

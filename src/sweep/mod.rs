@@ -166,6 +166,38 @@ pub enum Given {
     Failed(String),
 }
 
+impl Given {
+    /// Puts its tasks in the order of the sweep's, or says why they are not the same: what one trial is judged by, all are.
+    fn fit(&mut self, sweep: &Sweep) -> Result<(), String> {
+        let has_scores = sweep.trials.iter().any(|trial| trial.score.is_some());
+        match self {
+            Self::Failed(_) => Ok(()),
+            Self::Score { .. } if sweep.tasks.is_empty() => Ok(()),
+            Self::Score { .. } => Err("the trials before have the results of tasks".into()),
+            Self::Tasks(_) if sweep.tasks.is_empty() && has_scores => {
+                Err("the trials before have one score each".into())
+            }
+            Self::Tasks(_) if sweep.tasks.is_empty() => Ok(()),
+            Self::Tasks(given) => {
+                let place = |(task, _): &(TaskRecord, Metric)| {
+                    let is_it = |other: &TaskRecord| other.name == task.name && other.metric == task.metric;
+                    sweep.tasks.iter().position(is_it)
+                };
+                if given.len() != sweep.tasks.len() || given.iter().any(|one| place(one).is_none()) {
+                    let each = sweep
+                        .tasks
+                        .iter()
+                        .map(|task| format!("{} {}", task.name, task.metric));
+                    let expected: Vec<String> = each.collect();
+                    return Err(format!("the trials before have {}", expected.join(", ")));
+                }
+                given.sort_by_key(place);
+                Ok(())
+            }
+        }
+    }
+}
+
 /// What the sweep found.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Verdict {
@@ -205,6 +237,9 @@ pub enum SweepError {
     Unknown,
     #[error("trial {0} does not wait for a score")]
     NotWaiting(usize),
+    /// The trial waits on.
+    #[error("{0}")]
+    OtherTasks(String),
     #[error("the folder of sweeps: {0}")]
     Io(#[from] io::Error),
 }
@@ -355,25 +390,32 @@ impl Sweeps {
         self.opened().live.get(&id).map(|live| live.told.subscribe())
     }
 
-    /// Takes a score from outside for the trial that waits for it.
-    pub fn give(&self, id: Uuid, trial: usize, given: Given) -> Result<(), SweepError> {
-        let open = self.opened();
-        let live = open.live.get(&id).ok_or(SweepError::NotWaiting(trial))?;
-        // Once: it waits no more, whatever the next look says.
-        let taken = live.told.send_if_modified(|sweep| {
-            let waits = sweep
-                .waiting
-                .as_ref()
-                .is_some_and(|waiting| waiting.trial == trial);
-            if waits {
-                Arc::make_mut(sweep).waiting = None;
-            }
-            waits
-        });
-        if !taken {
-            return Err(SweepError::NotWaiting(trial));
-        }
-        live.given.send_replace(Some((trial, given)));
+    /// Takes a score from outside for the trial that waits for it; it is durable when this returns.
+    pub async fn give(&self, id: Uuid, trial: usize, mut given: Given) -> Result<(), SweepError> {
+        let mut told = {
+            let open = self.opened();
+            let live = open.live.get(&id).ok_or(SweepError::NotWaiting(trial))?;
+            let mut taken = Err(SweepError::NotWaiting(trial));
+            // Once: it waits no more, whatever the next look says.
+            live.told.send_if_modified(|sweep| {
+                let waits = sweep
+                    .waiting
+                    .as_ref()
+                    .is_some_and(|waiting| waiting.trial == trial);
+                if waits {
+                    taken = given.fit(sweep).map_err(SweepError::OtherTasks);
+                }
+                if taken.is_ok() {
+                    Arc::make_mut(sweep).waiting = None;
+                }
+                taken.is_ok()
+            });
+            taken?;
+            live.given.send_replace(Some((trial, given)));
+            live.told.subscribe()
+        };
+        // An end without the trial is that of a sweep that was cancelled.
+        let _ = told.wait_for(|sweep| sweep.trials.len() > trial).await;
         Ok(())
     }
 

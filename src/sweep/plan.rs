@@ -74,6 +74,8 @@ pub struct Tried {
     pub origin: Origin,
     /// Higher is better; None if it failed or was dropped.
     pub score: Option<f64>,
+    /// Of one that was dropped, by the items that it was asked.
+    pub heat: Option<f64>,
     pub stderr: Option<f64>,
 }
 
@@ -136,7 +138,14 @@ pub fn next(search: &Search, seed: u64, parents: usize, tried: &[Tried]) -> Opti
         }
         Search::Cma { groups, trials } if own < *trials as usize => {
             let told = tried.iter().filter_map(|trial| match &trial.shares {
-                Shares::ByLayer(lambdas) => Some((lambdas.as_slice(), trial.score)),
+                Shares::ByLayer(lambdas) => Some(cma::Told {
+                    point: lambdas,
+                    rank: match (trial.score, trial.heat) {
+                        (Some(score), _) => cma::Rank::Scored(score),
+                        (None, Some(heat)) => cma::Rank::Dropped(heat),
+                        (None, None) => cma::Rank::Failed,
+                    },
+                }),
                 _ => None,
             });
             let (lambdas, generation) = cma::next(seed, *groups as usize, &told.collect::<Vec<_>>())?;
@@ -317,6 +326,7 @@ mod tests {
                 shares,
                 origin,
                 score,
+                heat: None,
                 stderr: Some(0.01),
             });
         };

@@ -85,8 +85,15 @@ fn judged(sweep: &Sweep) -> String {
 /// Heads of a column for each task.
 fn heads(sweep: &Sweep, part: &str) -> String {
     let each = sweep.tasks.iter();
-    each.map(|task| format!(" {} ({}){part} |", plain(&task.name), plain(&task.metric)))
-        .collect()
+    each.map(|task| {
+        let under = task.attack.as_ref();
+        let under = under.map_or_else(String::new, |attack| {
+            let rate = attack.rate.map_or_else(String::new, |rate| format!(" of {rate}"));
+            format!(" under {}{rate}, seed {}", attack.kind.name(), attack.seed)
+        });
+        format!(" {}{under} ({}){part} |", plain(&task.name), plain(&task.metric))
+    })
+    .collect()
 }
 
 fn cells(sweep: &Sweep, metrics: &[Metric]) -> String {

@@ -11,7 +11,7 @@ use tracing::warn;
 use super::plan::{Tried, baselines, next};
 use super::{Given, Origin, Select, Status, Sweep, Sweeps, Trial, Verdict, Waiting, cma, selected};
 use crate::config::ModelName;
-use crate::eval::{Metric, Outcome, Task, TaskRecord, mean, measure, value};
+use crate::eval::{Metric, Outcome, Task, mean, measure, value};
 use crate::serving::{Family, OpenRecipe, Served, ServingError, Shares};
 
 /// Standard errors by which a trial must be behind to be dropped.
@@ -109,16 +109,12 @@ impl Sweeps {
             .map_err(|e| e.to_string())?;
         sweep.status = Status::Running;
         self.note(sweep).await?;
-        let first: Vec<_> = baselines(&sweep.recipe);
         // Outcomes of the best so far, for the race.
         let mut leader = self.leader(sweep, &parts).await;
         let mut ahead = None;
         loop {
             let n = sweep.trials.len();
-            let planned = match first.get(n) {
-                Some(baseline) => Some(baseline.clone()),
-                None => next(&sweep.search, sweep.seed, sweep.parents, &tried(sweep)),
-            };
+            let planned = next_of(sweep, &tried(sweep));
             let Some((shares, origin)) = planned else { break };
             let start = Instant::now();
             // The next weights are computed while this trial is asked, where they are known and there is room for both.
@@ -138,10 +134,7 @@ impl Sweeps {
                 .is_ok_and(|served| self.serving.has_room_beside(served));
             if has_room
                 && !sweep.external
-                && let Some((next_shares, _)) = first
-                    .get(n + 1)
-                    .cloned()
-                    .or_else(|| foreseen(sweep, &(shares.clone(), origin.clone())))
+                && let Some((next_shares, _)) = foreseen(sweep, &(shares.clone(), origin.clone()))
             {
                 let (this, family, of) = (self.clone(), family.clone(), next_shares.clone());
                 ahead = Some((
@@ -323,11 +316,6 @@ impl Sweeps {
                 if sweep.tasks.is_empty() {
                     sweep.tasks = given.iter().map(|(task, _)| task.clone()).collect();
                 }
-                let named = |task: &TaskRecord| (task.name.clone(), task.metric.clone());
-                let expected = sweep.tasks.iter().map(named);
-                if !expected.eq(given.iter().map(|(task, _)| named(task))) {
-                    return Err("its results are of other tasks or metrics than the first trial's".into());
-                }
                 trial.dev = given.into_iter().map(|(_, metric)| metric).collect();
                 if let Some((score, stderr)) = selected(sweep.select, &sweep.tasks, &trial.dev) {
                     (trial.score, trial.stderr) = (Some(score), stderr);
@@ -449,6 +437,16 @@ async fn joined(
     waiting.await.unwrap_or_else(|e| Err(e.to_string()))
 }
 
+/// What is tried after these: a baseline that is not there yet, then what the search says.
+fn next_of(sweep: &Sweep, tried: &[Tried]) -> Option<(Shares, Origin)> {
+    let is_missing = |(shares, _): &(Shares, Origin)| {
+        let is_it = |trial: &Tried| trial.origin.is_baseline() && trial.shares == *shares;
+        !tried.iter().any(is_it)
+    };
+    let baseline = baselines(&sweep.recipe).into_iter().find(is_missing);
+    baseline.or_else(|| next(&sweep.search, sweep.seed, sweep.parents, tried))
+}
+
 /// What comes after the trial that is being asked, where that does not depend on its score.
 fn foreseen(sweep: &Sweep, asked: &(Shares, Origin)) -> Option<(Shares, Origin)> {
     let mut known = tried(sweep);
@@ -457,18 +455,17 @@ fn foreseen(sweep: &Sweep, asked: &(Shares, Origin)) -> Option<(Shares, Origin)>
         origin: asked.1.clone(),
         score: None,
         stderr: None,
+        heat: None,
     });
+    let coming = next_of(sweep, &known)?;
     let own = known.iter().filter(|trial| !trial.origin.is_baseline()).count();
     let learns = match &sweep.search {
         super::Search::Bayes { .. } => true,
         super::Search::M3 { alphas, .. } => own >= alphas.len(),
-        super::Search::Cma { groups, .. } => cma::ends_generation(*groups as usize, own),
+        super::Search::Cma { groups, .. } => own > 0 && cma::ends_generation(*groups as usize, own),
         super::Search::Grid { .. } | super::Search::Random { .. } => false,
     };
-    match learns {
-        true => None,
-        false => next(&sweep.search, sweep.seed, sweep.parents, &known),
-    }
+    (coming.1.is_baseline() || !learns).then_some(coming)
 }
 
 fn tried(sweep: &Sweep) -> Vec<Tried> {
@@ -477,6 +474,11 @@ fn tried(sweep: &Sweep) -> Vec<Tried> {
         origin: trial.origin.clone(),
         score: trial.score,
         stderr: trial.stderr,
+        heat: trial
+            .dropped
+            .then(|| selected(sweep.select, &sweep.tasks, &trial.dev))
+            .flatten()
+            .map(|(score, _)| score),
     });
     each.collect()
 }

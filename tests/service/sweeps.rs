@@ -413,25 +413,30 @@ async fn scores_of_lm_eval_count_task_by_task() {
             },
             "higher_is_better": {"one": {"acc": true}, "two": {"word_perplexity": false}},
         });
+        let path = format!("/sweeps/{id}/trials/{trial}/score");
         if trial == 1 {
-            file["results"].as_object_mut().unwrap().remove("two");
+            // What does not fit is refused, and the trial waits on.
+            let mut one = file.clone();
+            one["results"].as_object_mut().unwrap().remove("two");
+            for bad in [json!({"lm_eval": one}), json!({"score": 1})] {
+                app.post(&path, bad).await.expect_problem(422, Some("lm_eval"));
+            }
+            app.post(&path, json!({"error": "no luck"})).await.expect(204);
+            continue;
         }
-        app.post(
-            &format!("/sweeps/{id}/trials/{trial}/score"),
-            json!({"lm_eval": file}),
-        )
-        .await
-        .expect(204);
+        if trial == 2 {
+            // In whatever order.
+            let one = file["results"].as_object_mut().unwrap().remove("one").unwrap();
+            file["results"]["one"] = one;
+        }
+        app.post(&path, json!({"lm_eval": file})).await.expect(204);
+        let now = app.get(&format!("/sweeps/{id}")).await.json();
+        assert!(now["trials"].as_array().unwrap().len() > trial, "{now}");
     }
     let sweep = ended(&app, &id).await;
     assert_eq!(sweep["status"], "done", "{sweep}");
     assert_eq!(sweep["tasks"][1]["name"], "two");
-    assert!(
-        sweep["trials"][1]["error"]
-            .as_str()
-            .unwrap()
-            .contains("other tasks")
-    );
+    assert_eq!(sweep["trials"][1]["error"], "no luck");
     // (acc - perplexity) / 2
     let scores = scores(&sweep);
     assert!((scores[2].unwrap() - (0.75 - 6.0) / 2.0).abs() < 1e-12);

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -13,10 +14,10 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use crate::LmError;
-use crate::tokenizer::{checked_tokenizer, fenced};
+use crate::tokenizer::{MAX_PROMPT_BYTES, checked_tokenizer, fenced};
 
 /// Larger models are not for this.
-const MAX_BYTES: u64 = 4 << 30;
+const MAX_BYTES: u64 = 2 << 30;
 const ARCHITECTURE: &str = "BertForMaskedLM";
 /// Tied in files that leave it out.
 const TIED: [(&str, &str); 2] = [
@@ -80,9 +81,8 @@ impl MaskedLm {
         let tokenizer = checked_tokenizer(&file, config.vocab_size)?;
         let weights = VarBuilder::from_tensors(weights(&checkpoint)?, DType::F32, &Device::Cpu);
         let positions = config.max_position_embeddings;
-        let model = std::panic::AssertUnwindSafe(|| BertForMaskedLM::load(weights, &config));
-        let model =
-            std::panic::catch_unwind(model).map_err(|_| LmError::config("(the file)", "does not fit"))?;
+        let model = AssertUnwindSafe(|| BertForMaskedLM::load(weights, &config));
+        let model = catch_unwind(model).map_err(|_| LmError::config("(the file)", "does not fit"))?;
         Ok(Self {
             model: model?,
             tokenizer,
@@ -92,10 +92,18 @@ impl MaskedLm {
 
     /// What it expects at every token of a text that it sees in whole, as BERT-Attack asks it; of long texts the first tokens.
     pub fn read(&self, text: &str) -> Result<Expectations<'_>, LmError> {
+        if text.len() > MAX_PROMPT_BYTES {
+            let detail = format!("has {} bytes; at most {MAX_PROMPT_BYTES} are taken", text.len());
+            return Err(LmError::request("prompt", detail));
+        }
         let encoding = fenced(|| self.tokenizer.encode(text, true))?;
         let count = encoding.len().min(self.positions);
         let ids = Tensor::new(&encoding.get_ids()[..count], &Device::Cpu)?.unsqueeze(0)?;
-        let logits = self.model.forward(&ids, &ids.zeros_like()?, None)?;
+        let kinds = ids.zeros_like()?;
+        let forward = AssertUnwindSafe(|| self.model.forward(&ids, &kinds, None));
+        let logits = catch_unwind(forward).map_err(|_| LmError::Compute {
+            detail: "the masked language model panicked".into(),
+        })??;
         Ok(Expectations {
             model: self,
             offsets: encoding.get_offsets()[..count].to_vec(),
