@@ -242,7 +242,7 @@ impl Keeper {
             self.parentage.sources.open(&middle, care).map_err(|e| text(&e))?;
         let known = &self.parentage.known;
         parents.adopt_contents(&|identity| known.get(identity));
-        let prepared = Prepared::prepare(&middle, &parents, &until).map_err(|e| text(&e))?;
+        let prepared = Prepared::prepare_for_points(&middle, &parents, &until).map_err(|e| text(&e))?;
         // With them the digest of every point is known at once.
         merge_digest(&middle, &parents, &until).map_err(|e| text(&e))?;
         for (identity, digest) in parents.contents_to_keep() {

@@ -171,6 +171,44 @@ impl Family<'_> {
         random && merged.iter().map(bits).sum::<usize>() / 8 <= MASK_BYTES
     }
 
+    /// One more pass, for drops of which all points need no more than who stayed: those of DELLA with its own rescaling divide
+    /// each survivor by another number, and those that are rescaled to a norm are remembered already.
+    pub(crate) fn remember_drops(&mut self, obs: &dyn Observer) -> Result<(), MergeError> {
+        let merged = self.merged();
+        let is_dare = self
+            .recipe
+            .sparsify
+            .as_ref()
+            .is_some_and(|s| s.drops == Drops::Dare);
+        let is_known = merged.iter().any(|t| !self.prepared[*t].masks.is_empty());
+        if !is_dare || is_known || !self.remembers_drops(&merged) {
+            return Ok(());
+        }
+        let mut masks: Vec<Vec<Mask>> = vec![Vec::new(); self.tensors().len()];
+        self.stream(|stream| {
+            stream.for_each(
+                &merged,
+                obs,
+                |work, scratch, chunk| {
+                    let mut bits = vec![Vec::new(); self.tensors()[chunk.tensor].members.len()];
+                    work.tiles(scratch, chunk, |tile| {
+                        self.form(chunk.tensor, tile);
+                        for (bits, delta) in bits.iter_mut().zip(&tile.deltas) {
+                            masks::note(delta, bits);
+                        }
+                        Ok(())
+                    })?;
+                    Ok(bits)
+                },
+                |chunk, bits| push(&mut masks[chunk.tensor], bits),
+            )
+        })?;
+        for t in merged {
+            self.prepared[t].masks = std::mem::take(&mut masks[t]);
+        }
+        Ok(())
+    }
+
     /// Per tensor and parent: the factor that gives the survivors the L1 norm the delta had.
     fn restore_l1(&mut self, merged: &[usize], obs: &dyn Observer) -> Result<(), MergeError> {
         let mut sums: Vec<Vec<(f64, f64)>> = self
@@ -206,12 +244,7 @@ impl Family<'_> {
                     Ok((parts, bits))
                 },
                 |chunk, (parts, bits)| {
-                    let masks = &mut masks[chunk.tensor];
-                    masks.resize(bits.len(), Mask::default());
-                    masks
-                        .iter_mut()
-                        .zip(bits)
-                        .for_each(|(mask, bits)| mask.push(bits));
+                    push(&mut masks[chunk.tensor], bits);
                     for (sum, part) in sums[chunk.tensor].iter_mut().zip(parts) {
                         sum.0 += part.0;
                         sum.1 += part.1;
@@ -231,4 +264,13 @@ impl Family<'_> {
         self.advance_rest(obs);
         Ok(())
     }
+}
+
+/// The bits of a tensor's next chunk, by member.
+fn push(masks: &mut Vec<Mask>, bits: Vec<Vec<u32>>) {
+    masks.resize(bits.len(), Mask::default());
+    masks
+        .iter_mut()
+        .zip(bits)
+        .for_each(|(mask, bits)| mask.push(bits));
 }

@@ -87,6 +87,17 @@ impl<'a> Family<'a> {
         Ok(family)
     }
 
+    /// As [`Self::prepare`], for many points: what random drops decide is decided once, where there is room to remember it.
+    pub fn prepare_for_points(
+        recipe: &'a Recipe,
+        parents: &'a Parents,
+        obs: &dyn Observer,
+    ) -> Result<Self, MergeError> {
+        let mut family = Self::prepare(recipe, parents, obs)?;
+        family.remember_drops(obs)?;
+        Ok(family)
+    }
+
     /// A family of which no tensor is prepared yet.
     pub(crate) fn open(
         recipe: &'a Recipe,
