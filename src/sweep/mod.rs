@@ -2,6 +2,7 @@
 //! beside the baselines. What a trial found is on disk before the next begins. Knows nothing of HTTP.
 
 mod cma;
+mod judge;
 mod linear;
 mod plan;
 mod plot;
@@ -242,31 +243,6 @@ pub enum SweepError {
     OtherTasks(String),
     #[error("the folder of sweeps: {0}")]
     Io(#[from] io::Error),
-}
-
-/// Scores of several tasks as one number, higher being better, with its standard error.
-pub fn selected(select: Select, tasks: &[TaskRecord], metrics: &[Metric]) -> Option<(f64, Option<f64>)> {
-    if metrics.is_empty() || metrics.len() != tasks.len() {
-        return None;
-    }
-    let signed = tasks
-        .iter()
-        .zip(metrics)
-        .map(|(task, metric)| (task.sign() * metric.value, metric.stderr));
-    let signed: Vec<(f64, Option<f64>)> = signed.collect();
-    match select {
-        Select::Mean => {
-            let n = signed.len() as f64;
-            let squares: Option<f64> = signed.iter().map(|(_, stderr)| stderr.map(|s| s * s)).sum();
-            Some((
-                signed.iter().map(|(value, _)| value).sum::<f64>() / n,
-                squares.map(|squares| squares.sqrt() / n),
-            ))
-        }
-        Select::Min => signed
-            .into_iter()
-            .reduce(|worst, other| if other.0 < worst.0 { other } else { worst }),
-    }
 }
 
 impl Sweeps {

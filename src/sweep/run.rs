@@ -8,17 +8,15 @@ use cauldron_lm::Arithmetic;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use super::judge::{Found, gain, is_clearly_worse, is_noise, metrics, of_scores, pareto, selected};
 use super::plan::{Tried, baselines, next};
-use super::{Given, Origin, Select, Status, Sweep, Sweeps, Trial, Verdict, Waiting, cma, selected};
+use super::{Given, Origin, Status, Sweep, Sweeps, Trial, Verdict, Waiting, cma};
 use crate::config::ModelName;
-use crate::eval::{Metric, Outcome, Task, mean, measure, value};
+use crate::eval::{Outcome, Task};
 use crate::serving::{Family, OpenRecipe, Served, ServingError, Shares};
 
-/// Standard errors by which a trial must be behind to be dropped.
-const CLEARLY: f64 = 2.5;
-/// The share of the dev items that the race looks at, and how many there must be at least.
+/// The race looks at one in so many of the dev items.
 const HEAT: usize = 3;
-const LEAST_HEAT: usize = 20;
 /// How long a trial waits for a score from outside.
 const LONGEST_WAIT: Duration = Duration::from_hours(24);
 
@@ -49,9 +47,6 @@ impl Parts {
         }
     }
 }
-
-/// The outcomes of a model by task.
-type Found = Vec<Vec<Outcome>>;
 
 impl Sweeps {
     /// The sweep as it ended.
@@ -392,38 +387,10 @@ impl Sweeps {
     }
 }
 
-/// Without a spread there is nothing to tell by.
-fn is_noise(gain: f64, stderr: Option<f64>) -> bool {
-    !stderr.is_some_and(|stderr| stderr > 0.0 && gain.abs() >= 2.0 * stderr)
-}
-
 /// What comes first: what is waited for, or the end of the sweep.
 async fn or_cancelled<T>(cancel: &CancellationToken, work: impl Future<Output = T>) -> Result<T, String> {
     let done = cancel.run_until_cancelled(work).await;
     done.ok_or_else(|| "cancelled".to_owned())
-}
-
-/// What scores from outside say: the gain is that of the scores themselves.
-fn of_scores(sweep: &Sweep, winner: usize, baseline: usize) -> Verdict {
-    let of = |n: usize| {
-        sweep
-            .trials
-            .get(n)
-            .map_or((0.0, None), |t| (t.score.unwrap_or(0.0), t.stderr))
-    };
-    let ((a, a_stderr), (b, b_stderr)) = (of(winner), of(baseline));
-    let stderr = a_stderr.zip(b_stderr).map(|(a, b)| (a * a + b * b).sqrt());
-    Verdict {
-        winner,
-        baseline,
-        test_gain: a - b,
-        test_gain_stderr: stderr,
-        within_noise: is_noise(a - b, stderr),
-        pareto: match sweep.tasks.is_empty() {
-            true => vec![winner],
-            false => pareto(sweep),
-        },
-    }
 }
 
 /// The family that serves a sweep's trials.
@@ -481,85 +448,4 @@ fn tried(sweep: &Sweep) -> Vec<Tried> {
             .map(|(score, _)| score),
     });
     each.collect()
-}
-
-fn metrics(sweep: &Sweep, found: &Found) -> Result<Vec<Metric>, String> {
-    let each = sweep.tasks.iter().zip(found).map(|(task, outcomes)| {
-        let outcomes: Vec<&Outcome> = outcomes.iter().collect();
-        let metric = measure(&task.metric, &outcomes)
-            .filter(|metric| metric.value.is_finite() && metric.stderr.is_none_or(f64::is_finite));
-        metric.ok_or_else(|| format!("{} has no finite {}", task.name, task.metric))
-    });
-    each.collect()
-}
-
-/// How much better `ours` is, in the sweep's score, and the standard error of that. Items are compared with themselves where
-/// the metric is a mean over items.
-fn gain(sweep: &Sweep, ours: &Found, theirs: &Found) -> (f64, Option<f64>) {
-    let both = || sweep.tasks.iter().zip(ours.iter().zip(theirs));
-    let of = |found: &Found| {
-        metrics(sweep, found)
-            .ok()
-            .and_then(|m| selected(sweep.select, &sweep.tasks, &m))
-    };
-    let (Some((a, a_stderr)), Some((b, b_stderr))) = (of(ours), of(theirs)) else {
-        return (0.0, None);
-    };
-    let apart = a_stderr.zip(b_stderr).map(|(a, b)| (a * a + b * b).sqrt());
-    let paired: Option<f64> = match sweep.select {
-        // Which task is the worst may differ.
-        Select::Min => None,
-        Select::Mean => both()
-            .map(|(task, (ours, theirs))| {
-                let sign = task.sign();
-                let differences: Option<Vec<f64>> = ours
-                    .iter()
-                    .zip(theirs)
-                    .map(|(a, b)| Some(sign * (value(&task.metric, a)? - value(&task.metric, b)?)))
-                    .collect();
-                mean(&differences?)?.stderr.map(|stderr| stderr * stderr)
-            })
-            .sum(),
-    };
-    let stderr = paired.map(|squares| squares.sqrt() / sweep.tasks.len() as f64);
-    (a - b, stderr.or(apart))
-}
-
-fn is_clearly_worse(sweep: &Sweep, found: &Found, leader: Option<&(f64, Found)>) -> bool {
-    let Some((_, leader)) = leader else {
-        return false;
-    };
-    if found.iter().map(Vec::len).sum::<usize>() < LEAST_HEAT {
-        return false;
-    }
-    // The leader's first items are the same ones.
-    let same: Found = leader
-        .iter()
-        .zip(found)
-        .map(|(l, f)| l[..f.len().min(l.len())].to_vec())
-        .collect();
-    match gain(sweep, found, &same) {
-        (gain, Some(stderr)) if stderr > 0.0 => gain + CLEARLY * stderr < 0.0,
-        _ => false,
-    }
-}
-
-/// Trials that no other one beats on every task.
-fn pareto(sweep: &Sweep) -> Vec<usize> {
-    let signed = |trial: &Trial| -> Vec<f64> {
-        let values = sweep.tasks.iter().zip(&trial.dev);
-        values.map(|(task, metric)| task.sign() * metric.value).collect()
-    };
-    let scored: Vec<(usize, Vec<f64>)> = sweep
-        .trials
-        .iter()
-        .filter(|trial| trial.score.is_some())
-        .map(|trial| (trial.n, signed(trial)))
-        .collect();
-    let beats =
-        |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| a >= b) && a.iter().zip(b).any(|(a, b)| a > b);
-    let free = scored
-        .iter()
-        .filter(|(_, own)| !scored.iter().any(|(_, other)| beats(other, own)));
-    free.map(|(n, _)| *n).collect()
 }
