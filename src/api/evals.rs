@@ -299,13 +299,15 @@ pub(super) async fn read_tasks(
     // A masked language model takes memory that is not the served models': one at a time.
     let is_masked = |task: &Value| task.pointer("/attack/kind") == Some(&"bert".into());
     let takes_model = attack.as_ref().is_some_and(|attack| attack.model.is_some());
-    let _turn = match takes_model || tasks.iter().any(is_masked) {
+    let turn = match takes_model || tasks.iter().any(is_masked) {
         true => Some(app.evals.masked_turn().await),
         false => None,
     };
     let tasks_dir = app.config.storage.tasks_dir.clone();
     let mut attacker = Attacker::new(app.sources.clone());
     let read = tokio::task::spawn_blocking(move || {
+        // Held until the model has gone, whether or not the client waits.
+        let _turn = turn;
         let (mut read, mut under) = (Vec::new(), Vec::new());
         let mut items_in_all = 0;
         for (index, value) in tasks.into_iter().enumerate() {

@@ -5,6 +5,7 @@ mod ask;
 mod attack;
 mod lm_eval;
 mod metric;
+mod record;
 mod store;
 mod task;
 
@@ -16,15 +17,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cauldron_checkpoint::Digest;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{info, warn};
 
 pub use ask::AskError;
 pub use attack::{Attack, AttackKind};
 pub use lm_eval::{Imported, read_results};
 pub use metric::{Metric, Outcome, drop_rate, mean, measure, value};
+pub use record::{AttackedRecord, AttackedScores, Record, Scores, Split, TaskRecord, TaskScores};
 pub use store::{read_json, read_task_file, remove_drafts, write_json};
 pub use task::{
     Answer, Item, Kind, MAX_FILE_BYTES, MAX_ITEMS, Match, Task, TaskError, TaskSettings, parse_lines,
@@ -47,15 +47,7 @@ pub struct Evals {
     running: Mutex<HashMap<Digest, Arc<Progress>>>,
     turns: Semaphore,
     /// Of requests with a masked language model.
-    masked: Semaphore,
-}
-
-/// How items are parted: dev items choose, test items tell.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Split {
-    pub seed: u64,
-    /// Share of the items that are dev.
-    pub dev: f64,
+    masked: Arc<Semaphore>,
 }
 
 /// What is asked of a model.
@@ -81,52 +73,6 @@ struct Progress {
     failed: Mutex<Option<String>>,
 }
 
-/// An evaluation as it is kept.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Record {
-    pub id: Digest,
-    pub model: String,
-    pub system_fingerprint: String,
-    pub split: Option<Split>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub attack: Option<Attack>,
-    pub tasks: Vec<TaskRecord>,
-    /// By task, where another program asked.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub imported: Option<Vec<TaskScores>>,
-}
-
-/// What is kept of a task without its items.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct TaskRecord {
-    pub name: String,
-    pub digest: Digest,
-    pub kind: Kind,
-    /// The metric that selects, and all that there are.
-    pub metric: String,
-    pub metrics: Vec<String>,
-    /// Of the metric that selects; None: as its name says.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub less_is_better: Option<bool>,
-    /// The attack that the task is under by itself.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub attack: Option<Attack>,
-    pub items: usize,
-    /// By item, in the order of the task: `1` is a dev item, `0` one that tells.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub parts: String,
-    /// The same task under the evaluation's attack.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub attacked: Option<AttackedRecord>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct AttackedRecord {
-    pub digest: Digest,
-    /// Items whose prompt the attack changed.
-    pub changed: usize,
-}
-
 /// An evaluation as others see it.
 #[derive(Debug, Clone)]
 pub struct View {
@@ -139,16 +85,6 @@ pub struct View {
     pub attacked: Vec<AttackedScores>,
 }
 
-/// A task under attack.
-#[derive(Debug, Clone, Serialize)]
-pub struct AttackedScores {
-    /// Items whose prompt the attack changed.
-    pub changed: usize,
-    pub scores: TaskScores,
-    /// The performance drop rate of each metric.
-    pub drop_rate: TaskScores,
-}
-
 /// Where an evaluation is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Status {
@@ -157,46 +93,6 @@ pub enum Status {
     Failed(String),
     /// The process ended before it was done; asking again goes on with the tasks that are left.
     Interrupted,
-}
-
-/// Metrics by name, of all items and of each part.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct TaskScores {
-    pub all: Scores,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub dev: Option<Scores>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub test: Option<Scores>,
-}
-
-/// Metrics in the order of their kind.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Scores(pub Vec<(String, Metric)>);
-
-impl Scores {
-    pub fn get(&self, metric: &str) -> Option<Metric> {
-        self.0
-            .iter()
-            .find(|(name, _)| name == metric)
-            .map(|(_, metric)| *metric)
-    }
-}
-
-impl Serialize for Scores {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().map(|(name, metric)| (name, metric)))
-    }
-}
-
-impl<'de> Deserialize<'de> for Scores {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let map = serde_json::Map::<String, Value>::deserialize(deserializer)?;
-        let entries = map
-            .into_iter()
-            .map(|(name, value)| Ok((name, serde_json::from_value(value)?)));
-        let entries: Result<Vec<_>, serde_json::Error> = entries.collect();
-        entries.map(Self).map_err(serde::de::Error::custom)
-    }
 }
 
 /// Why an evaluation was not begun or cannot be read.
@@ -210,104 +106,6 @@ pub enum EvalError {
     Io(#[from] io::Error),
     #[error(transparent)]
     Ask(#[from] AskError),
-}
-
-impl Split {
-    /// Whether each item is a dev item. That follows from its prompt: the same prompt is on the same side, in whatever task and
-    /// however often, whatever the model.
-    pub fn of(self, task: &Task) -> Vec<bool> {
-        let rank =
-            |prompt: &str| Digest::of(format!("cauldron split v1\n{}\n{prompt}", self.seed).as_bytes());
-        // A share of all prompts that there could be: the count of dev items is near that share of the items.
-        let below = (self.dev * 2f64.powi(64)) as u128;
-        let is_dev = |item: &Item| {
-            let prompt = item.unattacked.as_ref().unwrap_or(&item.prompt);
-            let text = match (&item.answer, prompt.as_str()) {
-                (Answer::Continuation(text), "") => text,
-                (_, prompt) => prompt,
-            };
-            let rank = rank(text);
-            let first: [u8; 8] = std::array::from_fn(|byte| rank.as_bytes()[byte]);
-            u128::from(u64::from_be_bytes(first)) < below
-        };
-        task.items.iter().map(is_dev).collect()
-    }
-}
-
-impl TaskRecord {
-    pub fn of(task: &Task) -> Self {
-        Self {
-            name: task.name.clone(),
-            digest: task.digest,
-            kind: task.kind,
-            metric: task.metric.to_owned(),
-            metrics: metric::names(task.kind, &task.matching)
-                .iter()
-                .map(|&name| name.to_owned())
-                .collect(),
-            less_is_better: None,
-            attack: task.attack.clone(),
-            items: task.items.len(),
-            parts: String::new(),
-            attacked: None,
-        }
-    }
-
-    /// 1 where more of the metric that selects is better, otherwise -1.
-    pub fn sign(&self) -> f64 {
-        let by_name = || !metric::is_better_higher(&self.metric);
-        match self.less_is_better.unwrap_or_else(by_name) {
-            true => -1.0,
-            false => 1.0,
-        }
-    }
-
-    /// With the side of each item.
-    pub fn parted(task: &Task, split: Split) -> Self {
-        let part = |is_dev: bool| if is_dev { '1' } else { '0' };
-        Self {
-            parts: split.of(task).into_iter().map(part).collect(),
-            ..Self::of(task)
-        }
-    }
-
-    /// Its metrics from what a model did with its items.
-    pub fn scores(&self, outcomes: &[Outcome]) -> TaskScores {
-        self.by_part(outcomes.len(), &|name, which| {
-            let chosen: Vec<&Outcome> = which.iter().map(|index| &outcomes[*index]).collect();
-            measure(name, &chosen)
-        })
-    }
-
-    /// The same from what it did with them under attack.
-    fn attacked_scores(&self, changed: usize, plain: &[Outcome], attacked: &[Outcome]) -> AttackedScores {
-        let drops = self.by_part(plain.len().min(attacked.len()), &|name, which| {
-            let before: Vec<&Outcome> = which.iter().map(|index| &plain[*index]).collect();
-            let after: Vec<&Outcome> = which.iter().map(|index| &attacked[*index]).collect();
-            drop_rate(name, &before, &after)
-        });
-        AttackedScores {
-            changed,
-            scores: self.scores(attacked),
-            drop_rate: drops,
-        }
-    }
-
-    /// A number for each metric, over all items and those of each part.
-    fn by_part(&self, items: usize, number: &dyn Fn(&str, &[usize]) -> Option<Metric>) -> TaskScores {
-        let of = |which: &dyn Fn(usize) -> bool| {
-            let chosen: Vec<usize> = (0..items).filter(|index| which(*index)).collect();
-            let named = |name: &String| Some((name.clone(), number(name, &chosen)?));
-            Scores(self.metrics.iter().filter_map(named).collect())
-        };
-        let is_dev: Vec<bool> = self.parts.bytes().map(|part| part == b'1').collect();
-        let parts = (is_dev.len() == items && !is_dev.is_empty()).then_some(is_dev);
-        TaskScores {
-            all: of(&|_| true),
-            dev: parts.as_ref().map(|is_dev| of(&|index| is_dev[index])),
-            test: parts.as_ref().map(|is_dev| of(&|index| !is_dev[index])),
-        }
-    }
 }
 
 impl Evaluation {
@@ -361,28 +159,20 @@ impl Evaluation {
     }
 }
 
-impl Record {
-    /// Items that are asked.
-    pub fn items(&self) -> usize {
-        let times = if self.attack.is_some() { 2 } else { 1 };
-        times * self.tasks.iter().map(|task| task.items).sum::<usize>()
-    }
-}
-
 impl Evals {
     pub fn open(data_dir: &Path) -> io::Result<Self> {
         Ok(Self {
             store: Store::open(data_dir)?,
             running: Mutex::default(),
             turns: Semaphore::new(AT_ONCE),
-            masked: Semaphore::new(1),
+            masked: Arc::new(Semaphore::new(1)),
         })
     }
 
     /// Waits until no other request has a masked language model in memory.
-    pub async fn masked_turn(&self) -> Option<SemaphorePermit<'_>> {
+    pub async fn masked_turn(&self) -> Option<OwnedSemaphorePermit> {
         // Never closed.
-        self.masked.acquire().await.ok()
+        self.masked.clone().acquire_owned().await.ok()
     }
 
     fn running(&self) -> MutexGuard<'_, HashMap<Digest, Arc<Progress>>> {
