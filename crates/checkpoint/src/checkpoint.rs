@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -70,6 +72,13 @@ pub struct Checkpoint {
     config: Map<String, Value>,
     files: Vec<WeightFile>,
     tensors: BTreeMap<String, TensorInfo>,
+    held: OnceLock<Arc<HeldWeights>>,
+}
+
+/// The bytes of a checkpoint's weight files, in memory.
+#[derive(Debug)]
+pub struct HeldWeights {
+    files: Vec<Vec<u8>>,
 }
 
 impl Checkpoint {
@@ -86,7 +95,42 @@ impl Checkpoint {
             config,
             files,
             tensors,
+            held: OnceLock::new(),
         })
+    }
+
+    /// Reads all weight files into memory, on all threads. `go_on` returns false to cancel.
+    pub fn read_all(&self, go_on: &(dyn Fn() -> bool + Sync)) -> Result<HeldWeights, CheckpointError> {
+        let mut files = Vec::new();
+        for WeightFile { name, file } in &self.files {
+            let len = file.metadata().map_err(|e| CheckpointError::io(name, e))?.len();
+            let no_room = |_| CheckpointError::io(name, std::io::ErrorKind::OutOfMemory.into());
+            let len = usize::try_from(len).map_err(|_| CheckpointError::malformed(name, "too large"))?;
+            let mut bytes = Vec::new();
+            bytes.try_reserve_exact(len).map_err(no_room)?;
+            bytes.resize(len, 0);
+            let blocks = bytes.par_chunks_mut(READ_BLOCK).enumerate();
+            blocks.try_for_each(|(index, block)| match go_on() {
+                true => read_exact_at(file, name, block, (index * READ_BLOCK) as u64),
+                false => Err(CheckpointError::Cancelled),
+            })?;
+            files.push(bytes);
+        }
+        Ok(HeldWeights { files })
+    }
+
+    /// From now on all reads are of these weights, which must be those of this checkpoint's files.
+    pub fn hold(&self, weights: Arc<HeldWeights>) {
+        let _ = self.held.set(weights);
+    }
+
+    /// Some bytes of a tensor, if the checkpoint holds its weights.
+    pub fn held(&self, name: &str, range: Range<usize>) -> Option<&[u8]> {
+        let held = self.held.get()?;
+        let tensor = self.tensors.get(name)?;
+        let start = usize::try_from(tensor.offset).ok()?;
+        let end = start.checked_add(usize::try_from(tensor.len).ok()?)?;
+        held.files.get(tensor.file)?.get(start..end)?.get(range)
     }
 
     pub fn dir(&self) -> &Path {
@@ -120,6 +164,11 @@ impl Checkpoint {
                 tensor: name.to_owned(),
                 detail: "read past its end".into(),
             });
+        }
+        let from = byte_offset as usize;
+        if let Some(bytes) = self.held(name, from..from + buf.len()) {
+            buf.copy_from_slice(bytes);
+            return Ok(());
         }
         let source = &self.files[tensor.file];
         read_exact_at(&source.file, &source.name, buf, tensor.offset + byte_offset)
@@ -217,6 +266,9 @@ impl Checkpoint {
         let Some(tensor) = self.tensors.get(name) else {
             return;
         };
+        if self.held.get().is_some() {
+            return;
+        }
         let file = &self.files[tensor.file].file;
         // The kernel looks at every page of the range, which is slower than to ask for a few.
         let places = [0, len / 2, len.saturating_sub(1)].map(|at| tensor.offset + byte_offset + at);

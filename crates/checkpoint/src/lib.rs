@@ -16,12 +16,12 @@ mod widen;
 mod writer;
 
 pub use adapter::{Adapter, LoraFactors};
-pub use checkpoint::{Checkpoint, SIDECAR_FILES, TensorInfo, tensor_digest};
+pub use checkpoint::{Checkpoint, HeldWeights, SIDECAR_FILES, TensorInfo, tensor_digest};
 pub use chunks::{CHUNK_ELEMENTS, Chunks, LONGEST_ROW, has_whole_rows, row_len};
 pub use digest::{Digest, ParseDigestError};
 pub use error::CheckpointError;
 pub use expert::Expert;
 pub use header::{MAX_HEADER_BYTES, dtype_size, is_float};
 pub use safetensors::Dtype;
-pub use widen::{narrow, narrow_one_is_finite, widen, widen_difference};
+pub use widen::{Bf16, F16, F32, Stored, narrow, narrow_one_is_finite, widen, widen_difference};
 pub use writer::{FileEntry, ShardPlan, ShardedWriter, TensorPlan, pretty, write_small};

@@ -8,12 +8,155 @@ use crate::simd::{Loop, widest};
 /// The bits of an f32's exponent: all set in infinities and NaN.
 const EXPONENT: u32 = 0x7f80_0000;
 const MAGNITUDE: u32 = 0x7fff_ffff;
-const MAGNITUDE16: u16 = 0x7fff;
-const BF16_INFINITY: u16 = 0x7f80;
-const F16_INFINITY: u16 = 0x7c00;
-/// Magnitudes from here on round to an infinity, or are none.
-const BF16_OVERFLOW: u32 = 0x7f7f_8000;
-const F16_OVERFLOW: u32 = 0x477f_f000;
+
+/// A float type as checkpoints store it, little-endian. Everything is inlined into loops that [`widest`] compiles.
+pub trait Stored {
+    type Bytes: Copy;
+    /// The bits of an element.
+    type Word: Copy + Ord + Default;
+    const SIZE: usize;
+    /// The magnitude of an infinity: larger ones are NaN.
+    const INFINITY: Self::Word;
+    /// The first magnitude of an f32 that this type has no finite number for.
+    const OVERFLOW: u32;
+
+    fn elements(bytes: &[u8]) -> &[Self::Bytes];
+    fn elements_mut(bytes: &mut [u8]) -> &mut [Self::Bytes];
+    fn load(bytes: Self::Bytes) -> Self::Word;
+    fn magnitude(word: Self::Word) -> Self::Word;
+    /// Exact for every finite number.
+    fn widen(word: Self::Word) -> f32;
+    /// Rounds the bits of an f32 to nearest even. NaN may come out as anything: it is reported.
+    fn narrow(bits: u32) -> Self::Bytes;
+}
+
+/// BF16 as checkpoints store it.
+#[derive(Debug, Clone, Copy)]
+pub struct Bf16;
+/// F16 as checkpoints store it.
+#[derive(Debug, Clone, Copy)]
+pub struct F16;
+/// F32 as checkpoints store it.
+#[derive(Debug, Clone, Copy)]
+pub struct F32;
+
+/// What a 16-bit type has of [`Stored`] whatever its exponent.
+macro_rules! sixteen_bits {
+    ($infinity:expr, $overflow:expr) => {
+        type Bytes = [u8; 2];
+        type Word = u16;
+        const SIZE: usize = 2;
+        const INFINITY: u16 = $infinity;
+        const OVERFLOW: u32 = $overflow;
+
+        #[inline(always)]
+        fn elements(bytes: &[u8]) -> &[[u8; 2]] {
+            bytes.as_chunks().0
+        }
+        #[inline(always)]
+        fn elements_mut(bytes: &mut [u8]) -> &mut [[u8; 2]] {
+            bytes.as_chunks_mut().0
+        }
+        #[inline(always)]
+        fn load(bytes: [u8; 2]) -> u16 {
+            u16::from_le_bytes(bytes)
+        }
+        #[inline(always)]
+        fn magnitude(word: u16) -> u16 {
+            word & 0x7fff
+        }
+    };
+}
+
+impl Stored for Bf16 {
+    sixteen_bits!(0x7f80, 0x7f7f_8000);
+
+    #[inline(always)]
+    fn widen(word: u16) -> f32 {
+        f32::from_bits(u32::from(word) << 16)
+    }
+
+    /// Adding 0x7fff plus the kept lowest bit rounds to nearest even.
+    #[inline(always)]
+    fn narrow(bits: u32) -> [u8; 2] {
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        (rounded as u16).to_le_bytes()
+    }
+}
+
+impl Stored for F16 {
+    sixteen_bits!(0x7c00, 0x477f_f000);
+
+    /// Without branches: the exponent is moved by a multiplication, which is exact, subnormals included.
+    #[inline(always)]
+    fn widen(half: u16) -> f32 {
+        let sign = u32::from(half & 0x8000) << 16;
+        let magnitude = u32::from(half & 0x7fff) << 13;
+        let special = if magnitude >= 0x0f80_0000 { EXPONENT } else { 0 };
+        // 2^112
+        let scaled = f32::from_bits(magnitude) * f32::from_bits(0x7780_0000);
+        f32::from_bits(scaled.to_bits() | special | sign)
+    }
+
+    /// Without branches, so that it vectorises; NaN becomes a NaN.
+    #[inline(always)]
+    fn narrow(bits: u32) -> [u8; 2] {
+        let sign = (bits >> 16) & 0x8000;
+        let magnitude = bits & MAGNITUDE;
+        // Below 2^-14: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the addition itself.
+        let subnormal = (f32::from_bits(magnitude) + 0.5)
+            .to_bits()
+            .wrapping_sub(0x3f00_0000);
+        let odd = (magnitude >> 13) & 1;
+        let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + odd) >> 13;
+        let special = if magnitude > EXPONENT { 0x7e00 } else { 0x7c00 };
+        let rounded = if magnitude < 0x3880_0000 {
+            subnormal
+        } else {
+            normal
+        };
+        // 65536 and above
+        let rounded = if magnitude >= 0x4780_0000 {
+            special
+        } else {
+            rounded
+        };
+        ((rounded | sign) as u16).to_le_bytes()
+    }
+}
+
+impl Stored for F32 {
+    type Bytes = [u8; 4];
+    type Word = u32;
+    const SIZE: usize = 4;
+    const INFINITY: u32 = EXPONENT;
+    const OVERFLOW: u32 = EXPONENT;
+
+    #[inline(always)]
+    fn elements(bytes: &[u8]) -> &[[u8; 4]] {
+        bytes.as_chunks().0
+    }
+    #[inline(always)]
+    fn elements_mut(bytes: &mut [u8]) -> &mut [[u8; 4]] {
+        bytes.as_chunks_mut().0
+    }
+    #[inline(always)]
+    fn load(bytes: [u8; 4]) -> u32 {
+        u32::from_le_bytes(bytes)
+    }
+    #[inline(always)]
+    fn magnitude(word: u32) -> u32 {
+        word & MAGNITUDE
+    }
+    #[inline(always)]
+    fn widen(word: u32) -> f32 {
+        f32::from_bits(word)
+    }
+    #[inline(always)]
+    fn narrow(bits: u32) -> [u8; 4] {
+        bits.to_le_bytes()
+    }
+}
 
 /// Widens little-endian elements of `dtype` (BF16, F16 or F32) into `out`; exact for every finite value. Returns false if
 /// any is NaN or infinite.
@@ -22,18 +165,9 @@ const F16_OVERFLOW: u32 = 0x477f_f000;
 /// If `dtype` is another type or the lengths differ: callers check both when they plan.
 pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
     match dtype {
-        Dtype::BF16 => {
-            assert_eq!(bytes.len(), out.len() * 2);
-            widest(Widen16(bytes, out, bf16_to_f32, BF16_INFINITY))
-        }
-        Dtype::F16 => {
-            assert_eq!(bytes.len(), out.len() * 2);
-            widest(Widen16(bytes, out, f16_to_f32, F16_INFINITY))
-        }
-        Dtype::F32 => {
-            assert_eq!(bytes.len(), out.len() * 4);
-            widest(Widen32(bytes, out))
-        }
+        Dtype::BF16 => widest(Widen::<Bf16>::new(bytes, out)),
+        Dtype::F16 => widest(Widen::<F16>::new(bytes, out)),
+        Dtype::F32 => widest(Widen::<F32>::new(bytes, out)),
         other => panic!("widen takes float tensors, not {other:?}"),
     }
 }
@@ -45,19 +179,10 @@ pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
 pub fn widen_difference(dtype: Dtype, bytes: &[u8], base: &[f32], out: &mut [f32]) -> bool {
     assert_eq!(base.len(), out.len());
     match dtype {
-        Dtype::BF16 => {
-            assert_eq!(bytes.len(), out.len() * 2);
-            widest(Difference16(bytes, base, out, bf16_to_f32, BF16_INFINITY))
-        }
-        Dtype::F16 => {
-            assert_eq!(bytes.len(), out.len() * 2);
-            widest(Difference16(bytes, base, out, f16_to_f32, F16_INFINITY))
-        }
-        other => {
-            let finite = widen(other, bytes, out);
-            widest(Subtract(base, out));
-            finite
-        }
+        Dtype::BF16 => widest(Difference(Widen::<Bf16>::new(bytes, out), base)),
+        Dtype::F16 => widest(Difference(Widen::<F16>::new(bytes, out), base)),
+        Dtype::F32 => widest(Difference(Widen::<F32>::new(bytes, out), base)),
+        other => panic!("widen takes float tensors, not {other:?}"),
     }
 }
 
@@ -68,18 +193,9 @@ pub fn widen_difference(dtype: Dtype, bytes: &[u8], base: &[f32], out: &mut [f32
 /// As [`widen`].
 pub fn narrow(dtype: Dtype, values: &[f32], out: &mut [u8]) -> bool {
     match dtype {
-        Dtype::BF16 => {
-            assert_eq!(out.len(), values.len() * 2);
-            widest(Narrow16(values, out, f32_to_bf16, BF16_OVERFLOW))
-        }
-        Dtype::F16 => {
-            assert_eq!(out.len(), values.len() * 2);
-            widest(Narrow16(values, out, f32_to_f16, F16_OVERFLOW))
-        }
-        Dtype::F32 => {
-            assert_eq!(out.len(), values.len() * 4);
-            widest(Narrow32(values, out))
-        }
+        Dtype::BF16 => widest(Narrow::<Bf16>::new(values, out)),
+        Dtype::F16 => widest(Narrow::<F16>::new(values, out)),
+        Dtype::F32 => widest(Narrow::<F32>::new(values, out)),
         other => panic!("narrow makes float tensors, not {other:?}"),
     }
 }
@@ -93,153 +209,71 @@ pub fn narrow_one_is_finite(dtype: Dtype, value: f32) -> bool {
     }
 }
 
-/// The last field is the magnitude of an infinity.
-struct Widen16<'a, F: Fn(u16) -> f32>(&'a [u8], &'a mut [f32], F, u16);
+struct Widen<'a, S: Stored>(&'a [S::Bytes], &'a mut [f32]);
 
-impl<F: Fn(u16) -> f32> Loop for Widen16<'_, F> {
+impl<'a, S: Stored> Widen<'a, S> {
+    fn new(bytes: &'a [u8], out: &'a mut [f32]) -> Self {
+        assert_eq!(bytes.len(), out.len() * S::SIZE);
+        Self(S::elements(bytes), out)
+    }
+}
+
+impl<S: Stored> Loop for Widen<'_, S> {
     type Output = bool;
 
     #[inline(always)]
     fn run(self) -> bool {
-        let mut largest = 0u16;
-        for (o, b) in self.1.iter_mut().zip(self.0.as_chunks::<2>().0) {
-            let bits = u16::from_le_bytes(*b);
-            largest = largest.max(bits & MAGNITUDE16);
-            *o = (self.2)(bits);
+        let mut largest = S::Word::default();
+        for (o, bytes) in self.1.iter_mut().zip(self.0) {
+            let word = S::load(*bytes);
+            largest = largest.max(S::magnitude(word));
+            *o = S::widen(word);
         }
-        largest < self.3
+        largest < S::INFINITY
     }
 }
 
-/// As [`Widen16`].
-struct Difference16<'a, F: Fn(u16) -> f32>(&'a [u8], &'a [f32], &'a mut [f32], F, u16);
+/// The last field is the base.
+struct Difference<'a, S: Stored>(Widen<'a, S>, &'a [f32]);
 
-impl<F: Fn(u16) -> f32> Loop for Difference16<'_, F> {
+impl<S: Stored> Loop for Difference<'_, S> {
     type Output = bool;
 
     #[inline(always)]
     fn run(self) -> bool {
-        let mut largest = 0u16;
-        let pairs = self.2.iter_mut().zip(self.1);
-        for ((o, base), b) in pairs.zip(self.0.as_chunks::<2>().0) {
-            let bits = u16::from_le_bytes(*b);
-            largest = largest.max(bits & MAGNITUDE16);
-            *o = (self.3)(bits) - *base;
+        let mut largest = S::Word::default();
+        let pairs = self.0.1.iter_mut().zip(self.1);
+        for ((o, base), bytes) in pairs.zip(self.0.0) {
+            let word = S::load(*bytes);
+            largest = largest.max(S::magnitude(word));
+            *o = S::widen(word) - *base;
         }
-        largest < self.4
+        largest < S::INFINITY
     }
 }
 
-struct Subtract<'a>(&'a [f32], &'a mut [f32]);
+struct Narrow<'a, S: Stored>(&'a [f32], &'a mut [S::Bytes]);
 
-impl Loop for Subtract<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        for (o, base) in self.1.iter_mut().zip(self.0) {
-            *o -= *base;
-        }
+impl<'a, S: Stored> Narrow<'a, S> {
+    fn new(values: &'a [f32], out: &'a mut [u8]) -> Self {
+        assert_eq!(out.len(), values.len() * S::SIZE);
+        Self(values, S::elements_mut(out))
     }
 }
 
-struct Widen32<'a>(&'a [u8], &'a mut [f32]);
-
-impl Loop for Widen32<'_> {
-    type Output = bool;
-
-    #[inline(always)]
-    fn run(self) -> bool {
-        let mut largest = 0u32;
-        for (o, b) in self.1.iter_mut().zip(self.0.as_chunks::<4>().0) {
-            let bits = u32::from_le_bytes(*b);
-            largest = largest.max(bits & MAGNITUDE);
-            *o = f32::from_bits(bits);
-        }
-        largest < EXPONENT
-    }
-}
-
-/// The last field is the first magnitude that overflows the narrow type.
-struct Narrow16<'a, F: Fn(u32) -> u16>(&'a [f32], &'a mut [u8], F, u32);
-
-impl<F: Fn(u32) -> u16> Loop for Narrow16<'_, F> {
+impl<S: Stored> Loop for Narrow<'_, S> {
     type Output = bool;
 
     #[inline(always)]
     fn run(self) -> bool {
         let mut largest = 0u32;
-        for (o, v) in self.1.as_chunks_mut::<2>().0.iter_mut().zip(self.0) {
+        for (o, v) in self.1.iter_mut().zip(self.0) {
             let bits = v.to_bits();
             largest = largest.max(bits & MAGNITUDE);
-            *o = (self.2)(bits).to_le_bytes();
+            *o = S::narrow(bits);
         }
-        largest < self.3
+        largest < S::OVERFLOW
     }
-}
-
-struct Narrow32<'a>(&'a [f32], &'a mut [u8]);
-
-impl Loop for Narrow32<'_> {
-    type Output = bool;
-
-    #[inline(always)]
-    fn run(self) -> bool {
-        let mut largest = 0u32;
-        for (o, v) in self.1.as_chunks_mut::<4>().0.iter_mut().zip(self.0) {
-            largest = largest.max(v.to_bits() & MAGNITUDE);
-            *o = v.to_le_bytes();
-        }
-        largest < EXPONENT
-    }
-}
-
-#[inline(always)]
-fn bf16_to_f32(bits: u16) -> f32 {
-    f32::from_bits(u32::from(bits) << 16)
-}
-
-/// Adding 0x7fff plus the kept lowest bit rounds to nearest even. NaN may come out as anything: it is reported.
-#[inline(always)]
-fn f32_to_bf16(bits: u32) -> u16 {
-    (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16
-}
-
-/// Without branches: the exponent is moved by a multiplication, which is exact, subnormals included.
-#[inline(always)]
-fn f16_to_f32(half: u16) -> f32 {
-    let sign = u32::from(half & 0x8000) << 16;
-    let magnitude = u32::from(half & 0x7fff) << 13;
-    let special = if magnitude >= 0x0f80_0000 { EXPONENT } else { 0 };
-    // 2^112
-    let scaled = f32::from_bits(magnitude) * f32::from_bits(0x7780_0000);
-    f32::from_bits(scaled.to_bits() | special | sign)
-}
-
-/// Without branches, so that it vectorises; NaN becomes a NaN.
-#[inline(always)]
-fn f32_to_f16(bits: u32) -> u16 {
-    let sign = (bits >> 16) & 0x8000;
-    let magnitude = bits & 0x7fff_ffff;
-    // Below 2^-14: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the addition itself.
-    let subnormal = (f32::from_bits(magnitude) + 0.5)
-        .to_bits()
-        .wrapping_sub(0x3f00_0000);
-    let odd = (magnitude >> 13) & 1;
-    let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + odd) >> 13;
-    let special = if magnitude > EXPONENT { 0x7e00 } else { 0x7c00 };
-    let rounded = if magnitude < 0x3880_0000 {
-        subnormal
-    } else {
-        normal
-    };
-    // 65536 and above
-    let rounded = if magnitude >= 0x4780_0000 {
-        special
-    } else {
-        rounded
-    };
-    (rounded | sign) as u16
 }
 
 #[cfg(test)]

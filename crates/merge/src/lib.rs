@@ -10,6 +10,7 @@ mod contents;
 mod drops;
 mod error;
 mod family;
+mod fusion;
 mod geometry;
 mod journal;
 mod json;

@@ -1,6 +1,6 @@
 //! Random drops that were decided once and are needed again: which elements of a tensor stayed, a bit each.
 
-use crate::kernel::{nonzero, wide};
+use crate::kernel::{nonzero, survive, wide};
 use crate::stream::Tile;
 
 /// What stays of one tensor of one parent: by chunk, the bits of its tiles; each tile starts a word of its own.
@@ -42,7 +42,16 @@ wide! {
     pub(crate) fn apply<'a>(bits: &'a [u32], factor: f32, values: &'a mut [f32]) {
         for (values, word) in values.chunks_mut(32).zip(bits) {
             for (i, v) in values.iter_mut().enumerate() {
-                *v = if word & (1 << i) != 0 { *v * factor } else { 0.0 };
+                *v = survive(word & (1 << i) != 0, factor, *v);
+            }
+        }
+    }
+
+    /// The bits as words: those of what stays are not 0.
+    pub(crate) fn spread<'a>(bits: &'a [u32], words: &'a mut [u32]) {
+        for (words, bits) in words.chunks_mut(32).zip(bits) {
+            for (i, word) in words.iter_mut().enumerate() {
+                *word = bits & (1 << i);
             }
         }
     }

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use cauldron_checkpoint::{Checkpoint, CheckpointError, Digest, Dtype, Expert, dtype_size, is_float};
+use cauldron_checkpoint::{
+    Checkpoint, CheckpointError, Digest, Dtype, Expert, HeldWeights, dtype_size, is_float,
+};
 use serde_json::{Map, Value};
 
 use crate::contents::{ChunkLog, SourceContent};
@@ -261,6 +263,21 @@ impl Parents {
     pub fn contents_to_keep(&self) -> impl Iterator<Item = (&str, Digest)> {
         let settled = self.source_contents.iter().filter(|c| c.settled);
         settled.filter_map(|c| Some((c.identity.as_str(), *c.digest.get()?)))
+    }
+
+    /// From now on reads the weights that `find` gives for a checkpoint, with the identity of its files, from memory. They must
+    /// have been read from these files.
+    pub fn hold_weights(
+        &self,
+        find: &mut dyn FnMut(&str, &Checkpoint) -> Result<Option<Arc<HeldWeights>>, CheckpointError>,
+    ) -> Result<(), MergeError> {
+        for (source, (checkpoint, content)) in self.sources.iter().zip(&self.source_contents).enumerate() {
+            let found = find(&content.identity, checkpoint);
+            if let Some(weights) = found.map_err(|e| MergeError::parent(&self.label(source), e))? {
+                checkpoint.hold(weights);
+            }
+        }
+        Ok(())
     }
 
     /// The files must be the ones that were opened and digested: a parent that is rewritten under a merge would give a

@@ -5,6 +5,7 @@ use std::ops::Range;
 use cauldron_checkpoint::{Digest, Dtype, dtype_size, narrow, row_len};
 
 use crate::family::Family;
+use crate::fusion::Fusion;
 use crate::geometry::{coefficients, granularity, operands};
 use crate::kernel::{self, TiesMean};
 use crate::layout::{OutTensor, Role};
@@ -16,8 +17,9 @@ use crate::{MergeError, Observer};
 /// One model of a family.
 #[derive(Debug)]
 pub struct Point<'f, 'a> {
-    family: &'f Family<'a>,
-    tensors: Vec<Combination>,
+    pub(crate) family: &'f Family<'a>,
+    pub(crate) tensors: Vec<Combination>,
+    observes: bool,
 }
 
 /// A run of one tensor's bytes.
@@ -99,6 +101,7 @@ impl<'a> Family<'a> {
         Ok(Point {
             family: self,
             tensors,
+            observes: true,
         })
     }
 
@@ -189,6 +192,12 @@ impl Point<'_, '_> {
         }
     }
 
+    /// The same model, of which no statistics are wanted: its pass has less to do.
+    pub fn unobserved(mut self) -> Self {
+        self.observes = false;
+        self
+    }
+
     /// Runs `run` with the pass that merges.
     pub(crate) fn stream<T>(&self, run: impl FnOnce(&Stream<'_>) -> T) -> T {
         run(&Stream {
@@ -199,6 +208,7 @@ impl Point<'_, '_> {
             window: self.family.window,
             deltas: self.family.recipe.on_deltas(),
             scratches: &self.family.scratches,
+            observes: self.observes,
             needs: &|tensor| self.needs(tensor),
         })
     }
@@ -274,9 +284,18 @@ impl Point<'_, '_> {
         }
         let item = plan.item_bytes();
         let mut rest = out;
-        work.tiles(scratch, chunk, |tile| {
-            let (now, later) = std::mem::take(&mut rest).split_at_mut(tile.len * item);
+        let fusion = self.fusion(chunk.tensor, tensor);
+        let together = fusion.as_ref().map_or(1, Fusion::together);
+        work.unread_tiles(scratch, chunk, together, |mut unread| {
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(unread.tile().len * item);
             rest = later;
+            if fusion
+                .as_ref()
+                .is_some_and(|fusion| fusion.merge(&mut unread, now))
+            {
+                return Ok(());
+            }
+            let tile = unread.fill()?;
             let values = match tensor.role {
                 Role::Excluded => &tile.theta0,
                 _ => {
@@ -382,7 +401,7 @@ impl Point<'_, '_> {
         stats.conflicting += counts.conflicting;
     }
 
-    fn ties_mean<'w>(
+    pub(crate) fn ties_mean<'w>(
         &self,
         combination: &'w Combination,
         trim: &Trim,

@@ -114,6 +114,7 @@ impl<'f, 'a> Resident<'f, 'a> {
             window: family.window,
             deltas: false,
             scratches: &family.scratches,
+            observes: false,
             needs: &|_| needs.clone(),
         };
         stream.for_each(

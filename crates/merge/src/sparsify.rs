@@ -3,7 +3,9 @@
 //! Sources: DARE arXiv 2311.03099; MAGPRUNE (DELLA) arXiv 2406.11617 and declare-lab/della; breadcrumbs arXiv 2312.06795;
 //! the L1 rescaling and the counts of kept elements mergekit 0.1.5, `sparsify.py`.
 
-use crate::kernel::{keep_between, magnitude_bits, wide};
+use std::ops::Range;
+
+use crate::kernel::{keep_between, magnitude_bits, survive, wide};
 use crate::magprune::{self, RowScratch};
 use crate::rng::MaskWords;
 
@@ -171,24 +173,29 @@ impl Survivors {
     }
 }
 
+/// The magnitudes, as bits, that lie between two edges, if among these elements no tie has to be told apart.
+pub(crate) fn plain_range(low: Edge, high: Edge, elements: &Range<usize>) -> Option<(u32, u32)> {
+    let plain = |edge: Edge| edge.index >= elements.end || edge.index <= elements.start;
+    if !plain(low) || !plain(high) {
+        return None;
+    }
+    let first = if low.index >= elements.end {
+        low.bits
+    } else {
+        low.bits.saturating_add(1)
+    };
+    let last = match high {
+        Edge::HIGHEST => u32::MAX,
+        // Nothing lies below 0.
+        _ if high.index >= elements.end && high.bits == 0 => return Some((u32::MAX, 0)),
+        _ if high.index >= elements.end => high.bits - 1,
+        _ => high.bits,
+    };
+    Some((first, last))
+}
+
 fn keep(low: Edge, high: Edge, start: usize, delta: &mut [f32]) {
-    let end = start + delta.len();
-    // Where no tie has to be told apart in this tile, the edges are plain magnitudes.
-    let plain = |edge: Edge| edge.index >= end || edge.index <= start;
-    if plain(low) && plain(high) {
-        let first = if low.index >= end {
-            low.bits
-        } else {
-            low.bits.saturating_add(1)
-        };
-        let last = match high {
-            Edge::HIGHEST => u32::MAX,
-            _ if high.index >= end => match high.bits.checked_sub(1) {
-                Some(last) => last,
-                None => return delta.fill(0.0),
-            },
-            _ => high.bits,
-        };
+    if let Some((first, last)) = plain_range(low, high, &(start..start + delta.len())) {
         return keep_between(first, last, delta);
     }
     for (i, d) in delta.iter_mut().enumerate() {
@@ -199,13 +206,22 @@ fn keep(low: Edge, high: Edge, start: usize, delta: &mut [f32]) {
     }
 }
 
+/// A threshold of 2^32 cannot be: rates are below 1, but may round to it.
+#[inline(always)]
+pub(crate) fn word_threshold(threshold: u64) -> u32 {
+    if threshold > 0xffff_ffff {
+        0xffff_ffff
+    } else {
+        threshold as u32
+    }
+}
+
 wide! {
     /// Zeroes the elements whose word lies below the threshold, and multiplies the others.
     pub(crate) fn drop_by_words<'a>(words: &'a [u32], threshold: u64, factor: f32, delta: &'a mut [f32]) {
-        // A threshold of 2^32 cannot be: rates are below 1, but may round to it.
-        let threshold = if threshold > 0xffff_ffff { 0xffff_ffff } else { threshold as u32 };
+        let threshold = word_threshold(threshold);
         for (d, word) in delta.iter_mut().zip(words) {
-            *d = if *word < threshold { 0.0 } else { *d * factor };
+            *d = survive(*word >= threshold, factor, *d);
         }
     }
 }

@@ -88,6 +88,8 @@ pub(crate) struct Tile {
     pub extra: Vec<f32>,
     pub ties: TiesScratch,
     pub drops: DropScratch,
+    /// By member, the words that random drops are decided by.
+    pub words: Vec<Vec<u32>>,
 }
 
 /// What one thread holds of one chunk.
@@ -131,6 +133,8 @@ pub(crate) struct Stream<'a> {
     /// Whether tiles have the differences from the base instead of the parents' own values.
     pub deltas: bool,
     pub scratches: &'a Pool<Scratch>,
+    /// Whether some tiles count in statistics.
+    pub observes: bool,
     /// Which members and whether the base are read, by tensor.
     pub needs: &'a (dyn Fn(usize) -> Needs + Sync),
 }
@@ -384,12 +388,12 @@ impl Stream<'_> {
         };
         work.load(scratch, chunk)?;
         scratch.tile.chunk = chunk.index;
-        work.fill_tile(scratch, &work.reads(tensor), chunk, 0, chunk.len)?;
+        work.fill_tile(scratch, &work.reads(chunk), chunk, 0, chunk.len)?;
         run(&mut scratch.tile)
     }
 }
 
-/// One tensor of one parent that a pass reads.
+/// One tensor of one parent that a pass reads, of one chunk.
 struct Read<'a> {
     /// None: the base.
     member: Option<usize>,
@@ -397,7 +401,66 @@ struct Read<'a> {
     input: &'a Input,
     /// Its place among the raw inputs.
     slot: usize,
+    /// The chunk, where the parent's weights are held in memory.
+    held: Option<(Dtype, &'a [u8])>,
     factors: Option<&'a LoraFactors>,
+}
+
+impl Read<'_> {
+    /// `len` elements of the chunk from element `from` on.
+    fn elements<'r>(&'r self, raw: &'r [Raw], from: usize, len: usize) -> (Dtype, &'r [u8]) {
+        let (dtype, bytes) = self.held.unwrap_or_else(|| {
+            let Raw { bytes, dtype } = &raw[self.slot];
+            (*dtype, bytes)
+        });
+        let item = dtype_size(dtype).unwrap_or(1) as usize;
+        (dtype, &bytes[from * item..(from + len) * item])
+    }
+}
+
+/// A tile of a loaded chunk whose values are not widened yet.
+pub(crate) struct Unread<'a> {
+    work: &'a Work<'a>,
+    scratch: &'a mut Scratch,
+    reads: &'a [Read<'a>],
+    chunk: Chunk,
+    from: usize,
+}
+
+impl<'a> Unread<'a> {
+    /// Its place and its buffers; no values.
+    pub fn tile(&mut self) -> &mut Tile {
+        &mut self.scratch.tile
+    }
+
+    /// The bytes of a member, or of the base, in a checkpoint's dtype; None where they alone do not make its values. With them
+    /// the tile, whose values are still none.
+    pub fn bytes<const K: usize>(
+        &mut self,
+        members: [Option<usize>; K],
+    ) -> Option<([(Dtype, &[u8]); K], &mut Tile)> {
+        let Self {
+            scratch, reads, from, ..
+        } = self;
+        let Scratch { raw, tile } = &mut **scratch;
+        let mut found = [(Dtype::F32, [].as_slice()); K];
+        for (found, member) in found.iter_mut().zip(members) {
+            let read = reads.iter().find(|read| read.member == member)?;
+            if read.factors.is_some() {
+                return None;
+            }
+            *found = read.elements(raw, *from, tile.len);
+        }
+        Some((found, tile))
+    }
+
+    /// The tile with its values.
+    pub fn fill(self) -> Result<&'a mut Tile, MergeError> {
+        let len = self.scratch.tile.len;
+        self.work
+            .fill_tile(self.scratch, self.reads, self.chunk, self.from, len)?;
+        Ok(&mut self.scratch.tile)
+    }
 }
 
 /// A window's view of a pass.
@@ -414,22 +477,50 @@ impl Work<'_> {
         chunk: Chunk,
         mut run: impl FnMut(&mut Tile) -> Result<(), MergeError>,
     ) -> Result<(), MergeError> {
+        self.unread_tiles(scratch, chunk, 1, |tile| run(tile.fill()?))
+    }
+
+    /// As [`Self::tiles`], with tiles that may be done without their values. Neighbours that do not count in statistics come
+    /// as one, at most `together`.
+    pub fn unread_tiles(
+        &self,
+        scratch: &mut Scratch,
+        chunk: Chunk,
+        together: usize,
+        mut run: impl FnMut(Unread<'_>) -> Result<(), MergeError>,
+    ) -> Result<(), MergeError> {
         let row = row_len(&self.stream.tensors[chunk.tensor].plan.shape).max(1);
-        let step = match self.stream.cut {
-            Cut::Elements => TILE,
-            Cut::Rows => row * (TILE / row).max(1),
+        let (step, together) = match self.stream.cut {
+            Cut::Elements => (TILE, together),
+            Cut::Rows => (row * (TILE / row).max(1), 1),
         };
         scratch.tile.chunk = chunk.index;
-        let reads = self.reads(chunk.tensor);
+        let reads = self.reads(chunk);
         let whole = self.stream.tensors[chunk.tensor].plan.numel() <= OBSERVED_WHOLE;
+        let count = chunk.len.div_ceil(step);
         // Another place in each chunk: chunks begin with a row, and a fixed one would be the same columns again and again.
-        let stride = OBSERVED.min(chunk.len.div_ceil(step)).max(1);
+        let stride = OBSERVED.min(count).max(1);
         let offset = (chunk.index.wrapping_mul(0x9E37_79B1) >> 12) % stride;
-        for (index, from) in (0..chunk.len).step_by(step).enumerate() {
+        let observed = |index: usize| self.stream.observes && (whole || index % stride == offset);
+        let mut index = 0;
+        while index < count {
+            let mut end = index + 1;
+            while !observed(index) && end < count.min(index + together) && !observed(end) {
+                end += 1;
+            }
+            let from = index * step;
+            scratch.tile.start = chunk.start + from;
+            scratch.tile.len = chunk.len.min(end * step) - from;
             scratch.tile.word = index * step.div_ceil(32);
-            scratch.tile.observed = whole || index % stride == offset;
-            self.fill_tile(scratch, &reads, chunk, from, step.min(chunk.len - from))?;
-            run(&mut scratch.tile)?;
+            scratch.tile.observed = observed(index);
+            run(Unread {
+                work: self,
+                scratch: &mut *scratch,
+                reads: &reads,
+                chunk,
+                from,
+            })?;
+            index = end;
         }
         Ok(())
     }
@@ -449,11 +540,14 @@ impl Work<'_> {
                 continue;
             }
             let label = || stream.label(input);
-            read_input(stream, raw, input, tensor, chunk).map_err(|e| MergeError::parent(&label(), e))?;
+            let held = stream.held(tensor, input, chunk);
+            if held.is_none() {
+                read_input(stream, raw, input, tensor, chunk).map_err(|e| MergeError::parent(&label(), e))?;
+            }
             if wants_digest() {
                 let info = stream.parents.sources[input.source].get(&input.name);
                 let shape = info.map(|info| info.shape.as_slice()).unwrap_or_default();
-                let digest = Digest::of(&raw.bytes);
+                let digest = Digest::of(held.map_or(raw.bytes.as_slice(), |(_, bytes)| bytes));
                 stream
                     .parents
                     .log
@@ -475,9 +569,10 @@ impl Work<'_> {
         base.chain(members.map(|((_, input), _)| input)).collect()
     }
 
-    /// What is read of a tensor, the base first.
-    fn reads(&self, tensor: usize) -> Vec<Read<'_>> {
+    /// What is read of a chunk, the base first.
+    fn reads(&self, chunk: Chunk) -> Vec<Read<'_>> {
         let Stream { parents, tensors, .. } = self.stream;
+        let tensor = chunk.tensor;
         let out = &tensors[tensor];
         let inputs = out.inputs();
         let needs = (self.stream.needs)(tensor);
@@ -495,6 +590,7 @@ impl Work<'_> {
                 .iter()
                 .position(|known| *known == input)
                 .unwrap_or_default(),
+            held: self.stream.held(out, input, chunk),
             factors: self.factors.get(&(tensor, member.unwrap_or(out.members.len()))),
         };
         base.chain(members).map(read).collect()
@@ -517,9 +613,7 @@ impl Work<'_> {
         tile.thetas.resize_with(members, Vec::new);
         tile.deltas.resize_with(members, Vec::new);
         for read in reads {
-            let Raw { bytes, dtype } = &raw[read.slot];
-            let item = dtype_size(*dtype).unwrap_or(1) as usize;
-            let bytes = &bytes[from * item..(from + len) * item];
+            let (dtype, bytes) = read.elements(raw, from, len);
             let Tile {
                 theta0,
                 thetas,
@@ -538,10 +632,10 @@ impl Work<'_> {
             };
             target.resize(len, 0.0);
             let finite = match (read.factors, base) {
-                (None, None) => widen(*dtype, bytes, target),
-                (None, Some(base)) => widen_difference(*dtype, bytes, base, target),
+                (None, None) => widen(dtype, bytes, target),
+                (None, Some(base)) => widen_difference(dtype, bytes, base, target),
                 (Some(factors), base) => {
-                    let mut finite = widen(*dtype, bytes, target);
+                    let mut finite = widen(dtype, bytes, target);
                     factors.fold(chunk.start + from, target);
                     finite &= all_finite(target);
                     base.into_iter().for_each(|base| subtract(base, target));
@@ -580,6 +674,18 @@ impl Stream<'_> {
 
     fn label(&self, input: &Input) -> String {
         self.parents.label(input.source)
+    }
+
+    /// An input's chunk, where it is a run of what a checkpoint holds in memory.
+    fn held(&self, tensor: &OutTensor, input: &Input, chunk: Chunk) -> Option<(Dtype, &[u8])> {
+        if tensor.is_vocabulary && self.parents.vocab.map(input.source).is_some() {
+            return None;
+        }
+        let checkpoint = &self.parents.sources[input.source];
+        let dtype = checkpoint.get(&input.name)?.dtype;
+        let item = dtype_size(dtype)? as usize;
+        let bytes = chunk.start * item..(chunk.start + chunk.len) * item;
+        Some((dtype, checkpoint.held(&input.name, bytes)?))
     }
 }
 

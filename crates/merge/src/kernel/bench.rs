@@ -12,7 +12,7 @@ use super::*;
 use crate::masks;
 use crate::rng::{MaskWords, drop_threshold};
 use crate::select::{Bracket, Counter};
-use crate::sparsify::{Drop, DropScratch, Survivors};
+use crate::sparsify::{Drop, DropScratch, Survivors, word_threshold};
 use crate::stream::TILE;
 
 /// Elements of an array: far more than the caches hold.
@@ -73,6 +73,7 @@ struct Local {
     merged: Vec<f32>,
     ties: TiesScratch,
     drops: DropScratch,
+    words: [Vec<u32>; 2],
     counters: [Counter; 2],
     bits: Vec<u32>,
 }
@@ -107,9 +108,40 @@ impl Local {
         }
     }
 
+    fn join(&mut self, mean: TiesMean<'_>, counted: bool) {
+        let Self {
+            deltas,
+            merged,
+            ties: scratch,
+            ..
+        } = self;
+        black_box(ties(deltas, 1, mean, counted, merged, scratch));
+        add_to_base(&self.theta[0], 1.0, &mut self.merged);
+    }
+
     fn finish(&self, out: &mut [u8]) {
         assert!(narrow(Dtype::BF16, &self.merged, out));
     }
+}
+
+fn ties_of(mean: TiesMean<'_>) -> Joined<'_> {
+    Joined::Ties {
+        mean,
+        majority: 1,
+        scaling: 1.0,
+    }
+}
+
+fn merge(joined: Joined<'_>, parts: &[&[u8]; 3], thinned: [Thinned<'_>; 2], out: &mut [u8]) {
+    let theta0 = match joined {
+        Joined::Sum { scaling: None, .. } => &[],
+        _ => parts[0],
+    };
+    let inputs = [0, 1].map(|k| Input {
+        bytes: parts[k + 1],
+        thinned: thinned[k],
+    });
+    assert_eq!(fused(Dtype::BF16, joined, theta0, &inputs, out), Some(true));
 }
 
 /// As the merge has it.
@@ -122,63 +154,108 @@ type Kernel = fn(&mut Local, usize, &[&[u8]; 3], &mut [u8]);
 
 /// Name, bytes that an element moves in all, and the kernel.
 const KERNELS: &[(&str, usize, Kernel)] = &[
-    ("average", 6, |local, _, parts, out| {
-        local.widen(&[1, 2], parts);
-        weighted_sum(&[0.6, 0.4], &local.theta[1..], &mut local.merged);
-        local.finish(out);
+    ("average", 6, |_, _, parts, out| {
+        let joined = Joined::Sum {
+            weights: &[0.6, 0.4],
+            scaling: None,
+        };
+        merge(joined, parts, [Thinned::NOT; 2], out);
     }),
     ("task_arithmetic", 8, |local, at, parts, out| {
-        local.form_deltas(parts);
         if observed(at) {
+            local.form_deltas(parts);
             black_box(moments(&local.deltas[0], &local.deltas[1], &local.theta[0]));
+            weighted_sum(&[0.6, 0.4], &local.deltas, &mut local.merged);
+            add_to_base(&local.theta[0], 1.0, &mut local.merged);
+            return local.finish(out);
         }
-        weighted_sum(&[0.6, 0.4], &local.deltas, &mut local.merged);
-        add_to_base(&local.theta[0], 1.0, &mut local.merged);
-        local.finish(out);
+        let joined = Joined::Sum {
+            weights: &[0.6, 0.4],
+            scaling: Some(1.0),
+        };
+        merge(joined, parts, [Thinned::NOT; 2], out);
     }),
     ("ties", 8, |local, at, parts, out| {
-        local.form_deltas(parts);
-        for delta in &mut local.deltas {
-            keep_between(0.001f32.to_bits(), u32::MAX, delta);
-        }
-        if observed(at) {
-            black_box(moments(&local.deltas[0], &local.deltas[1], &local.theta[0]));
-        }
         let mean = TiesMean::Weighted(&[0.6, 0.4]);
-        black_box(ties(
-            &mut local.deltas,
-            1,
-            mean,
-            observed(at),
-            &mut local.merged,
-            &mut local.ties,
-        ));
-        add_to_base(&local.theta[0], 1.0, &mut local.merged);
-        local.finish(out);
+        let edge = 0.001f32.to_bits();
+        if observed(at) {
+            local.form_deltas(parts);
+            for delta in &mut local.deltas {
+                keep_between(edge, u32::MAX, delta);
+            }
+            black_box(moments(&local.deltas[0], &local.deltas[1], &local.theta[0]));
+            local.join(mean, true);
+            return local.finish(out);
+        }
+        let trimmed = Thinned {
+            least: edge,
+            ..Thinned::NOT
+        };
+        merge(ties_of(mean), parts, [trimmed; 2], out);
+    }),
+    ("mixed ties", 8, |_, _, parts, out| {
+        let trimmed = Thinned {
+            least: 0.001f32.to_bits(),
+            ..Thinned::NOT
+        };
+        merge(ties_of(TiesMean::Mixup(&[0.6, 0.4])), parts, [trimmed; 2], out);
     }),
     ("dare_ties", 8, |local, at, parts, out| {
-        local.form_deltas(parts);
-        for (k, delta) in local.deltas.iter_mut().enumerate() {
-            let words = MaskWords::new(1, k, "bench");
-            let (threshold, survivors) = (drop_threshold(0.5), Survivors::Divide(0.5));
-            Drop::Dare {
-                words,
-                threshold,
-                survivors,
-            }
-            .apply(at, delta, &mut local.drops);
-        }
         let mean = TiesMean::Premultiplied(&[0.6, 0.4]);
-        black_box(ties(
-            &mut local.deltas,
-            1,
-            mean,
-            observed(at),
-            &mut local.merged,
-            &mut local.ties,
-        ));
-        add_to_base(&local.theta[0], 1.0, &mut local.merged);
-        local.finish(out);
+        let threshold = drop_threshold(0.5);
+        let drawn = |k: usize| MaskWords::new(1, k, "bench");
+        if observed(at) {
+            local.form_deltas(parts);
+            for (k, delta) in local.deltas.iter_mut().enumerate() {
+                Drop::Dare {
+                    words: drawn(k),
+                    threshold,
+                    survivors: Survivors::Divide(0.5),
+                }
+                .apply(at, delta, &mut local.drops);
+            }
+            local.join(mean, true);
+            return local.finish(out);
+        }
+        let thinned = [0, 1].map(|k| {
+            drawn(k).fill(at, TILE, &mut local.words[k]);
+            Thinned {
+                words: &[],
+                threshold: word_threshold(threshold),
+                factor: 2.0,
+                ..Thinned::NOT
+            }
+        });
+        let [a, b] = &local.words;
+        let thinned = [
+            Thinned {
+                words: a,
+                ..thinned[0]
+            },
+            Thinned {
+                words: b,
+                ..thinned[1]
+            },
+        ];
+        merge(ties_of(mean), parts, thinned, out);
+    }),
+    ("dare from masks", 8, |local, _, parts, out| {
+        local.bits.resize(TILE / 32, 0x5a5a_5a5a);
+        for words in &mut local.words {
+            words.resize(TILE, 0);
+            masks::spread(&local.bits, words);
+        }
+        let [a, b] = local.words.each_ref().map(|words| Thinned {
+            words,
+            threshold: 1,
+            divisor: 0.8,
+            ..Thinned::NOT
+        });
+        let joined = Joined::Sum {
+            weights: &[0.6, 0.4],
+            scaling: Some(1.0),
+        };
+        merge(joined, parts, [a, b], out);
     }),
     ("della_ties from masks", 8, |local, at, parts, out| {
         local.form_deltas(parts);
@@ -186,16 +263,7 @@ const KERNELS: &[(&str, usize, Kernel)] = &[
         for delta in &mut local.deltas {
             masks::apply(&local.bits, 1.5, delta);
         }
-        let mean = TiesMean::Premultiplied(&[0.6, 0.4]);
-        black_box(ties(
-            &mut local.deltas,
-            1,
-            mean,
-            observed(at),
-            &mut local.merged,
-            &mut local.ties,
-        ));
-        add_to_base(&local.theta[0], 1.0, &mut local.merged);
+        local.join(TiesMean::Premultiplied(&[0.6, 0.4]), observed(at));
         local.finish(out);
     }),
     ("prepare: thresholds", 6, |local, at, parts, _| {
@@ -335,6 +403,16 @@ fn loops_in_cache() {
         ties: scratch,
         ..
     } = &mut local;
+    for (name, kernel) in KERNELS
+        .iter()
+        .filter(|k| !k.0.contains("prepare"))
+        .map(|k| (k.0, k.2))
+    {
+        let mut own = Local::new();
+        time(&format!("{name}, whole"), &mut || {
+            kernel(&mut own, TILE, black_box(&parts), &mut out)
+        });
+    }
     time("widen", &mut || {
         black_box(widen(Dtype::BF16, black_box(parts[0]), &mut theta[0]));
     });

@@ -6,7 +6,10 @@
 
 #[cfg(test)]
 mod bench;
+mod fused;
 mod ties;
+
+pub(crate) use fused::{Input, Joined, Thinned, fused};
 
 #[cfg(feature = "cuda")]
 pub(crate) use ties::TiesRules;
@@ -109,11 +112,10 @@ wide! {
         }
     }
 
-    /// `merged[i] = theta0 + scaling * merged[i]`; where the sum of deltas is 0 the base's value stays as it is, sign of
-    /// zero included.
+    /// [`on_base`] of each element.
     pub(crate) fn add_to_base<'a>(theta0: &'a [f32], scaling: f32, merged: &'a mut [f32]) {
         for (m, t0) in merged.iter_mut().zip(theta0) {
-            *m = if *m == 0.0 { *t0 } else { *t0 + scaling * *m };
+            *m = on_base(*t0, scaling, *m);
         }
     }
 
@@ -276,6 +278,28 @@ pub(crate) fn magnitude_bits(x: f32) -> u32 {
 #[inline(always)]
 pub(crate) fn keep_if(stays: bool, value: f32) -> f32 {
     f32::from_bits(value.to_bits() & 0u32.wrapping_sub(u32::from(stays)))
+}
+
+/// `theta0 + scaling * merged`; where the sum of deltas is 0 the base's value stays as it is, sign of zero included.
+#[inline(always)]
+fn on_base(theta0: f32, scaling: f32, merged: f32) -> f32 {
+    if merged == 0.0 {
+        theta0
+    } else {
+        theta0 + scaling * merged
+    }
+}
+
+/// `value`, or 0 where its magnitude lies below that of these bits: signed, which takes fewer instructions.
+#[inline(always)]
+fn at_least(least: i32, value: f32) -> f32 {
+    keep_if(magnitude_bits(value).cast_signed() >= least, value)
+}
+
+/// `value` times the factor of those that stay, or 0.
+#[inline(always)]
+pub(crate) fn survive(stays: bool, factor: f32, value: f32) -> f32 {
+    keep_if(stays, value * factor)
 }
 
 /// Elements where deltas of both signs meet.

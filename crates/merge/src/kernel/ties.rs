@@ -2,7 +2,7 @@
 //!
 //! Source: arXiv 2306.01708 with prateeky2806/ties-merging (global variant) and mergekit's `get_mask` (tensor variant).
 
-use super::wide;
+use super::{keep_if, wide};
 
 /// How the values that agree are joined.
 #[derive(Debug, Clone, Copy)]
@@ -91,16 +91,7 @@ pub(crate) fn ties(
     let len = out.len();
     let majority = f32::from(majority);
     if let [a, b] = &*deltas {
-        let (of_a, of_b) = (mean.factors(0), mean.factors(1));
-        let two = OfTwo {
-            before: [of_a.0, of_b.0],
-            after: [of_a.1, of_b.1],
-            share: [of_a.2, of_b.2],
-            divide: matches!(mean, TiesMean::Weighted(_) | TiesMean::PremultipliedMean(_)),
-            keep_single: matches!(mean, TiesMean::Mixup(_)),
-            counted,
-            majority,
-        };
+        let two = OfTwo::of(mean, majority, counted);
         return ties_of_two(&a[..len], &b[..len], two, out);
     }
     for (k, delta) in deltas.iter_mut().enumerate() {
@@ -148,16 +139,39 @@ pub(crate) fn ties(
     }
 }
 
-/// What two parents are joined with. By parent: as [`TiesMean::factors`].
+/// What two parents are joined with.
 #[derive(Debug, Clone, Copy)]
-struct OfTwo {
-    before: [f32; 2],
-    after: [f32; 2],
-    share: [f32; 2],
-    divide: bool,
-    keep_single: bool,
+pub(super) struct OfTwo {
+    weights: [f32; 2],
+    pub premultiply: bool,
+    /// Without either of the two, one agreeing delta keeps its value in full.
+    pub divide: bool,
     counted: bool,
     majority: f32,
+}
+
+impl OfTwo {
+    pub fn of(mean: TiesMean<'_>, majority: f32, counted: bool) -> Self {
+        let (TiesMean::Weighted(weights)
+        | TiesMean::Premultiplied(weights)
+        | TiesMean::PremultipliedMean(weights)
+        | TiesMean::Mixup(weights)) = mean;
+        Self {
+            weights: [weights[0], weights[1]],
+            premultiply: matches!(mean, TiesMean::Premultiplied(_) | TiesMean::PremultipliedMean(_)),
+            divide: matches!(mean, TiesMean::Weighted(_) | TiesMean::PremultipliedMean(_)),
+            counted,
+            majority,
+        }
+    }
+}
+
+/// What two deltas of one element are joined to.
+pub(super) struct Agreed {
+    pub merged: f32,
+    /// Of each, whether it has the elected sign.
+    agrees: [bool; 2],
+    conflict: u32,
 }
 
 /// [`ties`] of two parents in one loop, to the same bits.
@@ -178,62 +192,80 @@ fn vote(deltas: &[Vec<f32>], len: usize, sums: &mut Vec<f32>) {
     }
 }
 
+/// Joins two deltas; the constants say what [`OfTwo`] does.
 #[inline(always)]
-fn join_two_as<const DIVIDE: bool, const KEEP_SINGLE: bool, const COUNTED: bool>(
+pub(super) fn agree<const PREMULTIPLY: bool, const DIVIDE: bool, const KEEP_SINGLE: bool>(
+    a: f32,
+    b: f32,
+    two: &OfTwo,
+) -> Agreed {
+    let OfTwo {
+        weights, majority, ..
+    } = *two;
+    let (a, b) = match PREMULTIPLY {
+        true => (weights[0] * a, weights[1] * b),
+        false => (a, b),
+    };
+    let sum = a + b;
+    let elected = if sum == 0.0 { majority } else { sum };
+    // A product with the sign is above 0 where both have it. Only the sign of the sum counts: it is set to 1.
+    let sign = f32::from_bits(elected.to_bits() & 0x8000_0000 | 0x3f80_0000);
+    let sign = if elected == 0.0 { 0.0 } else { sign };
+    let (agrees_a, agrees_b) = (a * sign > 0.0, b * sign > 0.0);
+    let (weighted_a, weighted_b) = match PREMULTIPLY {
+        true => (a, b),
+        false => (weights[0] * a, weights[1] * b),
+    };
+    let mut merged = keep_if(agrees_a, weighted_a) + keep_if(agrees_b, weighted_b);
+    if DIVIDE {
+        let share_a = keep_if(agrees_a, weights[0]);
+        let share_b = keep_if(agrees_b, weights[1]);
+        let total = share_a + share_b;
+        let mean = merged / total;
+        merged = if total != 0.0 { mean } else { merged };
+    }
+    if KEEP_SINGLE {
+        merged = if agrees_a & !agrees_b { a } else { merged };
+        merged = if agrees_b & !agrees_a { b } else { merged };
+    }
+    Agreed {
+        merged,
+        agrees: [agrees_a, agrees_b],
+        conflict: u32::from((a != 0.0) & (b != 0.0)) & ((a.to_bits() ^ b.to_bits()) >> 31),
+    }
+}
+
+#[inline(always)]
+fn join_two_as<const PREMULTIPLY: bool, const DIVIDE: bool, const KEEP_SINGLE: bool, const COUNTED: bool>(
     a: &[f32],
     b: &[f32],
     two: OfTwo,
     out: &mut [f32],
 ) -> ([u32; 2], u32) {
-    let OfTwo {
-        before,
-        after,
-        share,
-        majority,
-        ..
-    } = two;
     let (mut kept_a, mut kept_b, mut conflicting) = (0u32, 0u32, 0u32);
     for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
-        let (a, b) = (before[0] * *a, before[1] * *b);
-        let sum = a + b;
-        let elected = if sum == 0.0 { majority } else { sum };
-        // A product with the sign is above 0 where both have it. Only the sign of the sum counts: it is set to 1.
-        let sign = f32::from_bits(elected.to_bits() & 0x8000_0000 | 0x3f80_0000);
-        let sign = if elected == 0.0 { 0.0 } else { sign };
-        let (agrees_a, agrees_b) = (a * sign > 0.0, b * sign > 0.0);
+        let agreed = agree::<PREMULTIPLY, DIVIDE, KEEP_SINGLE>(*a, *b, &two);
         if COUNTED {
-            kept_a += u32::from(agrees_a);
-            kept_b += u32::from(agrees_b);
-            conflicting += u32::from((a != 0.0) & (b != 0.0)) & ((a.to_bits() ^ b.to_bits()) >> 31);
+            kept_a += u32::from(agreed.agrees[0]);
+            kept_b += u32::from(agreed.agrees[1]);
+            conflicting += agreed.conflict;
         }
-        let merged_a = if agrees_a { after[0] * a } else { 0.0 };
-        let merged_b = if agrees_b { after[1] * b } else { 0.0 };
-        let mut merged = merged_a + merged_b;
-        if DIVIDE {
-            let share_a = if agrees_a { share[0] } else { 0.0 };
-            let share_b = if agrees_b { share[1] } else { 0.0 };
-            let total = share_a + share_b;
-            let mean = merged / total;
-            merged = if total != 0.0 { mean } else { merged };
-        }
-        if KEEP_SINGLE {
-            merged = if agrees_a & !agrees_b { a } else { merged };
-            merged = if agrees_b & !agrees_a { b } else { merged };
-        }
-        *out = merged;
+        *out = agreed.merged;
     }
     ([kept_a, kept_b], conflicting)
 }
 
 wide! {
     fn join_two<'a>(a: &'a [f32], b: &'a [f32], two: OfTwo, out: &'a mut [f32]) -> ([u32; 2], u32) {
-        match (two.divide, two.keep_single, two.counted) {
-            (true, _, true) => join_two_as::<true, false, true>(a, b, two, out),
-            (true, _, false) => join_two_as::<true, false, false>(a, b, two, out),
-            (false, true, true) => join_two_as::<false, true, true>(a, b, two, out),
-            (false, true, false) => join_two_as::<false, true, false>(a, b, two, out),
-            (false, false, true) => join_two_as::<false, false, true>(a, b, two, out),
-            (false, false, false) => join_two_as::<false, false, false>(a, b, two, out),
+        match (two.premultiply, two.divide, two.counted) {
+            (true, true, true) => join_two_as::<true, true, false, true>(a, b, two, out),
+            (true, true, false) => join_two_as::<true, true, false, false>(a, b, two, out),
+            (true, false, true) => join_two_as::<true, false, false, true>(a, b, two, out),
+            (true, false, false) => join_two_as::<true, false, false, false>(a, b, two, out),
+            (false, true, true) => join_two_as::<false, true, false, true>(a, b, two, out),
+            (false, true, false) => join_two_as::<false, true, false, false>(a, b, two, out),
+            (false, false, true) => join_two_as::<false, false, true, true>(a, b, two, out),
+            (false, false, false) => join_two_as::<false, false, true, false>(a, b, two, out),
         }
     }
 

@@ -3,14 +3,15 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
-use cauldron_checkpoint::Dtype;
-use cauldron_merge::MergeOptions;
+use cauldron_checkpoint::{Checkpoint, Dtype};
+use cauldron_merge::{Family, MergeOptions, Parents, merge_digest};
 use proptest::prelude::*;
 use proptest::sample::select;
 use serde_json::{Map, Value, json};
 
-use crate::fixture::{Counter, Merged, Models, noise};
+use crate::fixture::{Counter, Merged, Models, checked, noise};
 
 /// One tensor: name and shape.
 type Shape = (String, Vec<usize>);
@@ -236,6 +237,31 @@ proptest! {
         for (name, _) in &case.shapes {
             prop_assert_eq!(parts.bytes(name), whole.bytes(name), "{}", name);
         }
+    }
+
+    /// A merge looks at its tiles, small tensors' all; a point that nobody looks at goes from bytes to bytes.
+    #[test]
+    fn a_point_of_a_family_in_memory_is_the_merge_on_disk(mut case in cases(), alike in 0u32..4) {
+        if alike > 0 {
+            case.dtypes = vec![case.dtypes[0]; case.dtypes.len()];
+        }
+        let models = case.models();
+        let merged = case.merge(&models);
+        let recipe = checked(case.recipe.clone()).unwrap();
+        let parents = Parents::open(&recipe, &models).unwrap();
+        let mut read = |_: &str, checkpoint: &Checkpoint| Ok(Some(Arc::new(checkpoint.read_all(&|| true)?)));
+        parents.hold_weights(&mut read).unwrap();
+        let obs = Counter::default();
+        for family in [Family::prepare(&recipe, &parents, &obs), Family::prepare_for_points(&recipe, &parents, &obs)] {
+            let family = family.unwrap();
+            let point = family.point(None).unwrap().unobserved();
+            let names: Vec<String> = point.tensor_names().map(str::to_owned).collect();
+            for (index, name) in names.iter().enumerate() {
+                let (_, _, bytes) = point.tensor(index, &obs).unwrap();
+                prop_assert_eq!(bytes, merged.bytes(name), "{}", name);
+            }
+        }
+        prop_assert_eq!(merge_digest(&recipe, &parents, &obs).unwrap(), merged.digest);
     }
 }
 
