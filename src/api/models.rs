@@ -100,6 +100,9 @@ struct FamilyView {
     recipe: Value,
     /// Bytes of the parents, once they are prepared.
     input_bytes: Option<u64>,
+    /// Bytes of the parents' files that are in memory, shared with other families of the same parents; what there is no
+    /// ample room for is read from the files at every point.
+    held_bytes: Option<u64>,
     /// Its models that are in memory, or on their way.
     #[schema(no_recursion)]
     points: Vec<ModelView>,
@@ -489,6 +492,7 @@ fn view(info: SlotInfo) -> ModelView {
         family: info.family.map(|family| FamilyView {
             recipe: family.recipe,
             input_bytes: family.input_bytes,
+            held_bytes: family.held_bytes,
             points: family.points.into_iter().map(view).collect(),
         }),
     }

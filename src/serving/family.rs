@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
-use cauldron_checkpoint::{Digest, Dtype, widen};
+use cauldron_checkpoint::{Checkpoint, Digest, Dtype, widen};
 use cauldron_lm::{Arithmetic, Decoder, LmError, ModelConfig, Placement, TextTokenizer, WeightSource};
 use cauldron_merge::{
     Family as Prepared, MergeError, Observer, Parents, Point, Recipe, merge_digest, sidecars,
@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::ServingError;
+use super::parents::ParentWeights;
 use super::shares::OpenRecipe;
 use crate::cache::KnownContents;
 use crate::config::ModelName;
@@ -66,6 +67,8 @@ pub struct Facts {
     /// Bytes that a point is made of, and its own, as checkpoints have them.
     pub input_bytes: u64,
     pub output_bytes: u64,
+    /// Bytes of the parents that are in memory, some perhaps for other families too; the rest is read at every point.
+    pub held_bytes: u64,
     /// Numbers of the largest tensor.
     pub largest_tensor: u64,
     pub prepared_after: Duration,
@@ -96,11 +99,12 @@ pub struct Made {
 
 impl Family {
     /// Begins to open and prepare the parents; returns at once.
-    pub fn start(
+    pub(super) fn start(
         name: ModelName,
         recipe: OpenRecipe,
         arithmetic: Arithmetic,
         parentage: Parentage,
+        weights: Arc<ParentWeights>,
     ) -> std::io::Result<Arc<Self>> {
         let (asks, receiver) = channel();
         let (told, state) = watch::channel(State::Preparing);
@@ -109,6 +113,7 @@ impl Family {
             name: name.clone(),
             recipe: recipe.clone(),
             parentage,
+            weights,
             asks: receiver,
             told,
             stop: stop.clone(),
@@ -203,6 +208,7 @@ struct Keeper {
     name: ModelName,
     recipe: OpenRecipe,
     parentage: Parentage,
+    weights: Arc<ParentWeights>,
     asks: Receiver<Ask>,
     told: watch::Sender<State>,
     stop: Arc<AtomicBool>,
@@ -242,6 +248,17 @@ impl Keeper {
             self.parentage.sources.open(&middle, care).map_err(|e| text(&e))?;
         let known = &self.parentage.known;
         parents.adopt_contents(&|identity| known.get(identity));
+        let mut kept = Vec::new();
+        let mut hold = |identity: Option<&str>, checkpoint: &Checkpoint| {
+            let found = self.weights.of(identity, checkpoint, &|| !until.cancelled())?;
+            Ok(found.map(|found| {
+                let weights = found.weights.clone();
+                kept.push(found);
+                weights
+            }))
+        };
+        parents.hold_weights(&mut hold).map_err(|e| text(&e))?;
+        let held_bytes = kept.iter().map(|kept| kept.weights.byte_len()).sum();
         let prepared = Prepared::prepare_for_points(&middle, &parents, &until).map_err(|e| text(&e))?;
         // With them the digest of every point is known at once.
         merge_digest(&middle, &parents, &until).map_err(|e| text(&e))?;
@@ -249,7 +266,7 @@ impl Keeper {
             known.put(identity, digest);
         }
         parents.check_unchanged().map_err(|e| text(&e))?;
-        let facts = Arc::new(Facts::of(&middle, &parents, start).map_err(|e| text(&e))?);
+        let facts = Arc::new(Facts::of(&middle, &parents, held_bytes, start).map_err(|e| text(&e))?);
         info!(family = %self.name, seconds = start.elapsed().as_secs_f64(), "a family is ready");
         self.told.send_replace(State::Ready(facts.clone()));
         let mut spare = Vec::new();
@@ -274,7 +291,7 @@ impl Keeper {
 }
 
 impl Facts {
-    fn of(recipe: &Recipe, parents: &Parents, start: Instant) -> Result<Self, LmError> {
+    fn of(recipe: &Recipe, parents: &Parents, held_bytes: u64, start: Instant) -> Result<Self, LmError> {
         let files: HashMap<&str, Vec<u8>> = sidecars(recipe, parents)?.into_iter().collect();
         let config = config_of(&files)?;
         let parsed = ModelConfig::from_json(&config)?;
@@ -289,6 +306,7 @@ impl Facts {
             dtype: if all_bf16 { Dtype::BF16 } else { Dtype::F32 },
             input_bytes: parents.input_bytes(),
             output_bytes: parents.output_bytes(),
+            held_bytes,
             largest_tensor: parents
                 .result_tensors()
                 .map(|(_, _, shape)| shape.iter().map(|size| *size as u64).product())
@@ -446,7 +464,8 @@ fn make(
     let point = match &plain {
         Some(plain) => plain.point(None)?,
         None => prepared.point_of_recipe(&ask.recipe)?,
-    };
+    }
+    .unobserved();
     let weights = PointWeights::compute(&point, parents, until, spare)?;
     let pass = start.elapsed();
     let placement = Placement {

@@ -72,7 +72,7 @@ impl Serving {
             return Err(LoadError::ShuttingDown);
         }
         self.check_names(&slots, &name, aliases)?;
-        let family = Family::start(name.clone(), recipe, arithmetic, parentage)?;
+        let family = Family::start(name.clone(), recipe, arithmetic, parentage, self.parents.clone())?;
         slots.set_aliases(&name, aliases);
         slots.drop_family(&name);
         slots.drop_model(&name);

@@ -35,6 +35,18 @@ struct Taken {
     leaving: u64,
     /// Points of families.
     points: usize,
+    /// Bytes of families' parents.
+    parents: u64,
+}
+
+/// What a share of the memory is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Use {
+    Model,
+    /// Of a family.
+    Point,
+    /// Weights that families read.
+    Parents,
 }
 
 /// What a model needs.
@@ -43,7 +55,7 @@ pub(super) struct Need {
     pub weights: u64,
     pub least_kv: u64,
     pub most_kv: u64,
-    pub is_point: bool,
+    pub what: Use,
 }
 
 /// A model's share; given back when it is dropped.
@@ -52,7 +64,7 @@ pub(super) struct Reservation {
     memory: Arc<Memory>,
     weights: u64,
     pub kv_bytes: u64,
-    is_point: bool,
+    what: Use,
     /// Changed under the memory's lock.
     leaving: AtomicBool,
 }
@@ -78,7 +90,7 @@ impl Memory {
                 weights,
                 least_kv: given.min(useful),
                 most_kv: given.min(useful),
-                is_point: false,
+                what: Use::Model,
             },
             None => {
                 let most_kv = self.kv_default.min(useful);
@@ -87,7 +99,7 @@ impl Memory {
                     weights,
                     least_kv: longest.max(LEAST_KV).min(most_kv),
                     most_kv,
-                    is_point: false,
+                    what: Use::Model,
                 }
             }
         }
@@ -98,7 +110,7 @@ impl Memory {
         let need = self.need(config, weights);
         Need {
             most_kv: need.least_kv.max(need.most_kv / POINTS),
-            is_point: true,
+            what: Use::Point,
             ..need
         }
     }
@@ -125,15 +137,36 @@ impl Memory {
         if kv_bytes < need.least_kv {
             return None;
         }
-        taken.used += need.weights + kv_bytes;
-        taken.points += usize::from(need.is_point);
-        Some(Reservation {
+        Some(self.give(&mut taken, need.weights, kv_bytes, need.what))
+    }
+
+    /// For parents, which can be done without: None unless half of all memory is left to models then and parents have no
+    /// more than a quarter, or if there is no limit to tell by.
+    pub(super) fn reserve_for_parents(self: &Arc<Self>, bytes: u64) -> Option<Reservation> {
+        let mut taken = self.taken();
+        let limit = self.limit?;
+        let is_ample =
+            |used: u64, share: u64| used.checked_add(bytes).is_some_and(|used| used <= limit / share);
+        match is_ample(taken.used, 2) && is_ample(taken.parents, 4) {
+            true => Some(self.give(&mut taken, bytes, 0, Use::Parents)),
+            false => None,
+        }
+    }
+
+    fn give(self: &Arc<Self>, taken: &mut Taken, weights: u64, kv_bytes: u64, what: Use) -> Reservation {
+        taken.used += weights + kv_bytes;
+        match what {
+            Use::Model => {}
+            Use::Point => taken.points += 1,
+            Use::Parents => taken.parents += weights,
+        }
+        Reservation {
             memory: self.clone(),
-            weights: need.weights,
+            weights,
             kv_bytes,
-            is_point: need.is_point,
+            what,
             leaving: AtomicBool::new(false),
-        })
+        }
     }
 
     /// Whether it would fit once all that leaves has gone.
@@ -207,7 +240,11 @@ impl Drop for Reservation {
         let bytes = self.bytes();
         let mut taken = self.memory.taken();
         taken.used = taken.used.saturating_sub(bytes);
-        taken.points -= usize::from(self.is_point);
+        match self.what {
+            Use::Model => {}
+            Use::Point => taken.points -= 1,
+            Use::Parents => taken.parents = taken.parents.saturating_sub(self.weights),
+        }
         drop(taken);
         self.memory.freed.notify_all();
     }
@@ -326,7 +363,7 @@ mod tests {
             weights,
             least_kv,
             most_kv,
-            is_point: false,
+            what: Use::Model,
         };
         let first = memory.reserve(need(40, 10, 20)).expect("room");
         assert_eq!((first.bytes(), first.kv_bytes), (60, 20));
@@ -349,6 +386,14 @@ mod tests {
         drop((second, third));
         assert_eq!(memory.used_bytes(), 0);
         assert!(memory.check(need(90, 10, 50)).is_ok());
+        let model = memory.reserve(need(30, 0, 0)).expect("room");
+        assert!(memory.reserve_for_parents(21).is_none(), "half is left");
+        let parents = memory.reserve_for_parents(20).expect("it is");
+        drop(model);
+        assert!(memory.reserve_for_parents(6).is_none(), "more than a quarter");
+        let others = memory.reserve_for_parents(5).expect("a quarter");
+        drop((parents, others));
+        assert!(memory.reserve_for_parents(25).is_some());
         let error = memory.check(need(90, 11, 50)).expect_err("too large");
         assert!(error.contains("--model-memory-bytes"), "{error}");
         assert!(memory.check(need(u64::MAX, 11, 50)).is_err());

@@ -9,6 +9,7 @@ mod family;
 mod load;
 mod loader;
 mod memory;
+mod parents;
 mod served;
 mod shares;
 mod slot;
@@ -32,6 +33,7 @@ pub use shares::{MAX_ANCHORS, OpenRecipe, Shares};
 pub use slot::{FamilyInfo, LoadRequest, PointInfo, SlotInfo, WeightsFrom};
 
 use memory::Memory;
+use parents::ParentWeights;
 use slot::{Origin, Slot, Slots};
 
 /// Limits of serving.
@@ -107,18 +109,18 @@ pub struct Serving {
     device: Device,
     limits: ServingLimits,
     memory: Arc<Memory>,
+    parents: Arc<ParentWeights>,
 }
 
 impl Serving {
     pub fn start(cache: Cache, device: Device, limits: ServingLimits) -> std::io::Result<Arc<Self>> {
+        let on_cpu = matches!(device, Device::Cpu);
+        let memory = Arc::new(Memory::new(limits.memory_bytes, limits.kv_bytes, on_cpu));
         Ok(Arc::new(Self {
             slots: Mutex::default(),
             engine: Arc::new(EngineThread::start(limits)?),
-            memory: Arc::new(Memory::new(
-                limits.memory_bytes,
-                limits.kv_bytes,
-                matches!(device, Device::Cpu),
-            )),
+            parents: Arc::new(ParentWeights::new(on_cpu.then(|| memory.clone()))),
+            memory,
             cache,
             device,
             limits,

@@ -254,6 +254,8 @@ pub struct FamilyInfo {
     pub recipe: serde_json::Value,
     /// Bytes of its parents, once they are prepared.
     pub input_bytes: Option<u64>,
+    /// Those that are in memory.
+    pub held_bytes: Option<u64>,
     pub points: Vec<SlotInfo>,
 }
 
@@ -358,6 +360,7 @@ impl Slots {
             family: Some(FamilyInfo {
                 recipe: serde_json::to_value(family.recipe.spec()).unwrap_or_default(),
                 input_bytes: facts.as_ref().map(|facts| facts.input_bytes),
+                held_bytes: facts.as_ref().map(|facts| facts.held_bytes),
                 points: points.iter().filter_map(|point| self.info(point)).collect(),
             }),
         }

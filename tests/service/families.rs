@@ -157,6 +157,7 @@ async fn a_family_is_listed_with_its_points_and_asked_by_them_only() {
     let slot = load(&app, "mix", family("task_arithmetic")).await;
     assert_eq!(slot["system_fingerprint"], Value::Null);
     assert!(slot["family"]["input_bytes"].as_u64().unwrap() > 0);
+    assert!(slot["family"]["held_bytes"].as_u64().unwrap() > 0);
     app.post("/v1/completions", scoring("mix"))
         .await
         .expect_error(400, Some("model"));

@@ -81,6 +81,12 @@ pub struct HeldWeights {
     files: Vec<Vec<u8>>,
 }
 
+impl HeldWeights {
+    pub fn byte_len(&self) -> u64 {
+        self.files.iter().map(|file| file.len() as u64).sum()
+    }
+}
+
 impl Checkpoint {
     /// Opens a folder and checks config.json and every safetensors header. No weight is read.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {

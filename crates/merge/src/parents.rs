@@ -265,14 +265,15 @@ impl Parents {
         settled.filter_map(|c| Some((c.identity.as_str(), *c.digest.get()?)))
     }
 
-    /// From now on reads the weights that `find` gives for a checkpoint, with the identity of its files, from memory. They must
-    /// have been read from these files.
+    /// From now on reads the weights that `find` gives for a checkpoint from memory: they must have been read from its files.
+    /// `find` is told the identity of the files where it may be kept.
     pub fn hold_weights(
         &self,
-        find: &mut dyn FnMut(&str, &Checkpoint) -> Result<Option<Arc<HeldWeights>>, CheckpointError>,
+        find: &mut dyn FnMut(Option<&str>, &Checkpoint) -> Result<Option<Arc<HeldWeights>>, CheckpointError>,
     ) -> Result<(), MergeError> {
         for (source, (checkpoint, content)) in self.sources.iter().zip(&self.source_contents).enumerate() {
-            let found = find(&content.identity, checkpoint);
+            let identity = content.settled.then_some(content.identity.as_str());
+            let found = find(identity, checkpoint);
             if let Some(weights) = found.map_err(|e| MergeError::parent(&self.label(source), e))? {
                 checkpoint.hold(weights);
             }

@@ -249,7 +249,7 @@ proptest! {
         let merged = case.merge(&models);
         let recipe = checked(case.recipe.clone()).unwrap();
         let parents = Parents::open(&recipe, &models).unwrap();
-        let mut read = |_: &str, checkpoint: &Checkpoint| Ok(Some(Arc::new(checkpoint.read_all(&|| true)?)));
+        let mut read = |_: Option<&str>, checkpoint: &Checkpoint| Ok(Some(Arc::new(checkpoint.read_all(&|| true)?)));
         parents.hold_weights(&mut read).unwrap();
         let obs = Counter::default();
         for family in [Family::prepare(&recipe, &parents, &obs), Family::prepare_for_points(&recipe, &parents, &obs)] {
