@@ -117,6 +117,8 @@ struct PointBody {
     lambda: Option<Value>,
     /// Of each parent; they sum to 1.
     shares: Option<Vec<f64>>,
+    /// In place of the recipe's, for methods that have one.
+    scaling: Option<f64>,
     /// Also merge it into the cache: the job is `merge` in the answer.
     save: Option<bool>,
 }
@@ -318,7 +320,8 @@ fn parse_point(body: &[u8]) -> Result<(Shares, bool), Problem> {
     let mut fields = json_object(body)?;
     let mut take = |name: &str| fields.remove(name).filter(|value| !value.is_null());
     let (lambda, shares, save) = (take("lambda"), take("shares"), take("save"));
-    refuse_others(fields.keys(), "", "lambda, shares, save")?;
+    let scaling = take("scaling");
+    refuse_others(fields.keys(), "", "lambda, shares, scaling, save")?;
     let shares = match (lambda, shares) {
         (Some(Value::Array(lambdas)), None) => {
             let numbers: Option<Vec<f64>> = lambdas.iter().map(Value::as_f64).collect();
@@ -343,6 +346,13 @@ fn parse_point(body: &[u8]) -> Result<(Shares, bool), Problem> {
         (None, Some(_)) => return Err(bad("shares", "must be a list of numbers")),
         (Some(_), Some(_)) => return Err(bad("shares", "give lambda or shares, not both")),
         (None, None) => return Err(bad("lambda", "is missing")),
+    };
+    let shares = match scaling {
+        None => shares,
+        Some(scaling) => {
+            let scaling = scaling.as_f64().filter(|scaling| *scaling >= 0.0);
+            shares.scaled(scaling.ok_or_else(|| bad("scaling", "must be a number, at least 0"))?)
+        }
     };
     let save = match save {
         None => false,

@@ -26,10 +26,12 @@ use crate::config::ModelName;
 use crate::eval::Split;
 use crate::serving::OpenRecipe;
 use crate::sweep::{
-    ALPHAS, Given, NewSweep, Search, Select, Status, Sweep, SweepError, card, csv, markdown, plot, total,
+    ALPHAS, Given, NewSweep, Scalings, Search, Select, Status, Sweep, SweepError, card, csv, markdown, plot, total,
 };
 
 const MAX_BODY_BYTES: usize = 64 << 20;
+/// Largest scaling that is searched.
+const MOST_SCALING: f64 = 10.0;
 /// Trials of one sweep.
 const MAX_TRIALS: u64 = 1000;
 /// Places over the layers that a search by layer has lambdas for.
@@ -62,7 +64,8 @@ struct SweepBody {
     tasks: Value,
     /// `m3` (default: one draw for each alpha of 0.2, 0.4, 0.5, 1, 2, 3, 5), `grid`, `random`, `bayes` or `cma`; or an object:
     /// `{"kind": "m3", "alphas": [...], "more": 3}` (draws at the best alpha), `{"kind": "grid", "points": 11}`,
-    /// `{"kind": "random", "alpha": 1, "trials": 10}`, `{"kind": "bayes", "trials": 10}` (two parents),
+    /// `{"kind": "random", "alpha": 1, "trials": 10}`, `{"kind": "bayes", "trials": 10, "scaling": [0.5, 1.5]}` (two
+    /// parents; over lambda alone without `scaling`),
     /// `{"kind": "cma", "groups": 4, "trials": 40}` (two parents; lambdas at so many places over the layers).
     #[schema(value_type = Option<Object>)]
     search: Option<Value>,
@@ -147,7 +150,7 @@ async fn create_sweep(
     let recipe = recipe.ok_or_else(|| bad("recipe", "is missing"))?;
     let recipe = recipe_from_value(recipe).and_then(OpenRecipe::new);
     let recipe = recipe.map_err(|e| in_field("recipe", e))?;
-    let search = read_search(search, recipe.spec())?;
+    let search = read_search(search, &recipe)?;
     let seed = match seed {
         None => 0,
         Some(seed) => {
@@ -200,8 +203,31 @@ async fn create_sweep(
     Ok(located(StatusCode::ACCEPTED, &location, view(sweep)))
 }
 
-fn read_search(search: Option<Value>, recipe: &RecipeSpec) -> Result<Search, Problem> {
-    let parents = recipe.models.len();
+/// The scalings between two numbers, of a method that has one.
+fn scalings(range: &Value, recipe: &OpenRecipe) -> Result<Scalings, Problem> {
+    let range = range.as_array().and_then(|range| match range.as_slice() {
+        [low, high] => low.as_f64().zip(high.as_f64()),
+        _ => None,
+    });
+    let range = range.filter(|(low, high)| (0.0..*high).contains(low) && *high <= MOST_SCALING);
+    let (low, high) = range.ok_or_else(|| {
+        let detail = format!("must be two numbers from 0 to {MOST_SCALING}, the lower one first");
+        bad("search.scaling", &detail)
+    })?;
+    // Whether the method has one.
+    recipe
+        .at(&recipe.middle().scaled(low))
+        .map_err(|e| bad("search.scaling", &e.to_string()))?;
+    let own = match &recipe.spec().scaling {
+        None => Some(1.0),
+        Some(own) => own.as_constant(),
+    };
+    let own = own.ok_or_else(|| bad("search.scaling", "the recipe's own scaling is not one number"))?;
+    Ok(Scalings { low, high, own })
+}
+
+fn read_search(search: Option<Value>, recipe: &OpenRecipe) -> Result<Search, Problem> {
+    let parents = recipe.models();
     let mut fields = match search {
         None => Map::new(),
         Some(Value::String(kind)) => Map::from_iter([("kind".to_owned(), Value::String(kind))]),
@@ -253,6 +279,7 @@ fn read_search(search: Option<Value>, recipe: &RecipeSpec) -> Result<Search, Pro
         },
         Some("bayes") if parents == 2 => Search::Bayes {
             trials: count("trials", take("trials"), 10, 1)?,
+            scaling: take("scaling").map(|range| scalings(&range, recipe)).transpose()?,
         },
         Some("cma") if parents == 2 => {
             let groups = count("groups", take("groups"), 4, 2)?;
@@ -270,7 +297,7 @@ fn read_search(search: Option<Value>, recipe: &RecipeSpec) -> Result<Search, Pro
         _ => return Err(bad("search.kind", "must be m3, grid, random, bayes or cma")),
     };
     match fields.keys().next() {
-        None if total(&search, recipe) as u64 > MAX_TRIALS => {
+        None if total(&search, recipe.spec()) as u64 > MAX_TRIALS => {
             Err(bad("search", &format!("makes more than {MAX_TRIALS} trials")))
         }
         None => Ok(search),

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 /// How the plain method is named.
 const PLAIN: &str = "plain";
+/// Stands before a scaling in a name.
+const TIMES: char = 'x';
 /// Of a number in a name: the smallest f64 is written without an exponent.
 const MAX_DIGITS: usize = 400;
 /// Shares of parents that a request may name at most.
@@ -27,6 +29,8 @@ pub enum Shares {
     /// lambdas of the first of two parents at equal distances over the layers, the others between them; what is outside the
     /// layers has the first.
     ByLayer(Vec<f64>),
+    /// Shares of the other kinds, and the scaling of what they give in the recipe's place.
+    Scaled(Box<Self>, f64),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -34,6 +38,7 @@ pub enum Shares {
 enum Form {
     List(Vec<f64>),
     Layers { by_layer: Vec<f64> },
+    Scaled { of: Box<Shares>, scaling: f64 },
 }
 
 impl From<Form> for Shares {
@@ -41,6 +46,7 @@ impl From<Form> for Shares {
         match form {
             Form::List(shares) => Self::each(shares),
             Form::Layers { by_layer } => Self::by_layer(by_layer),
+            Form::Scaled { of, scaling } => Self::Scaled(of, scaling),
         }
     }
 }
@@ -52,6 +58,7 @@ impl From<Shares> for Form {
             Shares::Lambda(lambda) => Self::List(vec![lambda]),
             Shares::Each(shares) => Self::List(shares),
             Shares::ByLayer(by_layer) => Self::Layers { by_layer },
+            Shares::Scaled(of, scaling) => Self::Scaled { of, scaling },
         }
     }
 }
@@ -77,7 +84,12 @@ impl Shares {
         Self::ByLayer(lambdas)
     }
 
-    /// Reads `0.35`, `0.2,0.3,0.5` or `0.2:0.9`.
+    /// These shares with another scaling than the recipe's.
+    pub fn scaled(self, scaling: f64) -> Self {
+        Self::Scaled(Box::new(self), scaling + 0.0)
+    }
+
+    /// Reads `0.35`, `0.2,0.3,0.5` or `0.2:0.9`, and each with a scaling after it: `0.35x0.8`.
     pub fn parse(text: &str) -> Option<Self> {
         if text == PLAIN {
             return Some(Self::Plain);
@@ -86,6 +98,10 @@ impl Shares {
             let plain = !part.is_empty() && part.bytes().all(|c| c.is_ascii_digit() || c == b'.');
             part.parse().ok().filter(|_| plain && part.len() <= MAX_DIGITS)
         };
+        if let Some((of, scaling)) = text.split_once(TIMES) {
+            let of = Self::parse(of).filter(|of| !matches!(of, Self::Plain | Self::Scaled(..)))?;
+            return Some(of.scaled(number(scaling)?));
+        }
         let numbers = |between: char, most: usize| -> Option<Vec<f64>> {
             let found: Option<Vec<f64>> = text.split(between).take(most + 1).map(number).collect();
             found.filter(|found| found.len() <= most)
@@ -102,6 +118,14 @@ impl Shares {
             Self::Lambda(lambda) => Some(*lambda),
             Self::ByLayer(lambdas) => Some(lambdas.iter().sum::<f64>() / lambdas.len().max(1) as f64),
             Self::Plain | Self::Each(_) => None,
+            Self::Scaled(of, _) => of.mean_lambda(),
+        }
+    }
+
+    pub fn scaling(&self) -> Option<f64> {
+        match self {
+            Self::Scaled(_, scaling) => Some(*scaling),
+            _ => None,
         }
     }
 
@@ -118,6 +142,7 @@ impl Shares {
                 shares: Some(shares.clone()),
                 ..MixupSpec::default()
             }),
+            Self::Scaled(of, _) => of.mixup(),
         }
     }
 }
@@ -129,6 +154,7 @@ impl fmt::Display for Shares {
             Self::Lambda(lambda) => return write!(f, "{lambda}"),
             Self::Each(shares) => (shares, ","),
             Self::ByLayer(lambdas) => (lambdas, ":"),
+            Self::Scaled(of, scaling) => return write!(f, "{of}{TIMES}{scaling}"),
         };
         for (index, number) in numbers.iter().enumerate() {
             let between = if index == 0 { "" } else { between };
@@ -177,6 +203,7 @@ impl OpenRecipe {
     pub fn spec_at(&self, shares: &Shares) -> RecipeSpec {
         RecipeSpec {
             mixup: shares.mixup(),
+            scaling: shares.scaling().map(Setting::from).or_else(|| self.spec.scaling.clone()),
             ..self.spec.clone()
         }
     }

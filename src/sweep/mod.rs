@@ -26,7 +26,7 @@ use crate::eval::{Evals, Metric, Split, Task, TaskRecord};
 use crate::serving::{OpenRecipe, Parentage, Serving, Shares};
 use store::Store;
 
-pub use plan::{ALPHAS, Origin, Search, baselines, total};
+pub use plan::{ALPHAS, Origin, Scalings, Search, baselines, total};
 pub use plot::plot;
 pub use report::{card, csv, markdown};
 

@@ -22,10 +22,22 @@ pub enum Search {
     Grid { points: u32 },
     /// Draws of one alpha.
     Random { alpha: f64, trials: u32 },
-    /// A Gaussian process over lambda, expected improvement.
-    Bayes { trials: u32 },
+    /// A Gaussian process over lambda, or over lambda and scaling; expected improvement.
+    Bayes {
+        trials: u32,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        scaling: Option<Scalings>,
+    },
     /// Lambdas at `groups` places over the layers, by CMA-ES.
     Cma { groups: u32, trials: u32 },
+}
+
+/// Scalings that are searched, and the one that the recipe has.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Scalings {
+    pub low: f64,
+    pub high: f64,
+    pub own: f64,
 }
 
 impl Search {
@@ -133,8 +145,8 @@ pub fn next(search: &Search, seed: u64, parents: usize, tried: &[Tried]) -> Opti
                 .map(|shares| (Shares::each(shares.clone()), Origin::Grid))
         }
         Search::Random { alpha, trials } if own < *trials as usize => draw(*alpha, own),
-        Search::Bayes { trials } if own < *trials as usize => {
-            Some((Shares::lambda(most_promising(tried)?), Origin::Bayes))
+        Search::Bayes { trials, scaling } if own < *trials as usize => {
+            Some((most_promising(*scaling, tried)?, Origin::Bayes))
         }
         Search::Cma { groups, trials } if own < *trials as usize => {
             let told = tried.iter().filter_map(|trial| match &trial.shares {
@@ -161,7 +173,7 @@ pub fn total(search: &Search, recipe: &RecipeSpec) -> usize {
     let own = match search {
         Search::M3 { alphas, more } => alphas.len() + *more as usize,
         Search::Grid { points } => grid(*points as usize, parents).len(),
-        Search::Random { trials, .. } | Search::Bayes { trials } | Search::Cma { trials, .. } => {
+        Search::Random { trials, .. } | Search::Bayes { trials, .. } | Search::Cma { trials, .. } => {
             *trials as usize
         }
     };
@@ -214,34 +226,83 @@ fn compositions(left: usize, parts: usize, begun: &mut Vec<usize>, all: &mut Vec
     }
 }
 
-/// Of a Gaussian process over lambda: how far scores at two lambdas still have to do with each other.
+/// Of a Gaussian process: how far scores at two lambdas still have to do with each other,
 const LENGTH: f64 = 0.15;
+/// and at two scalings, as a share of what is searched.
+const SCALING_LENGTH: f64 = 0.3;
+/// Steps between the candidates' lambdas, and between their scalings.
+const STEPS: u32 = 100;
+const SCALING_STEPS: u32 = 20;
 
-/// The lambda of the largest expected improvement (Jones, Schonlau and Welch 1998) on a grid of hundredths.
-fn most_promising(tried: &[Tried]) -> Option<f64> {
-    let seen: Vec<(f64, f64, f64)> = tried
-        .iter()
-        .filter_map(|trial| match (&trial.shares, trial.score) {
-            (Shares::Lambda(lambda), Some(score)) => Some((*lambda, score, trial.stderr.unwrap_or(0.0))),
-            _ => None,
+/// What a Gaussian process knows a trial by.
+#[derive(Debug, Clone, Copy)]
+struct Spot {
+    lambda: f64,
+    /// 0 is the lowest scaling, 1 the highest.
+    scaling: f64,
+}
+
+impl Spot {
+    fn of(shares: &Shares, scalings: Option<Scalings>) -> Option<Self> {
+        let (Shares::Lambda(lambda), scaling) = (match shares {
+            Shares::Scaled(of, scaling) => (&**of, Some(*scaling)),
+            shares => (shares, None),
+        }) else {
+            return None;
+        };
+        let scaling = scalings.map_or(0.0, |s| (scaling.unwrap_or(s.own) - s.low) / (s.high - s.low));
+        Some(Self {
+            lambda: *lambda,
+            scaling,
         })
+    }
+
+    fn shares(self, scalings: Option<Scalings>) -> Shares {
+        let lambda = Shares::lambda(self.lambda);
+        match scalings {
+            None => lambda,
+            // Names are for people too.
+            Some(s) => lambda.scaled(((s.low + self.scaling * (s.high - s.low)) * 1e6).round() / 1e6),
+        }
+    }
+
+    fn is_at(self, other: Self) -> bool {
+        (self.lambda - other.lambda).abs() < 1e-9 && (self.scaling - other.scaling).abs() < 1e-5
+    }
+
+    fn near(self, other: Self) -> f64 {
+        let lambda = (self.lambda - other.lambda) / LENGTH;
+        let scaling = (self.scaling - other.scaling) / SCALING_LENGTH;
+        (-0.5 * (lambda * lambda + scaling * scaling)).exp()
+    }
+}
+
+/// The shares of the largest expected improvement (Jones, Schonlau and Welch 1998) on a grid.
+fn most_promising(scalings: Option<Scalings>, tried: &[Tried]) -> Option<Shares> {
+    let spots = tried.iter().filter_map(|trial| Some((Spot::of(&trial.shares, scalings)?, trial)));
+    let spots: Vec<(Spot, &Tried)> = spots.collect();
+    let seen: Vec<(Spot, f64, f64)> = spots
+        .iter()
+        .filter_map(|(spot, trial)| Some((*spot, trial.score?, trial.stderr.unwrap_or(0.0))))
         .collect();
     let n = seen.len() as f64;
-    let is_new = |lambda: &f64| {
-        let near = |trial: &Tried| matches!(trial.shares, Shares::Lambda(x) if (x - lambda).abs() < 1e-9);
-        !tried.iter().any(near)
+    let is_new = |spot: &Spot| !spots.iter().any(|(other, _)| other.is_at(*spot));
+    let first = || {
+        let corners = [(0.25, 0.25), (0.75, 0.75)].map(|(lambda, scaling)| Spot {
+            lambda,
+            scaling: if scalings.is_some() { scaling } else { 0.0 },
+        });
+        corners.into_iter().find(is_new).map(|spot| spot.shares(scalings))
     };
-    let first = || [0.25, 0.75].into_iter().find(is_new);
     if seen.len() < 2 {
         return first();
     }
     let mean = seen.iter().map(|(_, y, _)| y).sum::<f64>() / n;
     let spread = (seen.iter().map(|(_, y, _)| (y - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
     let spread = if spread > 1e-9 { spread } else { 1.0 };
-    let kernel = |a: f64, b: f64| (-0.5 * ((a - b) / LENGTH).powi(2)).exp();
     let mut matrix: Vec<Vec<f64>> = seen
         .iter()
-        .map(|(a, ..)| seen.iter().map(|(b, ..)| kernel(*a, *b)).collect())
+        .map(|(a, ..)| seen.iter().map(|(b, ..)| a.near(*b)).collect())
         .collect();
     for (row, (_, _, stderr)) in seen.iter().enumerate() {
         matrix[row][row] += (stderr / spread).powi(2).max(1e-6);
@@ -252,21 +313,29 @@ fn most_promising(tried: &[Tried]) -> Option<f64> {
     let values: Vec<f64> = seen.iter().map(|(_, y, _)| (y - mean) / spread).collect();
     let weights = solve(&factor, &values);
     let best = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let improvement = |lambda: f64| {
-        let near: Vec<f64> = seen.iter().map(|(x, ..)| kernel(*x, lambda)).collect();
+    let improvement = |spot: Spot| {
+        let near: Vec<f64> = seen.iter().map(|(x, ..)| x.near(spot)).collect();
         let expected: f64 = near.iter().zip(&weights).map(|(k, w)| k * w).sum();
         let explained: f64 = near.iter().zip(solve(&factor, &near)).map(|(k, s)| k * s).sum();
         let deviation = (1.0 - explained).max(1e-12).sqrt();
         let z = (expected - best) / deviation;
         deviation * (z * normal_below(z) + (-0.5 * z * z).exp() / std::f64::consts::TAU.sqrt())
     };
-    let candidates = (1..100).map(|k| f64::from(k) / 100.0);
+    // Alone, an end is a baseline; with another scaling it is not.
+    let (lambdas, steps) = match scalings {
+        None => (1..STEPS, 1),
+        Some(_) => (0..STEPS + 1, SCALING_STEPS + 1),
+    };
+    let candidates = lambdas.flat_map(|k| {
+        (0..steps).map(move |step| Spot {
+            lambda: f64::from(k) / f64::from(STEPS),
+            scaling: f64::from(step) / f64::from(SCALING_STEPS),
+        })
+    });
     // Each but once, whatever came of it.
-    let best = candidates
-        .filter(is_new)
-        .map(|lambda| (improvement(lambda), lambda));
+    let best = candidates.filter(is_new).map(|spot| (improvement(spot), spot));
     let best = best.reduce(|a, b| if b.0 > a.0 { b } else { a });
-    best.map(|(_, lambda)| lambda)
+    best.map(|(_, spot)| spot.shares(scalings))
 }
 
 /// The share of a normal distribution below z (Abramowitz and Stegun 26.2.17; error below 1e-7).
@@ -319,9 +388,15 @@ mod tests {
     }
 
     fn run(search: &Search, parents: usize, score: impl Fn(f64) -> f64) -> Vec<Tried> {
+        run_scaled(search, parents, |lambda, _| score(lambda))
+    }
+
+    /// The score is of lambda and scaling.
+    fn run_scaled(search: &Search, parents: usize, score: impl Fn(f64, f64) -> f64) -> Vec<Tried> {
         let mut tried: Vec<Tried> = Vec::new();
         let take = |(shares, origin): (Shares, Origin), tried: &mut Vec<Tried>| {
-            let score = shares.mean_lambda().map(&score);
+            let scaling = shares.scaling().unwrap_or(1.0);
+            let score = shares.mean_lambda().map(|lambda| score(lambda, scaling));
             tried.push(Tried {
                 shares,
                 origin,
@@ -384,16 +459,49 @@ mod tests {
     #[test]
     fn a_gaussian_process_comes_near_the_best_lambda() {
         let score = |lambda: f64| 1.0 - (lambda - 0.73).powi(2);
-        let tried = run(&Search::Bayes { trials: 8 }, 2, score);
+        let search = Search::Bayes {
+            trials: 8,
+            scaling: None,
+        };
+        let tried = run(&search, 2, score);
         let best = tried
             .iter()
             .filter(|t| t.score.is_some())
             .max_by(|a, b| a.score.partial_cmp(&b.score).expect("numbers"));
         let lambda = best.and_then(|best| best.shares.mean_lambda()).expect("a trial");
         assert!((lambda - 0.73).abs() < 0.05, "{lambda}");
+        assert!(tried.iter().all(|t| t.shares.scaling().is_none()));
         assert!(
             (normal_below(1.0) - 0.841_344_746).abs() < 1e-6
                 && (normal_below(-1.0) - 0.158_655_254).abs() < 1e-6
         );
+    }
+
+    #[test]
+    fn a_gaussian_process_finds_lambda_and_scaling_together() {
+        let score = |lambda: f64, scaling: f64| 1.0 - (lambda - 0.3).powi(2) - (scaling - 1.4).powi(2);
+        let search = Search::Bayes {
+            trials: 16,
+            scaling: Some(Scalings {
+                low: 0.5,
+                high: 1.5,
+                own: 1.0,
+            }),
+        };
+        let tried = run_scaled(&search, 2, score);
+        assert_eq!(tried.len(), 4 + 16);
+        let best = tried
+            .iter()
+            .filter(|t| t.score.is_some())
+            .max_by(|a, b| a.score.partial_cmp(&b.score).expect("numbers"))
+            .expect("a trial");
+        let (lambda, scaling) = (best.shares.mean_lambda(), best.shares.scaling());
+        let (lambda, scaling) = lambda.zip(scaling).expect("both");
+        assert!((lambda - 0.3).abs() < 0.08 && (scaling - 1.4).abs() < 0.15, "{lambda} {scaling}");
+        // No point is asked twice, and none beyond what was to be searched.
+        for (i, one) in tried.iter().enumerate() {
+            assert!(tried[..i].iter().all(|other| other.shares != one.shares));
+            assert!(one.shares.scaling().is_none_or(|s| (0.5..=1.5).contains(&s)));
+        }
     }
 }

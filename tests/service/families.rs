@@ -131,6 +131,46 @@ async fn lambdas_by_layer_are_those_of_a_gradient() {
     }
 }
 
+/// A name may also say how much of what the parents give is added to the base.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scaling_stands_in_place_of_the_recipes() {
+    let app = TestApp::start().await;
+    let mut recipe = family("ties");
+    recipe["scaling"] = json!(0.9);
+    load(&app, "ties", recipe.clone()).await;
+    for (shares, mixup) in [
+        ("0.3", json!({"lambda": 0.3})),
+        ("0.9:0.2", json!({"lambda": [0.9, 0.2]})),
+    ] {
+        let (fingerprint, scores) = ask(&app, &format!("ties@{shares}x1.25")).await;
+        recipe["mixup"] = mixup.clone();
+        recipe["scaling"] = json!(1.25);
+        assert_eq!(app.merge(recipe.clone()).await["digest"], fingerprint);
+        app.load("disk", &format!("checkpoint:{fingerprint}")).await;
+        assert_eq!(ask(&app, "disk").await, (fingerprint.clone(), scores));
+        let mut body = mixup;
+        body["scaling"] = json!(1.25);
+        let made = app.post("/models/ties/point", body).await.expect(200).json();
+        assert_eq!(made["model"], format!("ties@{shares}x1.25"));
+        assert_eq!(made["system_fingerprint"], fingerprint);
+        recipe["scaling"] = json!(0.9);
+        let own = ask(&app, &format!("ties@{shares}")).await.0;
+        assert_eq!(app.merge(recipe.clone()).await["digest"], own);
+    }
+    for bad in ["0.3x", "x0.3", "0.3x-1", "0.3x1x1", "plainx1", "0.3X1"] {
+        app.post("/v1/completions", scoring(&format!("ties@{bad}")))
+            .await
+            .expect_error(400, Some("model"));
+    }
+    app.post("/models/ties/point", json!({"lambda": 0.3, "scaling": -1}))
+        .await
+        .expect_problem(422, Some("scaling"));
+    load(&app, "mean", json!({"method": "average", "models": ["math", "code"]})).await;
+    app.post("/v1/completions", scoring("mean@0.3x0.5"))
+        .await
+        .expect_error(400, Some("model"));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn more_than_two_parents_have_a_share_each() {
     let app = TestApp::start().await;

@@ -193,6 +193,17 @@ async fn other_searches_and_more_parents() {
     assert_eq!(json!(lambdas), json!([0.25, 0.75]));
     let bayes = swept(&app, sweep(json!({"kind": "bayes", "trials": 3}))).await;
     assert_eq!(bayes["trials"].as_array().unwrap().len(), 7);
+    let search = json!({"kind": "bayes", "trials": 4, "scaling": [0.5, 1.5]});
+    let both = swept(&app, sweep(search)).await;
+    let trials = both["trials"].as_array().unwrap();
+    assert_eq!(trials.len(), 8);
+    for trial in &trials[4..] {
+        let (lambda, scaling) = (&trial["shares"]["of"][0], &trial["shares"]["scaling"]);
+        let mut closed = recipe();
+        closed["mixup"] = json!({"lambda": lambda});
+        closed["scaling"] = scaling.clone();
+        assert_eq!(app.merge(closed).await["digest"], trial["system_fingerprint"], "{trial}");
+    }
     let mut three = sweep(json!({"kind": "random", "trials": 2, "alpha": 2}));
     three["recipe"]["models"] = json!(["math", "code", "third"]);
     three["select"] = json!("min");
@@ -474,6 +485,28 @@ async fn bad_sweeps_are_refused_by_their_field() {
     .await;
     refused(|b| b["recipe"] = json!(null), "recipe").await;
     refused(|b| b["search"] = json!("luck"), "search.kind").await;
+    for range in [json!(1), json!([1]), json!([1.5, 0.5]), json!([-1, 1]), json!([0, 11])] {
+        let body = sweep(json!({"kind": "bayes", "scaling": range}));
+        app.post("/sweeps", body)
+            .await
+            .expect_problem(422, Some("search.scaling"));
+    }
+    refused(
+        |b| {
+            b["recipe"] = json!({"method": "average", "models": ["math", "code"]});
+            b["search"] = json!({"kind": "bayes", "scaling": [0.5, 1.5]});
+        },
+        "search.scaling",
+    )
+    .await;
+    refused(
+        |b| {
+            b["recipe"]["scaling"] = json!([0.5, 1.0]);
+            b["search"] = json!({"kind": "bayes", "scaling": [0.5, 1.5]});
+        },
+        "search.scaling",
+    )
+    .await;
     refused(
         |b| b["search"] = json!({"kind": "grid", "trials": 3}),
         "search.trials",

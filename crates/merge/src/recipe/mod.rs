@@ -323,11 +323,16 @@ impl Recipe {
             .chain(models.map(|(i, model)| (format!("models[{i}]"), &model.reference)))
     }
 
-    /// Whether two recipes differ in the shares of their parents only.
+    /// Whether two recipes differ in the shares of their parents and the scaling of what they give only: what is prepared for
+    /// one is prepared for the other.
     pub(crate) fn is_sibling(&self, other: &Self) -> bool {
-        let open = |recipe: &Self| Self {
-            mixup: None,
-            ..recipe.clone()
+        let open = |recipe: &Self| {
+            let mut recipe = recipe.clone();
+            recipe.mixup = None;
+            if let Method::TaskArithmetic { scaling, .. } | Method::Ties { scaling, .. } = &mut recipe.method {
+                *scaling = Setting::constant(1.0);
+            }
+            recipe
         };
         self.mixup.is_some() == other.mixup.is_some() && open(self).canonical() == open(other).canonical()
     }
