@@ -26,7 +26,8 @@ use crate::config::ModelName;
 use crate::eval::Split;
 use crate::serving::OpenRecipe;
 use crate::sweep::{
-    ALPHAS, Given, NewSweep, Scalings, Search, Select, Status, Sweep, SweepError, card, csv, markdown, plot, total,
+    ALPHAS, Given, NewSweep, Scalings, Search, Select, Status, Sweep, SweepError, card, csv, markdown, plot,
+    total,
 };
 
 const MAX_BODY_BYTES: usize = 64 << 20;
@@ -279,7 +280,9 @@ fn read_search(search: Option<Value>, recipe: &OpenRecipe) -> Result<Search, Pro
         },
         Some("bayes") if parents == 2 => Search::Bayes {
             trials: count("trials", take("trials"), 10, 1)?,
-            scaling: take("scaling").map(|range| scalings(&range, recipe)).transpose()?,
+            scaling: take("scaling")
+                .map(|range| scalings(&range, recipe))
+                .transpose()?,
         },
         Some("cma") if parents == 2 => {
             let groups = count("groups", take("groups"), 4, 2)?;

@@ -203,7 +203,10 @@ impl OpenRecipe {
     pub fn spec_at(&self, shares: &Shares) -> RecipeSpec {
         RecipeSpec {
             mixup: shares.mixup(),
-            scaling: shares.scaling().map(Setting::from).or_else(|| self.spec.scaling.clone()),
+            scaling: shares
+                .scaling()
+                .map(Setting::from)
+                .or_else(|| self.spec.scaling.clone()),
             ..self.spec.clone()
         }
     }

@@ -279,7 +279,9 @@ impl Spot {
 
 /// The shares of the largest expected improvement (Jones, Schonlau and Welch 1998) on a grid.
 fn most_promising(scalings: Option<Scalings>, tried: &[Tried]) -> Option<Shares> {
-    let spots = tried.iter().filter_map(|trial| Some((Spot::of(&trial.shares, scalings)?, trial)));
+    let spots = tried
+        .iter()
+        .filter_map(|trial| Some((Spot::of(&trial.shares, scalings)?, trial)));
     let spots: Vec<(Spot, &Tried)> = spots.collect();
     let seen: Vec<(Spot, f64, f64)> = spots
         .iter()
@@ -497,7 +499,10 @@ mod tests {
             .expect("a trial");
         let (lambda, scaling) = (best.shares.mean_lambda(), best.shares.scaling());
         let (lambda, scaling) = lambda.zip(scaling).expect("both");
-        assert!((lambda - 0.3).abs() < 0.08 && (scaling - 1.4).abs() < 0.15, "{lambda} {scaling}");
+        assert!(
+            (lambda - 0.3).abs() < 0.08 && (scaling - 1.4).abs() < 0.15,
+            "{lambda} {scaling}"
+        );
         // No point is asked twice, and none beyond what was to be searched.
         for (i, one) in tried.iter().enumerate() {
             assert!(tried[..i].iter().all(|other| other.shares != one.shares));

@@ -165,7 +165,12 @@ async fn a_scaling_stands_in_place_of_the_recipes() {
     app.post("/models/ties/point", json!({"lambda": 0.3, "scaling": -1}))
         .await
         .expect_problem(422, Some("scaling"));
-    load(&app, "mean", json!({"method": "average", "models": ["math", "code"]})).await;
+    load(
+        &app,
+        "mean",
+        json!({"method": "average", "models": ["math", "code"]}),
+    )
+    .await;
     app.post("/v1/completions", scoring("mean@0.3x0.5"))
         .await
         .expect_error(400, Some("model"));

@@ -202,7 +202,11 @@ async fn other_searches_and_more_parents() {
         let mut closed = recipe();
         closed["mixup"] = json!({"lambda": lambda});
         closed["scaling"] = scaling.clone();
-        assert_eq!(app.merge(closed).await["digest"], trial["system_fingerprint"], "{trial}");
+        assert_eq!(
+            app.merge(closed).await["digest"],
+            trial["system_fingerprint"],
+            "{trial}"
+        );
     }
     let mut three = sweep(json!({"kind": "random", "trials": 2, "alpha": 2}));
     three["recipe"]["models"] = json!(["math", "code", "third"]);
@@ -485,7 +489,13 @@ async fn bad_sweeps_are_refused_by_their_field() {
     .await;
     refused(|b| b["recipe"] = json!(null), "recipe").await;
     refused(|b| b["search"] = json!("luck"), "search.kind").await;
-    for range in [json!(1), json!([1]), json!([1.5, 0.5]), json!([-1, 1]), json!([0, 11])] {
+    for range in [
+        json!(1),
+        json!([1]),
+        json!([1.5, 0.5]),
+        json!([-1, 1]),
+        json!([0, 11]),
+    ] {
         let body = sweep(json!({"kind": "bayes", "scaling": range}));
         app.post("/sweeps", body)
             .await

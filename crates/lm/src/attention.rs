@@ -195,7 +195,7 @@ impl Attend<'_> {
             let keys = self.layer.keys(*block, self.task.head);
             for x in x.blocks() {
                 let out = &mut scores[x.row * width + index * BLOCK_TOKENS..];
-                with_rows!(x.rows, ROWS => score_tile::<I, ROWS>(x.values, keys, out, width));
+                with_rows!(I, x.rows, ROWS => score_tile::<I, ROWS>(x.values, keys, out, width));
             }
         }
         scores
@@ -210,7 +210,7 @@ impl Attend<'_> {
         let mut out = vec![0f32; count * dim];
         for x in Rows::pack::<F32>(weights, width).blocks() {
             let out = &mut out[x.row * dim..];
-            with_rows!(x.rows, ROWS => self.value_tile::<I, ROWS>(x.values, blocks, seen, out));
+            with_rows!(I, x.rows, ROWS => self.value_tile::<I, ROWS>(x.values, blocks, seen, out));
         }
         out
     }

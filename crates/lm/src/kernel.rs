@@ -25,6 +25,10 @@ pub(crate) trait Vectorized {
 
 /// A set of instructions. The results differ only in whether a product is rounded before it is added.
 pub(crate) trait Instructions {
+    /// Rows of the largest tile whose sums stay in registers: 12 x 16 of the 32 registers of AVX-512, 6 x 16 fill the 16 of
+    /// AVX2 as well as they can be.
+    const MOST_ROWS: usize = 6;
+
     /// Adds the product of `x` \[steps, ROWS\] and of each panel \[steps, 16\] to its `sums` \[ROWS, 16\]. Each sum is
     /// one chain over the steps in order, whatever ROWS and PANELS are. Several panels side by side are for so few rows
     /// that one panel's sums would wait for each other. Every panel has as many steps as `x`.
@@ -45,14 +49,18 @@ pub(crate) trait Instructions {
     }
 }
 
-/// Evaluates an expression with the number of rows of a tile, 1 to 12, as a constant.
+/// Evaluates an expression with the number of rows of a tile, 1 to [`Instructions::MOST_ROWS`], as a constant. What is beyond
+/// the instructions' own number is not compiled for them: it is the larger part of the code.
 macro_rules! with_rows {
-    ($rows:expr, $name:ident => $body:expr) => {
-        with_rows!(@ $rows, $name, $body, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2)
+    ($instructions:ident, $rows:expr, $name:ident => $body:expr) => {
+        with_rows!(@ $instructions, $rows, $name, $body, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2)
     };
-    (@ $rows:expr, $name:ident, $body:expr, $($count:literal),*) => {
+    (@ $instructions:ident, $rows:expr, $name:ident, $body:expr, $($count:literal),*) => {
         match $rows {
-            $($count => { const $name: usize = $count; $body })*
+            $($count => match $count <= $instructions::MOST_ROWS {
+                true => { const $name: usize = $count; $body }
+                false => unreachable!("a tile of more rows than there are registers for"),
+            })*
             _ => { const $name: usize = 1; $body }
         }
     };
@@ -112,14 +120,16 @@ pub(crate) fn vectorized_at_once<V: Vectorized>(work: V) -> V::Output {
     vectorized(work)
 }
 
-/// Rows of the largest tile whose sums stay in registers: 12 x 16 of the 32 registers of AVX-512, 6 x 16 fill the 16 of
-/// AVX2 as well as they can be.
+/// [`Instructions::MOST_ROWS`] of what [`vectorized`] runs.
 pub(crate) fn most_rows() -> usize {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx512f") {
-        return 12;
+    if is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+    {
+        return Wide::MOST_ROWS;
     }
-    6
+    Plain::MOST_ROWS
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -190,6 +200,8 @@ fn tiles_with<const ROWS: usize, const PANELS: usize, U: Unit>(
 
 #[cfg(target_arch = "x86_64")]
 impl Instructions for Wide {
+    const MOST_ROWS: usize = 12;
+
     #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     fn tiles<const ROWS: usize, const PANELS: usize, U: Unit>(

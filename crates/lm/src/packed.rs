@@ -361,7 +361,8 @@ impl<U: Unit> Part<'_, U> {
                 // A single last panel is taken twice, and its second sums are dropped.
                 let panels: [_; PAIR] =
                     std::array::from_fn(|index| &panels[index.min(count - 1) * steps..][part.clone()]);
-                if widens {
+                // The constant alone says what is compiled.
+                if U::WIDENS && widens {
                     for (wide, panel) in wide.iter_mut().zip(panels) {
                         for (wide, weights) in wide.iter_mut().zip(panel) {
                             *wide = weights.map(U::widened);
@@ -398,7 +399,7 @@ impl Place {
         for block in x.blocks() {
             let x = &block.values[part.start * block.rows..part.end * block.rows];
             let out = &mut out[block.row * self.width..];
-            with_rows!(block.rows, ROWS => {
+            with_rows!(I, block.rows, ROWS => {
                 let x = x.as_chunks::<ROWS>().0;
                 match ROWS <= U::MOST_ROWS_OF_TWO {
                     true => self.add::<I, U, ROWS, PAIR>(x, panels, out),

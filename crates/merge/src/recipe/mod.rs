@@ -329,7 +329,8 @@ impl Recipe {
         let open = |recipe: &Self| {
             let mut recipe = recipe.clone();
             recipe.mixup = None;
-            if let Method::TaskArithmetic { scaling, .. } | Method::Ties { scaling, .. } = &mut recipe.method {
+            if let Method::TaskArithmetic { scaling, .. } | Method::Ties { scaling, .. } = &mut recipe.method
+            {
                 *scaling = Setting::constant(1.0);
             }
             recipe
