@@ -8,7 +8,7 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use cauldron_merge::{RecipeSpec, recipe_from_value};
+use cauldron_merge::recipe_from_value;
 use futures_util::stream::{Stream, StreamExt};
 use serde::Serialize;
 use serde_json::{Map, Value};

@@ -64,9 +64,8 @@ pub struct Facts {
     pub config: ModelConfig,
     pub tokenizer: Arc<TextTokenizer>,
     pub dtype: Dtype,
-    /// Bytes that a point is made of, and its own, as checkpoints have them.
+    /// Bytes of the parents, as checkpoints have them.
     pub input_bytes: u64,
-    pub output_bytes: u64,
     /// Bytes of the parents that are in memory, some perhaps for other families too; the rest is read at every point.
     pub held_bytes: u64,
     /// Numbers of the largest tensor.
@@ -91,6 +90,8 @@ pub struct Made {
     pub decoder: Decoder,
     /// Of the checkpoint that a merge of the same recipe gives.
     pub digest: Digest,
+    /// Bytes that the pass read and wrote, as checkpoints have them.
+    pub bytes: u64,
     /// What the pass over the parents took.
     pub pass: Duration,
     /// With what else it took to have the weights where they are computed with.
@@ -305,7 +306,6 @@ impl Facts {
             tokenizer: Arc::new(tokenizer),
             dtype: if all_bf16 { Dtype::BF16 } else { Dtype::F32 },
             input_bytes: parents.input_bytes(),
-            output_bytes: parents.output_bytes(),
             held_bytes,
             largest_tensor: parents
                 .result_tensors()
@@ -487,6 +487,7 @@ fn make(
     Ok(Made {
         decoder,
         digest,
+        bytes: point.input_bytes() + parents.output_bytes(),
         pass,
         whole: start.elapsed(),
     })

@@ -214,7 +214,7 @@ fn load_point(
     let made = made.ok_or(LoadFailure::Unwanted)??;
     memory.correct(made.decoder.weight_bytes() as u64);
     let point = PointInfo {
-        bytes: facts.input_bytes + facts.output_bytes,
+        bytes: made.bytes,
         pass_seconds: made.pass.as_secs_f64(),
         seconds: made.whole.as_secs_f64(),
     };

@@ -8,7 +8,7 @@ use crate::family::Family;
 use crate::fusion::Fusion;
 use crate::geometry::{coefficients, granularity, operands};
 use crate::kernel::{self, TiesMean};
-use crate::layout::{OutTensor, Role};
+use crate::layout::{Input, OutTensor, Role};
 use crate::recipe::{Granularity, Method, Recipe, Trim, dtype_name, lambda_weights};
 use crate::selection::{erase, importance};
 use crate::stream::{Chunk, Needs, Scratch, Stream, Tile, Work};
@@ -196,6 +196,23 @@ impl Point<'_, '_> {
     pub fn unobserved(mut self) -> Self {
         self.observes = false;
         self
+    }
+
+    /// Bytes of the parents that the pass reads: not those whose weight is 0, nor a base that the method leaves alone.
+    pub fn input_bytes(&self) -> u64 {
+        let parents = self.family.parents;
+        let of = |(index, tensor): (usize, &OutTensor)| {
+            let needs = self.needs(index);
+            let base = tensor.base.iter().filter(|_| needs.base);
+            let members = tensor.members.iter().zip(&needs.members);
+            let members = members.filter(|(_, need)| **need).map(|((_, input), _)| input);
+            let needed: Vec<&Input> = base.chain(members).collect();
+            let is_read = |input: &&Input| tensor.role == Role::Copied || needed.contains(input);
+            let item = |input: &Input| dtype_size(parents.sources[input.source].get(&input.name)?.dtype);
+            let read = tensor.inputs().into_iter().filter(is_read);
+            read.filter_map(item).sum::<u64>() * tensor.plan.numel() as u64
+        };
+        self.family.tensors().iter().enumerate().map(of).sum()
     }
 
     /// Runs `run` with the pass that merges.
