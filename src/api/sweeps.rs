@@ -33,6 +33,9 @@ use crate::sweep::{
 const MAX_BODY_BYTES: usize = 64 << 20;
 /// Largest scaling that is searched.
 const MOST_SCALING: f64 = 10.0;
+const LEAST_WIDTH: f64 = 0.01;
+/// Trials of a search over two numbers: what it has seen is weighed at each of many candidates.
+const MAX_TRIALS_OF_TWO: u32 = 200;
 /// Trials of one sweep.
 const MAX_TRIALS: u64 = 1000;
 /// Places over the layers that a search by layer has lambdas for.
@@ -210,9 +213,11 @@ fn scalings(range: &Value, recipe: &OpenRecipe) -> Result<Scalings, Problem> {
         [low, high] => low.as_f64().zip(high.as_f64()),
         _ => None,
     });
-    let range = range.filter(|(low, high)| (0.0..*high).contains(low) && *high <= MOST_SCALING);
+    let range = range.filter(|(low, high)| *low > 0.0 && high - low >= LEAST_WIDTH && *high <= MOST_SCALING);
     let (low, high) = range.ok_or_else(|| {
-        let detail = format!("must be two numbers from 0 to {MOST_SCALING}, the lower one first");
+        let detail = format!(
+            "must be two numbers above 0 and up to {MOST_SCALING}, the lower one first, at least {LEAST_WIDTH} apart"
+        );
         bad("search.scaling", &detail)
     })?;
     // Whether the method has one.
@@ -278,12 +283,16 @@ fn read_search(search: Option<Value>, recipe: &OpenRecipe) -> Result<Search, Pro
             },
             trials: count("trials", take("trials"), 10, 1)?,
         },
-        Some("bayes") if parents == 2 => Search::Bayes {
-            trials: count("trials", take("trials"), 10, 1)?,
-            scaling: take("scaling")
-                .map(|range| scalings(&range, recipe))
-                .transpose()?,
-        },
+        Some("bayes") if parents == 2 => {
+            let trials = count("trials", take("trials"), 10, 1)?;
+            let scaling = take("scaling");
+            let scaling = scaling.map(|range| scalings(&range, recipe)).transpose()?;
+            if scaling.is_some() && trials > MAX_TRIALS_OF_TWO {
+                let detail = format!("must be at most {MAX_TRIALS_OF_TWO} with scaling");
+                return Err(bad("search.trials", &detail));
+            }
+            Search::Bayes { trials, scaling }
+        }
         Some("cma") if parents == 2 => {
             let groups = count("groups", take("groups"), 4, 2)?;
             if groups > MAX_GROUPS {

@@ -66,7 +66,7 @@ pub struct Facts {
     pub dtype: Dtype,
     /// Bytes of the parents, as checkpoints have them.
     pub input_bytes: u64,
-    /// Bytes of the parents that are in memory, some perhaps for other families too; the rest is read at every point.
+    /// Bytes of the parents that were put into memory, some perhaps for other families too; the rest is read at every point.
     pub held_bytes: u64,
     /// Numbers of the largest tensor.
     pub largest_tensor: u64,
@@ -249,17 +249,10 @@ impl Keeper {
             self.parentage.sources.open(&middle, care).map_err(|e| text(&e))?;
         let known = &self.parentage.known;
         parents.adopt_contents(&|identity| known.get(identity));
-        let mut kept = Vec::new();
-        let mut hold = |identity: Option<&str>, checkpoint: &Checkpoint| {
-            let found = self.weights.of(identity, checkpoint, &|| !until.cancelled())?;
-            Ok(found.map(|found| {
-                let weights = found.weights.clone();
-                kept.push(found);
-                weights
-            }))
+        let mut hold = |identity: Option<&str>, checkpoint: &Arc<Checkpoint>| {
+            self.weights.hold(identity, checkpoint, &|| !until.cancelled())
         };
         parents.hold_weights(&mut hold).map_err(|e| text(&e))?;
-        let held_bytes = kept.iter().map(|kept| kept.weights.byte_len()).sum();
         let prepared = Prepared::prepare_for_points(&middle, &parents, &until).map_err(|e| text(&e))?;
         // With them the digest of every point is known at once.
         merge_digest(&middle, &parents, &until).map_err(|e| text(&e))?;
@@ -267,7 +260,7 @@ impl Keeper {
             known.put(identity, digest);
         }
         parents.check_unchanged().map_err(|e| text(&e))?;
-        let facts = Arc::new(Facts::of(&middle, &parents, held_bytes, start).map_err(|e| text(&e))?);
+        let facts = Arc::new(Facts::of(&middle, &parents, start).map_err(|e| text(&e))?);
         info!(family = %self.name, seconds = start.elapsed().as_secs_f64(), "a family is ready");
         self.told.send_replace(State::Ready(facts.clone()));
         let mut spare = Vec::new();
@@ -286,13 +279,16 @@ impl Keeper {
             }
             // Nobody may wait any more.
             let _ = ask.reply.send(made);
+            if changed {
+                break;
+            }
         }
         Ok(())
     }
 }
 
 impl Facts {
-    fn of(recipe: &Recipe, parents: &Parents, held_bytes: u64, start: Instant) -> Result<Self, LmError> {
+    fn of(recipe: &Recipe, parents: &Parents, start: Instant) -> Result<Self, LmError> {
         let files: HashMap<&str, Vec<u8>> = sidecars(recipe, parents)?.into_iter().collect();
         let config = config_of(&files)?;
         let parsed = ModelConfig::from_json(&config)?;
@@ -306,7 +302,7 @@ impl Facts {
             tokenizer: Arc::new(tokenizer),
             dtype: if all_bf16 { Dtype::BF16 } else { Dtype::F32 },
             input_bytes: parents.input_bytes(),
-            held_bytes,
+            held_bytes: parents.held_bytes(),
             largest_tensor: parents
                 .result_tensors()
                 .map(|(_, _, shape)| shape.iter().map(|size| *size as u64).product())

@@ -367,7 +367,9 @@ impl Turn for SlotTurn<'_> {
                     if let Some(reservation) = memory.reserve(need) {
                         return Ok(reservation);
                     }
-                    !memory.will_fit(need) && self.take_from_another()
+                    let parents = &self.serving.parents;
+                    (memory.needs_that_of_parents(need) && parents.let_go())
+                        || !memory.will_fit(need) && (self.take_from_another() || parents.let_go())
                 }
             };
             if took {

@@ -140,7 +140,14 @@ impl Memory {
         Some(self.give(&mut taken, need.weights, kv_bytes, need.what))
     }
 
-    /// For parents, which can be done without: None unless half of all memory is left to models then and parents have no
+    /// Whether it cannot fit beside what parents have, whatever else goes.
+    pub(super) fn needs_that_of_parents(&self, need: Need) -> bool {
+        let parents = self.taken().parents;
+        let beside = |limit: u64| need.least() > limit.saturating_sub(parents);
+        parents > 0 && self.limit.is_some_and(beside)
+    }
+
+    /// For parents, which families can do without: None unless half of all memory is left to models then and parents have no
     /// more than a quarter, or if there is no limit to tell by.
     pub(super) fn reserve_for_parents(self: &Arc<Self>, bytes: u64) -> Option<Reservation> {
         let mut taken = self.taken();
@@ -389,6 +396,9 @@ mod tests {
         let model = memory.reserve(need(30, 0, 0)).expect("room");
         assert!(memory.reserve_for_parents(21).is_none(), "half is left");
         let parents = memory.reserve_for_parents(20).expect("it is");
+        assert!(
+            !memory.needs_that_of_parents(need(80, 0, 0)) && memory.needs_that_of_parents(need(80, 1, 1))
+        );
         drop(model);
         assert!(memory.reserve_for_parents(6).is_none(), "more than a quarter");
         let others = memory.reserve_for_parents(5).expect("a quarter");

@@ -185,7 +185,7 @@ impl Serving {
         let family = self.family(&key).ok_or_else(unknown)?;
         let shares = Shares::parse(shares).ok_or_else(|| ServingError::BadPoint {
             family: family.name.to_string(),
-            detail: "after @ comes a number from 0 to 1, or one for each model".into(),
+            detail: "after @ come a number from 0 to 1, one for each model (0.2,0.3,0.5) or lambdas by layer (0.2:0.9), and x and a scaling if there is one".into(),
         })?;
         self.point(family, &shares).await
     }

@@ -1,68 +1,110 @@
-//! The weights of families' parents in memory: read once, however many families share them, as long as there is ample room.
-//! What finds none is read from its files at every point.
+//! The weights of families' parents in memory: read once, however many families share them, as long as there is ample room, and
+//! let go where a model needs theirs. What is not there is read from its files at every point.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::time::Duration;
 
 use cauldron_checkpoint::{Checkpoint, CheckpointError, HeldWeights};
+use tracing::info;
 
-use super::memory::{Memory, Reservation};
+use super::memory::Memory;
+
+/// How often a family that waits for another's reading looks whether it is still wanted.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// What all families of this process hold.
 #[derive(Debug)]
 pub(super) struct ParentWeights {
     /// None where points are not computed in the memory that it counts.
     memory: Option<Arc<Memory>>,
-    /// By the identity of a checkpoint's files.
-    kept: Mutex<HashMap<String, Weak<Kept>>>,
+    known: Mutex<Known>,
 }
 
-/// The weights of one checkpoint, with their share of the memory.
-#[derive(Debug)]
-pub(super) struct Kept {
-    pub weights: Arc<HeldWeights>,
-    _memory: Reservation,
+#[derive(Debug, Default)]
+struct Known {
+    /// By the identity of a checkpoint's files. Locked while they are read.
+    weights: HashMap<String, Arc<Mutex<Weak<HeldWeights>>>>,
+    /// Those that hold weights, or did.
+    holders: Vec<Weak<Checkpoint>>,
 }
 
 impl ParentWeights {
     pub(super) fn new(memory: Option<Arc<Memory>>) -> Self {
         Self {
             memory,
-            kept: Mutex::default(),
+            known: Mutex::default(),
         }
     }
 
-    /// The weights of a checkpoint; None where there is no room. Families wait for each other, so that what they share is read
-    /// by one.
-    pub(super) fn of(
+    /// Has a checkpoint hold its weights, if there is room. Who has the same files waits until they are read.
+    pub(super) fn hold(
         &self,
         identity: Option<&str>,
-        checkpoint: &Checkpoint,
+        checkpoint: &Arc<Checkpoint>,
         go_on: &(dyn Fn() -> bool + Sync),
-    ) -> Result<Option<Arc<Kept>>, CheckpointError> {
+    ) -> Result<(), CheckpointError> {
         let Some(memory) = &self.memory else {
-            return Ok(None);
+            return Ok(());
         };
-        let mut all = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|_, kept| kept.strong_count() > 0);
-        if let Some(kept) = identity.and_then(|identity| all.get(identity)?.upgrade()) {
-            return Ok(Some(kept));
-        }
-        let Some(reservation) = memory.reserve_for_parents(checkpoint.total_bytes()) else {
-            return Ok(None);
+        // Files that may change without their identity are read by each family for itself.
+        let place = match identity {
+            None => Arc::default(),
+            Some(identity) => self
+                .known()
+                .weights
+                .entry(identity.to_owned())
+                .or_default()
+                .clone(),
         };
-        let weights = checkpoint.read_all(go_on)?;
-        let kept = Arc::new(Kept {
-            weights: Arc::new(weights),
-            _memory: reservation,
+        let mut place = loop {
+            match place.try_lock() {
+                Ok(place) => break place,
+                Err(TryLockError::Poisoned(place)) => break place.into_inner(),
+                Err(TryLockError::WouldBlock) if go_on() => std::thread::sleep(LOOK),
+                Err(TryLockError::WouldBlock) => return Err(CheckpointError::Cancelled),
+            }
+        };
+        let weights = match place.upgrade() {
+            Some(weights) => weights,
+            None => {
+                let Some(reservation) = memory.reserve_for_parents(checkpoint.held_bytes()) else {
+                    return Ok(());
+                };
+                let weights = Arc::new(checkpoint.read_all(go_on, Box::new(reservation))?);
+                // Files that changed while they were read belong to nobody else.
+                if identity.is_some_and(|identity| checkpoint.identity().is_ok_and(|now| now == identity)) {
+                    *place = Arc::downgrade(&weights);
+                }
+                weights
+            }
+        };
+        let mut known = self.known();
+        known.holders.retain(|holder| holder.strong_count() > 0);
+        known.holders.push(Arc::downgrade(checkpoint));
+        known.weights.retain(|_, place| {
+            Arc::strong_count(place) > 1 || place.try_lock().is_ok_and(|w| w.strong_count() > 0)
         });
-        // Files that changed while they were read belong to nobody else.
-        if let Some(identity) = identity
-            && checkpoint.identity()? == identity
-        {
-            all.insert(identity.to_owned(), Arc::downgrade(&kept));
+        checkpoint.hold(weights);
+        Ok(())
+    }
+
+    /// Gives the memory back, once the passes that run have ended; false if nothing was held. Families go on with their files.
+    pub(super) fn let_go(&self) -> bool {
+        let holders = std::mem::take(&mut self.known().holders);
+        let mut any = false;
+        for checkpoint in holders.iter().filter_map(Weak::upgrade) {
+            any |= checkpoint.held().is_some();
+            checkpoint.let_go();
         }
-        Ok(Some(kept))
+        if any {
+            info!("families' parents are read from their files from now on: a model needs the memory");
+        }
+        any
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -70,55 +112,70 @@ impl ParentWeights {
 mod tests {
     use super::*;
 
-    fn checkpoint(dir: &std::path::Path) -> Checkpoint {
+    fn checkpoint(dir: &std::path::Path) -> Arc<Checkpoint> {
         let header = br#"{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}  "#;
         let mut file = (header.len() as u64).to_le_bytes().to_vec();
         file.extend_from_slice(header);
         file.extend([1.0f32, 2.0].iter().flat_map(|v| v.to_le_bytes()));
         std::fs::write(dir.join("model.safetensors"), file).expect("a file");
         std::fs::write(dir.join("config.json"), "{}").expect("a file");
-        Checkpoint::open(dir).expect("a checkpoint")
+        open(dir)
+    }
+
+    fn open(dir: &std::path::Path) -> Arc<Checkpoint> {
+        Arc::new(Checkpoint::open(dir).expect("a checkpoint"))
     }
 
     #[test]
-    fn weights_are_read_once_for_all_and_go_with_the_last_family() {
+    fn weights_are_read_once_for_all_and_go_with_the_last_family_or_when_they_must() {
         let dir = tempfile::tempdir().expect("a folder");
-        let model = checkpoint(dir.path());
-        let identity = model.identity().expect("an identity");
-        let memory = Arc::new(Memory::new(Some(64), None, true));
+        let (one, two) = (checkpoint(dir.path()), open(dir.path()));
+        let identity = one.identity().expect("an identity");
+        let bytes = one.held_bytes();
+        let memory = Arc::new(Memory::new(Some(8 * bytes), None, true));
         let parents = ParentWeights::new(Some(memory.clone()));
-        let of = |identity: Option<&str>| parents.of(identity, &model, &|| true).expect("no error");
-        let first = of(Some(&identity)).expect("room");
-        let second = of(Some(&identity)).expect("the same");
-        assert!(Arc::ptr_eq(&first, &second));
-        assert_eq!(memory.used_bytes(), 8);
+        let hold = |identity: Option<&str>, model: &Arc<Checkpoint>| {
+            parents.hold(identity, model, &|| true).expect("no error");
+        };
+        hold(Some(&identity), &one);
+        hold(Some(&identity), &two);
+        let same = one
+            .held()
+            .zip(two.held())
+            .is_some_and(|(a, b)| Arc::ptr_eq(&a, &b));
+        assert!(same && memory.used_bytes() == bytes);
         // Files that may still change are read by each family for itself.
-        let own = of(None).expect("room");
-        assert_eq!(memory.used_bytes(), 16);
-        assert!(of(None).is_none(), "more than a quarter");
-        drop((first, own));
-        assert_eq!(memory.used_bytes(), 8);
-        drop(second);
+        let own = open(dir.path());
+        hold(None, &own);
+        assert_eq!(memory.used_bytes(), 2 * bytes);
+        let beyond = open(dir.path());
+        hold(None, &beyond);
+        assert!(beyond.held().is_none(), "more than a quarter");
+        drop((one, own));
+        assert_eq!(memory.used_bytes(), bytes);
+        let running = two.held();
+        assert!(parents.let_go() && two.held().is_none() && memory.used_bytes() == bytes);
+        drop(running);
         assert_eq!(memory.used_bytes(), 0);
-        assert!(
-            ParentWeights::new(None)
-                .of(None, &model, &|| true)
-                .expect("no error")
-                .is_none()
-        );
-        let cancelled = parents.of(None, &model, &|| false);
+        assert!(!parents.let_go());
+        let cancelled = parents.hold(None, &two, &|| false);
         assert!(matches!(cancelled, Err(CheckpointError::Cancelled)));
         assert_eq!(memory.used_bytes(), 0);
+        let nowhere = ParentWeights::new(None);
+        nowhere.hold(None, &two, &|| true).expect("no error");
+        assert!(two.held().is_none());
     }
 
     #[test]
     fn what_is_held_is_what_was_read() {
         let dir = tempfile::tempdir().expect("a folder");
         let model = checkpoint(dir.path());
-        model.hold(Arc::new(model.read_all(&|| true).expect("the weights")));
+        model.hold(Arc::new(
+            model.read_all(&|| true, Box::new(())).expect("the weights"),
+        ));
         std::fs::write(dir.path().join("model.safetensors"), b"gone").expect("a file");
         assert_eq!(model.read_f32("w").expect("values"), [1.0, 2.0]);
-        assert_eq!(model.held("w", 4..8), Some(2.0f32.to_le_bytes().as_slice()));
-        assert!(model.held("w", 4..9).is_none() && model.held("v", 0..1).is_none());
+        model.let_go();
+        assert!(model.read_f32("w").is_err());
     }
 }

@@ -4,7 +4,7 @@ use cauldron_merge::{ModelEntry, RecipeSpec, draw_lambda, draw_shares};
 use serde::{Deserialize, Serialize};
 
 use super::cma;
-use super::linear::{cholesky, solve};
+use super::linear::{cholesky, solve, solve_lower};
 use crate::serving::Shares;
 
 /// The alphas of the paper (arXiv 2502.15434, section 4).
@@ -262,12 +262,11 @@ impl Spot {
         match scalings {
             None => lambda,
             // Names are for people too.
-            Some(s) => lambda.scaled(((s.low + self.scaling * (s.high - s.low)) * 1e6).round() / 1e6),
+            Some(s) => {
+                let scaling = s.low + self.scaling * (s.high - s.low);
+                lambda.scaled(((scaling * 1e6).round() / 1e6).clamp(s.low, s.high))
+            }
         }
-    }
-
-    fn is_at(self, other: Self) -> bool {
-        (self.lambda - other.lambda).abs() < 1e-9 && (self.scaling - other.scaling).abs() < 1e-5
     }
 
     fn near(self, other: Self) -> f64 {
@@ -288,7 +287,11 @@ fn most_promising(scalings: Option<Scalings>, tried: &[Tried]) -> Option<Shares>
         .filter_map(|(spot, trial)| Some((*spot, trial.score?, trial.stderr.unwrap_or(0.0))))
         .collect();
     let n = seen.len() as f64;
-    let is_new = |spot: &Spot| !spots.iter().any(|(other, _)| other.is_at(*spot));
+    // Each but once, whatever came of it.
+    let is_new = |spot: &Spot| {
+        let shares = spot.shares(scalings);
+        !tried.iter().any(|trial| trial.shares == shares)
+    };
     let first = || {
         let corners = [(0.25, 0.25), (0.75, 0.75)].map(|(lambda, scaling)| Spot {
             lambda,
@@ -318,7 +321,7 @@ fn most_promising(scalings: Option<Scalings>, tried: &[Tried]) -> Option<Shares>
     let improvement = |spot: Spot| {
         let near: Vec<f64> = seen.iter().map(|(x, ..)| x.near(spot)).collect();
         let expected: f64 = near.iter().zip(&weights).map(|(k, w)| k * w).sum();
-        let explained: f64 = near.iter().zip(solve(&factor, &near)).map(|(k, s)| k * s).sum();
+        let explained: f64 = solve_lower(&factor, &near).iter().map(|x| x * x).sum();
         let deviation = (1.0 - explained).max(1e-12).sqrt();
         let z = (expected - best) / deviation;
         deviation * (z * normal_below(z) + (-0.5 * z * z).exp() / std::f64::consts::TAU.sqrt())
@@ -334,7 +337,6 @@ fn most_promising(scalings: Option<Scalings>, tried: &[Tried]) -> Option<Shares>
             scaling: f64::from(step) / f64::from(SCALING_STEPS),
         })
     });
-    // Each but once, whatever came of it.
     let best = candidates.filter(is_new).map(|spot| (improvement(spot), spot));
     let best = best.reduce(|a, b| if b.0 > a.0 { b } else { a });
     best.map(|(_, spot)| spot.shares(scalings))

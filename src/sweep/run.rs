@@ -416,6 +416,10 @@ fn next_of(sweep: &Sweep, tried: &[Tried]) -> Option<(Shares, Origin)> {
 
 /// What comes after the trial that is being asked, where that does not depend on its score.
 fn foreseen(sweep: &Sweep, asked: &(Shares, Origin)) -> Option<(Shares, Origin)> {
+    let has_baselines = baselines(&sweep.recipe).len() <= sweep.trials.len() + 1;
+    if has_baselines && matches!(sweep.search, super::Search::Bayes { .. }) {
+        return None;
+    }
     let mut known = tried(sweep);
     known.push(Tried {
         shares: asked.0.clone(),

@@ -494,7 +494,9 @@ async fn bad_sweeps_are_refused_by_their_field() {
         json!([1]),
         json!([1.5, 0.5]),
         json!([-1, 1]),
-        json!([0, 11]),
+        json!([0.5, 11]),
+        json!([0, 1]),
+        json!([1, 1.001]),
     ] {
         let body = sweep(json!({"kind": "bayes", "scaling": range}));
         app.post("/sweeps", body)

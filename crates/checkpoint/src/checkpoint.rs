@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -72,18 +72,33 @@ pub struct Checkpoint {
     config: Map<String, Value>,
     files: Vec<WeightFile>,
     tensors: BTreeMap<String, TensorInfo>,
-    held: OnceLock<Arc<HeldWeights>>,
+    held: RwLock<Option<Arc<HeldWeights>>>,
 }
 
 /// The bytes of a checkpoint's weight files, in memory.
 #[derive(Debug)]
 pub struct HeldWeights {
+    /// Each up to the end of its last tensor.
     files: Vec<Vec<u8>>,
+    /// What is to live as long as they do.
+    _keeper: Box<dyn Keeper>,
 }
+
+/// Something that goes when weights in memory do, such as their share of a budget.
+pub trait Keeper: std::fmt::Debug + Send + Sync {}
+
+impl<T: std::fmt::Debug + Send + Sync> Keeper for T {}
 
 impl HeldWeights {
     pub fn byte_len(&self) -> u64 {
         self.files.iter().map(|file| file.len() as u64).sum()
+    }
+
+    /// Some bytes of a tensor of this checkpoint.
+    pub fn bytes(&self, tensor: &TensorInfo, range: Range<usize>) -> Option<&[u8]> {
+        let start = usize::try_from(tensor.offset).ok()?;
+        let end = start.checked_add(usize::try_from(tensor.len).ok()?)?;
+        self.files.get(tensor.file)?.get(start..end)?.get(range)
     }
 }
 
@@ -101,15 +116,33 @@ impl Checkpoint {
             config,
             files,
             tensors,
-            held: OnceLock::new(),
+            held: RwLock::default(),
         })
     }
 
-    /// Reads all weight files into memory, on all threads. `go_on` returns false to cancel.
-    pub fn read_all(&self, go_on: &(dyn Fn() -> bool + Sync)) -> Result<HeldWeights, CheckpointError> {
+    /// What [`Self::read_all`] takes of memory.
+    pub fn held_bytes(&self) -> u64 {
+        self.ends().iter().sum()
+    }
+
+    /// Where the last tensor of each file ends.
+    fn ends(&self) -> Vec<u64> {
+        let mut ends = vec![0; self.files.len()];
+        for tensor in self.tensors.values() {
+            let end = &mut ends[tensor.file];
+            *end = (tensor.offset + tensor.len).max(*end);
+        }
+        ends
+    }
+
+    /// Reads all weight files into memory, on all threads. `go_on` returns false to cancel; `keeper` lives as long as they do.
+    pub fn read_all(
+        &self,
+        go_on: &(dyn Fn() -> bool + Sync),
+        keeper: Box<dyn Keeper>,
+    ) -> Result<HeldWeights, CheckpointError> {
         let mut files = Vec::new();
-        for WeightFile { name, file } in &self.files {
-            let len = file.metadata().map_err(|e| CheckpointError::io(name, e))?.len();
+        for (WeightFile { name, file }, len) in self.files.iter().zip(self.ends()) {
             let no_room = |_| CheckpointError::io(name, std::io::ErrorKind::OutOfMemory.into());
             let len = usize::try_from(len).map_err(|_| CheckpointError::malformed(name, "too large"))?;
             let mut bytes = Vec::new();
@@ -122,21 +155,25 @@ impl Checkpoint {
             })?;
             files.push(bytes);
         }
-        Ok(HeldWeights { files })
+        Ok(HeldWeights {
+            files,
+            _keeper: keeper,
+        })
     }
 
     /// From now on all reads are of these weights, which must be those of this checkpoint's files.
     pub fn hold(&self, weights: Arc<HeldWeights>) {
-        let _ = self.held.set(weights);
+        *self.held.write().unwrap_or_else(PoisonError::into_inner) = Some(weights);
     }
 
-    /// Some bytes of a tensor, if the checkpoint holds its weights.
-    pub fn held(&self, name: &str, range: Range<usize>) -> Option<&[u8]> {
-        let held = self.held.get()?;
-        let tensor = self.tensors.get(name)?;
-        let start = usize::try_from(tensor.offset).ok()?;
-        let end = start.checked_add(usize::try_from(tensor.len).ok()?)?;
-        held.files.get(tensor.file)?.get(start..end)?.get(range)
+    /// From now on reads are of the files again.
+    pub fn let_go(&self) {
+        *self.held.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// The weights that are in memory.
+    pub fn held(&self) -> Option<Arc<HeldWeights>> {
+        self.held.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub fn dir(&self) -> &Path {
@@ -172,7 +209,11 @@ impl Checkpoint {
             });
         }
         let from = byte_offset as usize;
-        if let Some(bytes) = self.held(name, from..from + buf.len()) {
+        let held = self.held();
+        if let Some(bytes) = held
+            .as_ref()
+            .and_then(|held| held.bytes(tensor, from..from + buf.len()))
+        {
             buf.copy_from_slice(bytes);
             return Ok(());
         }
@@ -272,7 +313,7 @@ impl Checkpoint {
         let Some(tensor) = self.tensors.get(name) else {
             return;
         };
-        if self.held.get().is_some() {
+        if self.held().is_some() {
             return;
         }
         let file = &self.files[tensor.file].file;

@@ -16,7 +16,7 @@ mod widen;
 mod writer;
 
 pub use adapter::{Adapter, LoraFactors};
-pub use checkpoint::{Checkpoint, HeldWeights, SIDECAR_FILES, TensorInfo, tensor_digest};
+pub use checkpoint::{Checkpoint, HeldWeights, Keeper, SIDECAR_FILES, TensorInfo, tensor_digest};
 pub use chunks::{CHUNK_ELEMENTS, Chunks, LONGEST_ROW, has_whole_rows, row_len};
 pub use digest::{Digest, ParseDigestError};
 pub use error::CheckpointError;

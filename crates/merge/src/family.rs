@@ -223,6 +223,7 @@ impl<'a> Family<'a> {
             window: self.window,
             deltas: self.recipe.on_deltas(),
             scratches: &self.scratches,
+            held: self.parents.held(),
             observes: false,
             needs: &|tensor| Needs::all(&tensors[tensor]),
         })

@@ -5,8 +5,8 @@ use cauldron_checkpoint::Dtype;
 
 use crate::family::Prepared;
 use crate::geometry::granularity;
-use crate::kernel::{self, Input, Joined, Thinned};
-use crate::layout::{OutTensor, Role};
+use crate::kernel::{self, Joined, Thinned};
+use crate::layout::{Input, OutTensor, Role};
 use crate::masks;
 use crate::point::{Point, divisor};
 use crate::recipe::{Granularity, Method};
@@ -32,12 +32,13 @@ impl Point<'_, '_> {
         let (combination, prepared) = (&self.tensors[index], &family.prepared[index]);
         let members = tensor.members.len();
         let on_deltas = recipe.on_deltas();
-        if tensor.role != Role::Merge || members > MOST {
+        if tensor.role != Role::Merge || !(2..=MOST).contains(&members) || !self.is_plain(tensor) {
             return None;
         }
         let scaling = on_deltas.then_some(combination.scaling);
         let joined = match &recipe.method {
             Method::Sce { .. } | Method::NearSwap { .. } | Method::ArceeFusion => return None,
+            Method::Ties { .. } if members != 2 => return None,
             Method::Ties { trim, normalize, .. } => {
                 let (mean, majority) = self.ties_mean(combination, trim, *normalize);
                 Joined::Ties {
@@ -68,6 +69,20 @@ impl Point<'_, '_> {
             dtype: tensor.plan.dtype,
             members,
         })
+    }
+}
+
+impl Point<'_, '_> {
+    /// Whether the bytes of all inputs are numbers of the result's type as they lie in their files.
+    fn is_plain(&self, tensor: &OutTensor) -> bool {
+        let parents = self.family.parents;
+        let as_it_lies = |input: &Input| {
+            let moved = tensor.is_vocabulary && parents.vocab.map(input.source).is_some();
+            let info = parents.sources[input.source].get(&input.name);
+            !moved && info.is_some_and(|info| info.dtype == tensor.plan.dtype)
+        };
+        parents.all().all(|parent| parent.expert.adapter().is_none())
+            && tensor.inputs().into_iter().all(as_it_lies)
     }
 }
 
@@ -125,7 +140,7 @@ impl Fusion<'_> {
                 }
             }
         }
-        let inputs: [Input<'_>; K] = std::array::from_fn(|k| Input {
+        let inputs: [kernel::Input<'_>; K] = std::array::from_fn(|k| kernel::Input {
             bytes: read[k + 1].1,
             thinned: thinned[k],
         });

@@ -265,20 +265,27 @@ impl Parents {
         settled.filter_map(|c| Some((c.identity.as_str(), *c.digest.get()?)))
     }
 
-    /// From now on reads the weights that `find` gives for a checkpoint from memory: they must have been read from its files.
-    /// `find` is told the identity of the files where it may be kept.
+    /// Calls `hold` with each checkpoint that is read, and with the identity of its files where that may be kept: it may have the
+    /// checkpoint hold its weights in memory.
     pub fn hold_weights(
         &self,
-        find: &mut dyn FnMut(Option<&str>, &Checkpoint) -> Result<Option<Arc<HeldWeights>>, CheckpointError>,
+        hold: &mut dyn FnMut(Option<&str>, &Arc<Checkpoint>) -> Result<(), CheckpointError>,
     ) -> Result<(), MergeError> {
         for (source, (checkpoint, content)) in self.sources.iter().zip(&self.source_contents).enumerate() {
             let identity = content.settled.then_some(content.identity.as_str());
-            let found = find(identity, checkpoint);
-            if let Some(weights) = found.map_err(|e| MergeError::parent(&self.label(source), e))? {
-                checkpoint.hold(weights);
-            }
+            hold(identity, checkpoint).map_err(|e| MergeError::parent(&self.label(source), e))?;
         }
         Ok(())
+    }
+
+    /// By source, the weights that are in memory.
+    pub(crate) fn held(&self) -> Vec<Option<Arc<HeldWeights>>> {
+        self.sources.iter().map(|source| source.held()).collect()
+    }
+
+    /// Bytes of the weights that are in memory.
+    pub fn held_bytes(&self) -> u64 {
+        self.held().iter().flatten().map(|held| held.byte_len()).sum()
     }
 
     /// The files must be the ones that were opened and digested: a parent that is rewritten under a merge would give a

@@ -225,6 +225,7 @@ impl Point<'_, '_> {
             window: self.family.window,
             deltas: self.family.recipe.on_deltas(),
             scratches: &self.family.scratches,
+            held: self.family.parents.held(),
             observes: self.observes,
             needs: &|tensor| self.needs(tensor),
         })

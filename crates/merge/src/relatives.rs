@@ -42,6 +42,7 @@ impl Family<'_> {
             window: self.window,
             deltas: false,
             scratches: &self.scratches,
+            held: self.parents.held(),
             observes: false,
             needs: &|tensor| Needs::all(&tensors[tensor]),
         };

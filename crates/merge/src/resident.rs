@@ -114,6 +114,7 @@ impl<'f, 'a> Resident<'f, 'a> {
             window: family.window,
             deltas: false,
             scratches: &family.scratches,
+            held: family.parents.held(),
             observes: false,
             needs: &|_| needs.clone(),
         };

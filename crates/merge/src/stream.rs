@@ -5,10 +5,11 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cauldron_checkpoint::{
-    CheckpointError, Chunks, Digest, Dtype, LoraFactors, dtype_size, row_len, widen, widen_difference,
+    CheckpointError, Chunks, Digest, Dtype, HeldWeights, LoraFactors, dtype_size, row_len, widen,
+    widen_difference,
 };
 use rayon::prelude::*;
 
@@ -133,6 +134,8 @@ pub(crate) struct Stream<'a> {
     /// Whether tiles have the differences from the base instead of the parents' own values.
     pub deltas: bool,
     pub scratches: &'a Pool<Scratch>,
+    /// By source, the weights that are in memory.
+    pub held: Vec<Option<Arc<HeldWeights>>>,
     /// Whether some tiles count in statistics.
     pub observes: bool,
     /// Which members and whether the base are read, by tensor.
@@ -681,11 +684,11 @@ impl Stream<'_> {
         if tensor.is_vocabulary && self.parents.vocab.map(input.source).is_some() {
             return None;
         }
-        let checkpoint = &self.parents.sources[input.source];
-        let dtype = checkpoint.get(&input.name)?.dtype;
-        let item = dtype_size(dtype)? as usize;
+        let held = self.held.get(input.source)?.as_ref()?;
+        let info = self.parents.sources[input.source].get(&input.name)?;
+        let item = dtype_size(info.dtype)? as usize;
         let bytes = chunk.start * item..(chunk.start + chunk.len) * item;
-        Some((dtype, checkpoint.held(&input.name, bytes)?))
+        Some((info.dtype, held.bytes(info, bytes)?))
     }
 }
 

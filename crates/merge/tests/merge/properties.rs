@@ -249,8 +249,11 @@ proptest! {
         let merged = case.merge(&models);
         let recipe = checked(case.recipe.clone()).unwrap();
         let parents = Parents::open(&recipe, &models).unwrap();
-        let mut read = |_: Option<&str>, checkpoint: &Checkpoint| Ok(Some(Arc::new(checkpoint.read_all(&|| true)?)));
-        parents.hold_weights(&mut read).unwrap();
+        let mut hold = |_: Option<&str>, checkpoint: &Arc<Checkpoint>| {
+            checkpoint.hold(Arc::new(checkpoint.read_all(&|| true, Box::new(()))?));
+            Ok(())
+        };
+        parents.hold_weights(&mut hold).unwrap();
         let obs = Counter::default();
         for family in [Family::prepare(&recipe, &parents, &obs), Family::prepare_for_points(&recipe, &parents, &obs)] {
             let family = family.unwrap();
