@@ -11,10 +11,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
-use cauldron_checkpoint::{Checkpoint, Digest, Dtype, widen};
+use cauldron_checkpoint::{Checkpoint, CheckpointError, Digest, Dtype, widen};
 use cauldron_lm::{Arithmetic, Decoder, LmError, ModelConfig, Placement, TextTokenizer, WeightSource};
 use cauldron_merge::{
-    Family as Prepared, MergeError, Observer, Parents, Point, Recipe, merge_digest, sidecars,
+    Family as Prepared, HoldWeights, MergeError, Observer, Parents, Point, Recipe, merge_digest, sidecars,
 };
 use serde_json::{Map, Value};
 use tokio::sync::watch;
@@ -226,6 +226,19 @@ impl Observer for Until<'_> {
     }
 }
 
+/// Puts parents into memory as long as the family is wanted.
+struct Holding<'a> {
+    weights: &'a ParentWeights,
+    until: &'a Until<'a>,
+}
+
+impl HoldWeights for Holding<'_> {
+    fn hold(&self, identity: Option<&str>, checkpoint: &Arc<Checkpoint>) -> Result<(), CheckpointError> {
+        self.weights
+            .hold(identity, checkpoint, &|| !self.until.cancelled())
+    }
+}
+
 impl Keeper {
     fn run(self) {
         let kept = catch_unwind(AssertUnwindSafe(|| self.keep()));
@@ -249,10 +262,11 @@ impl Keeper {
             self.parentage.sources.open(&middle, care).map_err(|e| text(&e))?;
         let known = &self.parentage.known;
         parents.adopt_contents(&|identity| known.get(identity));
-        let mut hold = |identity: Option<&str>, checkpoint: &Arc<Checkpoint>| {
-            self.weights.hold(identity, checkpoint, &|| !until.cancelled())
+        let hold = Holding {
+            weights: &self.weights,
+            until: &until,
         };
-        parents.hold_weights(&mut hold).map_err(|e| text(&e))?;
+        parents.hold_weights(&hold).map_err(|e| text(&e))?;
         let prepared = Prepared::prepare_for_points(&middle, &parents, &until).map_err(|e| text(&e))?;
         // With them the digest of every point is known at once.
         merge_digest(&middle, &parents, &until).map_err(|e| text(&e))?;

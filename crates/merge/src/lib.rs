@@ -49,7 +49,7 @@ pub use manifest::{
 pub use mergekit::parse_mergekit;
 pub use mixup::{draw_lambda, draw_shares};
 pub use output::{ARITHMETIC_VERSION, MergeOptions, Observer, merge_digest, merge_to_folder, sidecars};
-pub use parents::{ParentResolver, Parents};
+pub use parents::{HoldWeights, ParentResolver, Parents};
 pub use point::{Part, Point};
 pub use recipe::{MAX_MODELS, Method, Mixup, ModelRef, Recipe};
 #[cfg(feature = "cuda")]

@@ -22,6 +22,12 @@ pub trait ParentResolver: Sync {
     fn folder(&self, name: &str) -> Result<PathBuf, String>;
 }
 
+/// Decides whose weights are held in memory.
+pub trait HoldWeights {
+    /// May have the checkpoint hold its weights. The identity is that of its files, where it may be kept.
+    fn hold(&self, identity: Option<&str>, checkpoint: &Arc<Checkpoint>) -> Result<(), CheckpointError>;
+}
+
 /// One parent or the base.
 #[derive(Debug)]
 pub(crate) struct Parent {
@@ -265,15 +271,12 @@ impl Parents {
         settled.filter_map(|c| Some((c.identity.as_str(), *c.digest.get()?)))
     }
 
-    /// Calls `hold` with each checkpoint that is read, and with the identity of its files where that may be kept: it may have the
-    /// checkpoint hold its weights in memory.
-    pub fn hold_weights(
-        &self,
-        hold: &mut dyn FnMut(Option<&str>, &Arc<Checkpoint>) -> Result<(), CheckpointError>,
-    ) -> Result<(), MergeError> {
+    /// Has checkpoints hold their weights in memory.
+    pub fn hold_weights(&self, hold: &dyn HoldWeights) -> Result<(), MergeError> {
         for (source, (checkpoint, content)) in self.sources.iter().zip(&self.source_contents).enumerate() {
             let identity = content.settled.then_some(content.identity.as_str());
-            hold(identity, checkpoint).map_err(|e| MergeError::parent(&self.label(source), e))?;
+            hold.hold(identity, checkpoint)
+                .map_err(|e| MergeError::parent(&self.label(source), e))?;
         }
         Ok(())
     }

@@ -421,6 +421,9 @@ impl Read<'_> {
     }
 }
 
+/// Elements of some inputs as checkpoints have them.
+pub(crate) type Stored<'a, const K: usize> = [(Dtype, &'a [u8]); K];
+
 /// A tile of a loaded chunk whose values are not widened yet.
 pub(crate) struct Unread<'a> {
     work: &'a Work<'a>,
@@ -441,7 +444,7 @@ impl<'a> Unread<'a> {
     pub fn bytes<const K: usize>(
         &mut self,
         members: [Option<usize>; K],
-    ) -> Option<([(Dtype, &[u8]); K], &mut Tile)> {
+    ) -> Option<(Stored<'_, K>, &mut Tile)> {
         let Self {
             scratch, reads, from, ..
         } = self;

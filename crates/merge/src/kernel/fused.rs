@@ -160,8 +160,8 @@ impl<const K: usize> Join<K> for Sum<K> {
     #[inline(always)]
     fn join(self, _: f32, inputs: [f32; K]) -> f32 {
         let mut sum = self.0[0] * inputs[0];
-        for k in 1..K {
-            sum += self.0[k] * inputs[k];
+        for (weight, input) in self.0.iter().zip(&inputs).skip(1) {
+            sum += weight * input;
         }
         sum
     }

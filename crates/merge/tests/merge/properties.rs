@@ -5,8 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use cauldron_checkpoint::{Checkpoint, Dtype};
-use cauldron_merge::{Family, MergeOptions, Parents, merge_digest};
+use cauldron_checkpoint::{Checkpoint, CheckpointError, Dtype};
+use cauldron_merge::{Family, HoldWeights, MergeOptions, Parents, merge_digest};
 use proptest::prelude::*;
 use proptest::sample::select;
 use serde_json::{Map, Value, json};
@@ -220,6 +220,16 @@ fn shard(dir: &Path) {
     fs::remove_file(dir.join("model.safetensors")).unwrap();
 }
 
+/// All weights.
+struct InMemory;
+
+impl HoldWeights for InMemory {
+    fn hold(&self, _: Option<&str>, checkpoint: &Arc<Checkpoint>) -> Result<(), CheckpointError> {
+        checkpoint.hold(Arc::new(checkpoint.read_all(&|| true, Box::new(()))?));
+        Ok(())
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: cases_to_run(), max_shrink_iters: 200, ..ProptestConfig::default() })]
 
@@ -249,11 +259,7 @@ proptest! {
         let merged = case.merge(&models);
         let recipe = checked(case.recipe.clone()).unwrap();
         let parents = Parents::open(&recipe, &models).unwrap();
-        let mut hold = |_: Option<&str>, checkpoint: &Arc<Checkpoint>| {
-            checkpoint.hold(Arc::new(checkpoint.read_all(&|| true, Box::new(()))?));
-            Ok(())
-        };
-        parents.hold_weights(&mut hold).unwrap();
+        parents.hold_weights(&InMemory).unwrap();
         let obs = Counter::default();
         for family in [Family::prepare(&recipe, &parents, &obs), Family::prepare_for_points(&recipe, &parents, &obs)] {
             let family = family.unwrap();
