@@ -278,14 +278,11 @@ impl Spot {
 
 /// The shares of the largest expected improvement (Jones, Schonlau and Welch 1998) on a grid.
 fn most_promising(scalings: Option<Scalings>, tried: &[Tried]) -> Option<Shares> {
-    let spots = tried
-        .iter()
-        .filter_map(|trial| Some((Spot::of(&trial.shares, scalings)?, trial)));
-    let spots: Vec<(Spot, &Tried)> = spots.collect();
-    let seen: Vec<(Spot, f64, f64)> = spots
-        .iter()
-        .filter_map(|(spot, trial)| Some((*spot, trial.score?, trial.stderr.unwrap_or(0.0))))
-        .collect();
+    let seen = tried.iter().filter_map(|trial| {
+        let spot = Spot::of(&trial.shares, scalings)?;
+        Some((spot, trial.score?, trial.stderr.unwrap_or(0.0)))
+    });
+    let seen: Vec<(Spot, f64, f64)> = seen.collect();
     let n = seen.len() as f64;
     // Each but once, whatever came of it.
     let is_new = |spot: &Spot| {

@@ -70,9 +70,7 @@ impl Point<'_, '_> {
             members,
         })
     }
-}
 
-impl Point<'_, '_> {
     /// Whether the bytes of all inputs are numbers of the result's type as they lie in their files.
     fn is_plain(&self, tensor: &OutTensor) -> bool {
         let parents = self.family.parents;
@@ -102,32 +100,23 @@ impl Fusion<'_> {
         if self.on_deltas && unread.tile().observed {
             return false;
         }
-        let base = self.on_deltas.then_some(None);
         match self.members {
-            2 => self.of::<2, 3>(base, unread, out),
-            3 => self.of::<3, 4>(base, unread, out),
+            2 => self.of::<2, 3>(unread, out),
+            3 => self.of::<3, 4>(unread, out),
             _ => false,
         }
     }
 
     /// Of K parents; N is one more.
-    fn of<const K: usize, const N: usize>(
-        &self,
-        base: Option<Option<usize>>,
-        unread: &mut Unread<'_>,
-        out: &mut [u8],
-    ) -> bool {
+    fn of<const K: usize, const N: usize>(&self, unread: &mut Unread<'_>, out: &mut [u8]) -> bool {
         // Where no base is read, the first parent stands in its place.
         let wanted: [Option<usize>; N] = std::array::from_fn(|i| match i {
-            0 => base.unwrap_or(Some(0)),
-            i => Some(i - 1),
+            0 if self.on_deltas => None,
+            i => Some(i.saturating_sub(1)),
         });
         let Some((read, tile)) = unread.bytes(wanted) else {
             return false;
         };
-        if read.iter().any(|(dtype, _)| *dtype != self.dtype) {
-            return false;
-        }
         let mut words = std::mem::take(&mut tile.words);
         words.resize_with(words.len().max(K), Vec::new);
         let mut thinned = [Thinned::NOT; K];

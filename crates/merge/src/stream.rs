@@ -422,7 +422,7 @@ impl Read<'_> {
 }
 
 /// Elements of some inputs as checkpoints have them.
-pub(crate) type Stored<'a, const K: usize> = [(Dtype, &'a [u8]); K];
+pub(crate) type AsTheyLie<'a, const K: usize> = [(Dtype, &'a [u8]); K];
 
 /// A tile of a loaded chunk whose values are not widened yet.
 pub(crate) struct Unread<'a> {
@@ -444,7 +444,7 @@ impl<'a> Unread<'a> {
     pub fn bytes<const K: usize>(
         &mut self,
         members: [Option<usize>; K],
-    ) -> Option<(Stored<'_, K>, &mut Tile)> {
+    ) -> Option<(AsTheyLie<'_, K>, &mut Tile)> {
         let Self {
             scratch, reads, from, ..
         } = self;
