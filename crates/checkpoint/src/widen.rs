@@ -9,8 +9,25 @@ use crate::simd::{Loop, widest};
 const EXPONENT: u32 = 0x7f80_0000;
 const MAGNITUDE: u32 = 0x7fff_ffff;
 
-/// A float type as checkpoints store it, little-endian. Everything is inlined into loops that [`widest`] compiles.
+/// A float type as checkpoints store it, little-endian, for loops over four bytes at a time as one number, the first element
+/// lowest. Everything is inlined into loops that [`widest`] compiles.
 pub trait Stored {
+    /// Elements in four bytes: 1 or 2.
+    const IN_FOUR_BYTES: usize;
+    /// Of four bytes: not the elements' signs.
+    const MAGNITUDES: u32;
+    /// Added to an element's magnitude it reaches the sign just where the element is infinite or NaN.
+    const TO_INFINITY: u32;
+
+    /// The first or second element; exact for every finite number.
+    fn widen_one(four_bytes: u32, which: usize) -> f32;
+    /// Rounds the bits of one or two f32 to nearest even. A NaN whose payload is more than its highest bit may come out as a
+    /// number.
+    fn narrow_together(bits: [u32; 2]) -> u32;
+}
+
+/// The same element by element.
+trait Element {
     type Bytes: Copy;
     /// The bits of an element.
     type Word: Copy + Ord + Default;
@@ -40,92 +57,115 @@ pub struct F16;
 #[derive(Debug, Clone, Copy)]
 pub struct F32;
 
-/// What a 16-bit type has of [`Stored`] whatever its exponent.
+/// What a 16-bit type has of the two whatever its exponent.
 macro_rules! sixteen_bits {
-    ($infinity:expr, $overflow:expr) => {
-        type Bytes = [u8; 2];
-        type Word = u16;
-        const SIZE: usize = 2;
-        const INFINITY: u16 = $infinity;
-        const OVERFLOW: u32 = $overflow;
+    ($name:ident, infinity: $infinity:expr, overflow: $overflow:expr, $widen:ident, $narrow:ident) => {
+        impl Element for $name {
+            type Bytes = [u8; 2];
+            type Word = u16;
+            const SIZE: usize = 2;
+            const INFINITY: u16 = $infinity;
+            const OVERFLOW: u32 = $overflow;
 
-        #[inline(always)]
-        fn elements(bytes: &[u8]) -> &[[u8; 2]] {
-            bytes.as_chunks().0
+            #[inline(always)]
+            fn elements(bytes: &[u8]) -> &[[u8; 2]] {
+                bytes.as_chunks().0
+            }
+            #[inline(always)]
+            fn elements_mut(bytes: &mut [u8]) -> &mut [[u8; 2]] {
+                bytes.as_chunks_mut().0
+            }
+            #[inline(always)]
+            fn load(bytes: [u8; 2]) -> u16 {
+                u16::from_le_bytes(bytes)
+            }
+            #[inline(always)]
+            fn magnitude(word: u16) -> u16 {
+                word & 0x7fff
+            }
+            #[inline(always)]
+            fn widen(word: u16) -> f32 {
+                $widen(u32::from(word) << 16)
+            }
+            #[inline(always)]
+            fn narrow(bits: u32) -> [u8; 2] {
+                (($narrow(bits) >> 16) as u16).to_le_bytes()
+            }
         }
-        #[inline(always)]
-        fn elements_mut(bytes: &mut [u8]) -> &mut [[u8; 2]] {
-            bytes.as_chunks_mut().0
-        }
-        #[inline(always)]
-        fn load(bytes: [u8; 2]) -> u16 {
-            u16::from_le_bytes(bytes)
-        }
-        #[inline(always)]
-        fn magnitude(word: u16) -> u16 {
-            word & 0x7fff
+
+        impl Stored for $name {
+            const IN_FOUR_BYTES: usize = 2;
+            const MAGNITUDES: u32 = 0x7fff_7fff;
+            const TO_INFINITY: u32 = (0x8000 - $infinity) * 0x1_0001;
+
+            #[inline(always)]
+            fn widen_one(four_bytes: u32, which: usize) -> f32 {
+                $widen(match which {
+                    0 => four_bytes << 16,
+                    _ => four_bytes & 0xffff_0000,
+                })
+            }
+            #[inline(always)]
+            fn narrow_together([first, second]: [u32; 2]) -> u32 {
+                $narrow(first) >> 16 | $narrow(second) & 0xffff_0000
+            }
         }
     };
 }
 
-impl Stored for Bf16 {
-    sixteen_bits!(0x7f80, 0x7f7f_8000);
+sixteen_bits!(Bf16, infinity: 0x7f80, overflow: 0x7f7f_8000, widen_bf16, narrow_bf16);
+sixteen_bits!(F16, infinity: 0x7c00, overflow: 0x477f_f000, widen_f16, narrow_f16);
 
-    #[inline(always)]
-    fn widen(word: u16) -> f32 {
-        f32::from_bits(u32::from(word) << 16)
-    }
-
-    /// Adding 0x7fff plus the kept lowest bit rounds to nearest even.
-    #[inline(always)]
-    fn narrow(bits: u32) -> [u8; 2] {
-        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-        (rounded as u16).to_le_bytes()
-    }
+/// From the upper half, and nothing below.
+#[inline(always)]
+fn widen_bf16(upper: u32) -> f32 {
+    f32::from_bits(upper)
 }
 
-impl Stored for F16 {
-    sixteen_bits!(0x7c00, 0x477f_f000);
-
-    /// Without branches: the exponent is moved by a multiplication, which is exact, subnormals included.
-    #[inline(always)]
-    fn widen(half: u16) -> f32 {
-        let sign = u32::from(half & 0x8000) << 16;
-        let magnitude = u32::from(half & 0x7fff) << 13;
-        let special = if magnitude >= 0x0f80_0000 { EXPONENT } else { 0 };
-        // 2^112
-        let scaled = f32::from_bits(magnitude) * f32::from_bits(0x7780_0000);
-        f32::from_bits(scaled.to_bits() | special | sign)
-    }
-
-    /// Without branches, so that it vectorises; NaN becomes a NaN.
-    #[inline(always)]
-    fn narrow(bits: u32) -> [u8; 2] {
-        let sign = (bits >> 16) & 0x8000;
-        let magnitude = bits & MAGNITUDE;
-        // Below 2^-14: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the addition itself.
-        let subnormal = (f32::from_bits(magnitude) + 0.5)
-            .to_bits()
-            .wrapping_sub(0x3f00_0000);
-        let odd = (magnitude >> 13) & 1;
-        let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + odd) >> 13;
-        let special = if magnitude > EXPONENT { 0x7e00 } else { 0x7c00 };
-        let rounded = if magnitude < 0x3880_0000 {
-            subnormal
-        } else {
-            normal
-        };
-        // 65536 and above
-        let rounded = if magnitude >= 0x4780_0000 {
-            special
-        } else {
-            rounded
-        };
-        ((rounded | sign) as u16).to_le_bytes()
-    }
+/// To the upper half. Adding 0x7fff plus the kept lowest bit rounds to nearest even.
+#[inline(always)]
+fn narrow_bf16(bits: u32) -> u32 {
+    bits.wrapping_add(0x7fff + ((bits >> 16) & 1))
 }
 
-impl Stored for F32 {
+/// From the upper half, without branches: the exponent is moved by a multiplication, which is exact, subnormals included.
+#[inline(always)]
+fn widen_f16(upper: u32) -> f32 {
+    let sign = upper & 0x8000_0000;
+    let magnitude = (upper & 0x7fff_0000) >> 3;
+    let special = if magnitude >= 0x0f80_0000 { EXPONENT } else { 0 };
+    // 2^112
+    let scaled = f32::from_bits(magnitude) * f32::from_bits(0x7780_0000);
+    f32::from_bits(scaled.to_bits() | special | sign)
+}
+
+/// To the upper half, without branches, so that it vectorises; NaN becomes a NaN.
+#[inline(always)]
+fn narrow_f16(bits: u32) -> u32 {
+    let sign = bits & 0x8000_0000;
+    let magnitude = bits & MAGNITUDE;
+    // Below 2^-14: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the addition itself.
+    let subnormal = (f32::from_bits(magnitude) + 0.5)
+        .to_bits()
+        .wrapping_sub(0x3f00_0000);
+    let odd = (magnitude >> 13) & 1;
+    let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + odd) >> 13;
+    let special = if magnitude > EXPONENT { 0x7e00 } else { 0x7c00 };
+    let rounded = if magnitude < 0x3880_0000 {
+        subnormal
+    } else {
+        normal
+    };
+    // 65536 and above
+    let rounded = if magnitude >= 0x4780_0000 {
+        special
+    } else {
+        rounded
+    };
+    rounded << 16 | sign
+}
+
+impl Element for F32 {
     type Bytes = [u8; 4];
     type Word = u32;
     const SIZE: usize = 4;
@@ -155,6 +195,21 @@ impl Stored for F32 {
     #[inline(always)]
     fn narrow(bits: u32) -> [u8; 4] {
         bits.to_le_bytes()
+    }
+}
+
+impl Stored for F32 {
+    const IN_FOUR_BYTES: usize = 1;
+    const MAGNITUDES: u32 = MAGNITUDE;
+    const TO_INFINITY: u32 = 0x8000_0000 - EXPONENT;
+
+    #[inline(always)]
+    fn widen_one(four_bytes: u32, _: usize) -> f32 {
+        f32::from_bits(four_bytes)
+    }
+    #[inline(always)]
+    fn narrow_together([only, _]: [u32; 2]) -> u32 {
+        only
     }
 }
 
@@ -209,16 +264,16 @@ pub fn narrow_one_is_finite(dtype: Dtype, value: f32) -> bool {
     }
 }
 
-struct Widen<'a, S: Stored>(&'a [S::Bytes], &'a mut [f32]);
+struct Widen<'a, S: Element>(&'a [S::Bytes], &'a mut [f32]);
 
-impl<'a, S: Stored> Widen<'a, S> {
+impl<'a, S: Element> Widen<'a, S> {
     fn new(bytes: &'a [u8], out: &'a mut [f32]) -> Self {
         assert_eq!(bytes.len(), out.len() * S::SIZE);
         Self(S::elements(bytes), out)
     }
 }
 
-impl<S: Stored> Loop for Widen<'_, S> {
+impl<S: Element> Loop for Widen<'_, S> {
     type Output = bool;
 
     #[inline(always)]
@@ -234,9 +289,9 @@ impl<S: Stored> Loop for Widen<'_, S> {
 }
 
 /// The last field is the base.
-struct Difference<'a, S: Stored>(Widen<'a, S>, &'a [f32]);
+struct Difference<'a, S: Element>(Widen<'a, S>, &'a [f32]);
 
-impl<S: Stored> Loop for Difference<'_, S> {
+impl<S: Element> Loop for Difference<'_, S> {
     type Output = bool;
 
     #[inline(always)]
@@ -252,16 +307,16 @@ impl<S: Stored> Loop for Difference<'_, S> {
     }
 }
 
-struct Narrow<'a, S: Stored>(&'a [f32], &'a mut [S::Bytes]);
+struct Narrow<'a, S: Element>(&'a [f32], &'a mut [S::Bytes]);
 
-impl<'a, S: Stored> Narrow<'a, S> {
+impl<'a, S: Element> Narrow<'a, S> {
     fn new(values: &'a [f32], out: &'a mut [u8]) -> Self {
         assert_eq!(out.len(), values.len() * S::SIZE);
         Self(values, S::elements_mut(out))
     }
 }
 
-impl<S: Stored> Loop for Narrow<'_, S> {
+impl<S: Element> Loop for Narrow<'_, S> {
     type Output = bool;
 
     #[inline(always)]

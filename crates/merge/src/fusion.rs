@@ -117,13 +117,13 @@ impl Fusion<'_> {
         let Some((read, tile)) = unread.bytes(wanted) else {
             return false;
         };
-        let mut words = std::mem::take(&mut tile.words);
-        words.resize_with(words.len().max(K), Vec::new);
+        let mut stays = std::mem::take(&mut tile.stays);
+        stays.resize_with(stays.len().max(K), Vec::new);
         let mut thinned = [Thinned::NOT; K];
         let mut is_known = true;
         if self.on_deltas {
-            for (member, (thinned, words)) in thinned.iter_mut().zip(&mut words).enumerate() {
-                match self.thinned(member, tile, words) {
+            for (member, (thinned, stays)) in thinned.iter_mut().zip(&mut stays).enumerate() {
+                match self.thinned(member, tile, stays) {
                     Some(known) => *thinned = known,
                     None => is_known = false,
                 }
@@ -135,12 +135,12 @@ impl Fusion<'_> {
         });
         let theta0 = if self.on_deltas { read[0].1 } else { &[] };
         let merged = is_known && kernel::fused(self.dtype, self.joined, theta0, &inputs, out) == Some(true);
-        tile.words = words;
+        tile.stays = stays;
         merged
     }
 
-    /// What is dropped of a member's delta; None if an element's fate hangs on others, or on its index. `words` is a buffer.
-    fn thinned<'t>(&self, member: usize, tile: &Tile, words: &'t mut Vec<u32>) -> Option<Thinned<'t>> {
+    /// What is dropped of a member's delta; None if an element's fate hangs on others, or on its index. `stays` is a buffer.
+    fn thinned<'t>(&self, member: usize, tile: &mut Tile, stays: &'t mut Vec<u8>) -> Option<Thinned<'t>> {
         let range = tile.start..tile.start + tile.len;
         let drop = self.prepared.drops.get(member).unwrap_or(&Drop::Nothing);
         let trim = self.prepared.trims.get(member).copied().unwrap_or(Edge::LOWEST);
@@ -149,13 +149,10 @@ impl Fusion<'_> {
             least: plain_range(trim, Edge::HIGHEST, &range)?.0,
             ..Thinned::NOT
         };
-        words.clear();
+        let size = self.dtype.bitsize() / 8;
+        stays.resize(tile.len * size, 0);
         match (known, drop) {
-            (Some(bits), _) => {
-                words.resize(tile.len, 0);
-                masks::spread(bits, words);
-                thinned.threshold = 1;
-            }
+            (Some(bits), _) => masks::spread(bits, size, stays),
             (
                 None,
                 Drop::Dare {
@@ -164,10 +161,8 @@ impl Fusion<'_> {
                     ..
                 },
             ) => {
-                let skip = stream.fill(tile.start, tile.len, words);
-                words.drain(..skip);
-                words.truncate(tile.len);
-                thinned.threshold = word_threshold(*threshold);
+                let skip = stream.fill(tile.start, tile.len, &mut tile.words);
+                masks::compare(&tile.words[skip..], word_threshold(*threshold), size, stays);
             }
             (None, Drop::Della { .. }) => return None,
             (None, Drop::Nothing) => return Some(thinned),
@@ -182,7 +177,7 @@ impl Fusion<'_> {
             }
         }
         let (factor, rest) = drop.survivors().as_factor();
-        thinned.words = words;
+        thinned.stays = stays;
         thinned.factor = factor;
         thinned.divisor = match rest {
             Survivors::Keep => 1.0,

@@ -89,8 +89,9 @@ pub(crate) struct Tile {
     pub extra: Vec<f32>,
     pub ties: TiesScratch,
     pub drops: DropScratch,
-    /// By member, the words that random drops are decided by.
-    pub words: Vec<Vec<u32>>,
+    /// Buffers of one loop from bytes to bytes: words that random drops are decided by, and by member what stays.
+    pub words: Vec<u32>,
+    pub stays: Vec<Vec<u8>>,
 }
 
 /// What one thread holds of one chunk.

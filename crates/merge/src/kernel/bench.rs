@@ -73,7 +73,8 @@ struct Local {
     merged: Vec<f32>,
     ties: TiesScratch,
     drops: DropScratch,
-    words: [Vec<u32>; 2],
+    words: Vec<u32>,
+    stays: [Vec<u8>; 2],
     counters: [Counter; 2],
     bits: Vec<u32>,
 }
@@ -217,37 +218,31 @@ const KERNELS: &[(&str, usize, Kernel)] = &[
             local.join(mean, true);
             return local.finish(out);
         }
-        let thinned = [0, 1].map(|k| {
-            drawn(k).fill(at, TILE, &mut local.words[k]);
-            Thinned {
-                words: &[],
-                threshold: word_threshold(threshold),
-                factor: 2.0,
-                ..Thinned::NOT
-            }
+        for k in 0..2 {
+            let skip = drawn(k).fill(at, TILE, &mut local.words);
+            local.stays[k].resize(TILE * 2, 0);
+            masks::compare(
+                &local.words[skip..],
+                word_threshold(threshold),
+                2,
+                &mut local.stays[k],
+            );
+        }
+        let thinned = local.stays.each_ref().map(|stays| Thinned {
+            stays,
+            factor: 2.0,
+            ..Thinned::NOT
         });
-        let [a, b] = &local.words;
-        let thinned = [
-            Thinned {
-                words: a,
-                ..thinned[0]
-            },
-            Thinned {
-                words: b,
-                ..thinned[1]
-            },
-        ];
         merge(ties_of(mean), parts, thinned, out);
     }),
     ("dare from masks", 8, |local, _, parts, out| {
         local.bits.resize(TILE / 32, 0x5a5a_5a5a);
-        for words in &mut local.words {
-            words.resize(TILE, 0);
-            masks::spread(&local.bits, words);
+        for stays in &mut local.stays {
+            stays.resize(TILE * 2, 0);
+            masks::spread(&local.bits, 2, stays);
         }
-        let [a, b] = local.words.each_ref().map(|words| Thinned {
-            words,
-            threshold: 1,
+        let [a, b] = local.stays.each_ref().map(|stays| Thinned {
+            stays,
             divisor: 0.8,
             ..Thinned::NOT
         });
@@ -481,6 +476,13 @@ fn loops_in_cache() {
     });
     time("masks::apply", &mut || {
         masks::apply(&bits, black_box(1.0), &mut deltas[0])
+    });
+    let mut stays = vec![0u8; TILE * 2];
+    time("masks::spread", &mut || {
+        masks::spread(black_box(&bits), 2, &mut stays)
+    });
+    time("masks::compare", &mut || {
+        masks::compare(&words, black_box(1 << 10), 2, &mut stays)
     });
     local.form_deltas(&parts);
     let mut offsets = vec![0; TILE];

@@ -7,6 +7,7 @@
 #[cfg(test)]
 mod bench;
 mod fused;
+pub(crate) mod philox;
 mod ties;
 
 pub(crate) use fused::{Input, Joined, Thinned, fused};
@@ -288,12 +289,6 @@ fn on_base(theta0: f32, scaling: f32, merged: f32) -> f32 {
     } else {
         theta0 + scaling * merged
     }
-}
-
-/// `value`, or 0 where its magnitude lies below that of these bits: signed, which takes fewer instructions.
-#[inline(always)]
-fn at_least(least: i32, value: f32) -> f32 {
-    keep_if(magnitude_bits(value).cast_signed() >= least, value)
 }
 
 /// `value` times the factor of those that stay, or 0.

@@ -166,14 +166,6 @@ impl OfTwo {
     }
 }
 
-/// What two deltas of one element are joined to.
-pub(super) struct Agreed {
-    pub merged: f32,
-    /// Of each, whether it has the elected sign.
-    agrees: [bool; 2],
-    conflict: u32,
-}
-
 /// [`ties`] of two parents in one loop, to the same bits.
 fn ties_of_two(a: &[f32], b: &[f32], two: OfTwo, out: &mut [f32]) -> TiesCounts {
     let (kept, conflicting) = join_two(a, b, two, out);
@@ -192,47 +184,69 @@ fn vote(deltas: &[Vec<f32>], len: usize, sums: &mut Vec<f32>) {
     }
 }
 
-/// Joins two deltas; the constants say what [`OfTwo`] does.
+/// Joins two deltas; the constants say what [`OfTwo`] does. Of two values of one sign both have the elected one; else the
+/// larger has it, or of two equal ones that with the sign of the majority.
 #[inline(always)]
 pub(super) fn agree<const PREMULTIPLY: bool, const DIVIDE: bool, const KEEP_SINGLE: bool>(
     a: f32,
     b: f32,
     two: &OfTwo,
-) -> Agreed {
-    let OfTwo {
-        weights, majority, ..
-    } = *two;
-    let (a, b) = match PREMULTIPLY {
-        true => (weights[0] * a, weights[1] * b),
-        false => (a, b),
-    };
-    let sum = a + b;
-    let elected = if sum == 0.0 { majority } else { sum };
-    // A product with the sign is above 0 where both have it. Only the sign of the sum counts: it is set to 1.
-    let sign = f32::from_bits(elected.to_bits() & 0x8000_0000 | 0x3f80_0000);
-    let sign = if elected == 0.0 { 0.0 } else { sign };
-    let (agrees_a, agrees_b) = (a * sign > 0.0, b * sign > 0.0);
-    let (weighted_a, weighted_b) = match PREMULTIPLY {
-        true => (a, b),
-        false => (weights[0] * a, weights[1] * b),
-    };
-    let mut merged = keep_if(agrees_a, weighted_a) + keep_if(agrees_b, weighted_b);
+) -> f32 {
+    let [weight_a, weight_b] = two.weights;
+    let (a, b) = votes::<PREMULTIPLY>(a, b, two);
+    let elected = elect(a, b, two);
     if DIVIDE {
-        let share_a = keep_if(agrees_a, weights[0]);
-        let share_b = keep_if(agrees_b, weights[1]);
-        let total = share_a + share_b;
-        let mean = merged / total;
-        merged = if total != 0.0 { mean } else { merged };
+        let [agrees_a, agrees_b] = agreement(a, b, elected);
+        let (weighted_a, weighted_b) = match PREMULTIPLY {
+            true => (a, b),
+            false => (weight_a * a, weight_b * b),
+        };
+        let sum = keep_if(agrees_a, weighted_a) + keep_if(agrees_b, weighted_b);
+        let total = keep_if(agrees_a, weight_a) + keep_if(agrees_b, weight_b);
+        let mean = sum / total;
+        return if total != 0.0 { mean } else { sum };
     }
-    if KEEP_SINGLE {
-        merged = if agrees_a & !agrees_b { a } else { merged };
-        merged = if agrees_b & !agrees_a { b } else { merged };
+    let both = match KEEP_SINGLE {
+        true => weight_a * a + weight_b * b,
+        false => a + b,
+    };
+    let smaller = if a < b { a } else { b };
+    let larger = if a > b { a } else { b };
+    let single = if elected.is_sign_negative() {
+        smaller
+    } else {
+        larger
+    };
+    let single = keep_if(elected != 0.0, single);
+    if (smaller > 0.0) | (larger < 0.0) {
+        both
+    } else {
+        single
     }
-    Agreed {
-        merged,
-        agrees: [agrees_a, agrees_b],
-        conflict: u32::from((a != 0.0) & (b != 0.0)) & ((a.to_bits() ^ b.to_bits()) >> 31),
+}
+
+/// What counts in the election.
+#[inline(always)]
+fn votes<const PREMULTIPLY: bool>(a: f32, b: f32, two: &OfTwo) -> (f32, f32) {
+    match PREMULTIPLY {
+        true => (two.weights[0] * a, two.weights[1] * b),
+        false => (a, b),
     }
+}
+
+/// A number of the elected sign, or 0.
+#[inline(always)]
+fn elect(a: f32, b: f32, two: &OfTwo) -> f32 {
+    let sum = a + b;
+    if sum == 0.0 { two.majority } else { sum }
+}
+
+/// Which have the elected sign.
+#[inline(always)]
+fn agreement(a: f32, b: f32, elected: f32) -> [bool; 2] {
+    let sign = elected.to_bits() & 0x8000_0000;
+    let is_elected = elected != 0.0;
+    [a, b].map(|value| (f32::from_bits(value.to_bits() ^ sign) > 0.0) & is_elected)
 }
 
 #[inline(always)]
@@ -244,13 +258,14 @@ fn join_two_as<const PREMULTIPLY: bool, const DIVIDE: bool, const KEEP_SINGLE: b
 ) -> ([u32; 2], u32) {
     let (mut kept_a, mut kept_b, mut conflicting) = (0u32, 0u32, 0u32);
     for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
-        let agreed = agree::<PREMULTIPLY, DIVIDE, KEEP_SINGLE>(*a, *b, &two);
         if COUNTED {
-            kept_a += u32::from(agreed.agrees[0]);
-            kept_b += u32::from(agreed.agrees[1]);
-            conflicting += agreed.conflict;
+            let (a, b) = votes::<PREMULTIPLY>(*a, *b, &two);
+            let [agrees_a, agrees_b] = agreement(a, b, elect(a, b, &two));
+            kept_a += u32::from(agrees_a);
+            kept_b += u32::from(agrees_b);
+            conflicting += u32::from((a != 0.0) & (b != 0.0)) & ((a.to_bits() ^ b.to_bits()) >> 31);
         }
-        *out = agreed.merged;
+        *out = agree::<PREMULTIPLY, DIVIDE, KEEP_SINGLE>(*a, *b, &two);
     }
     ([kept_a, kept_b], conflicting)
 }
