@@ -20,6 +20,17 @@ pub fn open(choice: DeviceChoice) -> anyhow::Result<Device> {
     }
 }
 
+/// Bytes that models may still take where they are computed; None where that is not known.
+pub(super) fn free_bytes(device: &Device) -> Option<u64> {
+    match device {
+        Device::Cpu => super::memory::free_bytes(),
+        #[cfg(feature = "cuda")]
+        device => cauldron_gpu::free_bytes(device).ok(),
+        #[cfg(not(feature = "cuda"))]
+        _ => None,
+    }
+}
+
 /// With a stream of its own, so that the thread that loads a model and the engine thread may share it.
 #[cfg(feature = "cuda")]
 fn cuda(index: usize) -> Result<Device, String> {

@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
@@ -11,10 +10,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
-use cauldron_checkpoint::{Checkpoint, CheckpointError, Digest, Dtype, widen};
+use cauldron_checkpoint::{Checkpoint, CheckpointError, Digest, Dtype};
 use cauldron_lm::{Arithmetic, Decoder, LmError, ModelConfig, Placement, TextTokenizer, WeightSource};
 use cauldron_merge::{
-    Family as Prepared, HoldWeights, MergeError, Observer, Parents, Point, Recipe, merge_digest, sidecars,
+    Family as Prepared, HoldWeights, MergeError, Observer, Parents, Recipe, merge_digest, sidecars,
 };
 use serde_json::{Map, Value};
 use tokio::sync::watch;
@@ -22,6 +21,8 @@ use tracing::{info, warn};
 
 use super::ServingError;
 use super::parents::ParentWeights;
+use super::point::{PointWeights, Shapes, shapes};
+use super::resident::{self, OnGpu};
 use super::shares::OpenRecipe;
 use crate::cache::KnownContents;
 use crate::config::ModelName;
@@ -67,6 +68,7 @@ pub struct Facts {
     /// Bytes of the parents, as checkpoints have them.
     pub input_bytes: u64,
     /// Bytes of the parents that were put into memory, some perhaps for other families too; the rest is read at every point.
+    /// Where points are made on a GPU, of its memory.
     pub held_bytes: u64,
     /// Numbers of the largest tensor.
     pub largest_tensor: u64,
@@ -77,7 +79,6 @@ pub struct Facts {
 struct Ask {
     recipe: Box<Recipe>,
     is_plain: bool,
-    device: Device,
     arithmetic: Arithmetic,
     fixed_shapes: bool,
     unwanted: Arc<AtomicBool>,
@@ -106,6 +107,7 @@ impl Family {
         arithmetic: Arithmetic,
         parentage: Parentage,
         weights: Arc<ParentWeights>,
+        device: Device,
     ) -> std::io::Result<Arc<Self>> {
         let (asks, receiver) = channel();
         let (told, state) = watch::channel(State::Preparing);
@@ -115,6 +117,7 @@ impl Family {
             recipe: recipe.clone(),
             parentage,
             weights,
+            device,
             asks: receiver,
             told,
             stop: stop.clone(),
@@ -159,7 +162,6 @@ impl Family {
     pub(super) fn make(
         &self,
         recipe: &Recipe,
-        device: &Device,
         fixed_shapes: bool,
         is_wanted: &dyn Fn() -> bool,
     ) -> Option<Result<Made, String>> {
@@ -168,7 +170,6 @@ impl Family {
         let ask = Ask {
             is_plain: !recipe.is_mixed(),
             recipe: Box::new(recipe.clone()),
-            device: device.clone(),
             arithmetic: self.arithmetic,
             fixed_shapes,
             unwanted: unwanted.clone(),
@@ -210,6 +211,7 @@ struct Keeper {
     recipe: OpenRecipe,
     parentage: Parentage,
     weights: Arc<ParentWeights>,
+    device: Device,
     asks: Receiver<Ask>,
     told: watch::Sender<State>,
     stop: Arc<AtomicBool>,
@@ -274,13 +276,35 @@ impl Keeper {
             known.put(identity, digest);
         }
         parents.check_unchanged().map_err(|e| text(&e))?;
-        let facts = Arc::new(Facts::of(&middle, &parents, start).map_err(|e| text(&e))?);
+        let mut on_gpu = resident::open(&prepared, &parents, &self.device, &self.weights, &until);
+        let held_bytes = on_gpu
+            .as_ref()
+            .map_or_else(|| parents.held_bytes(), |gpu| gpu.bytes());
+        let facts = Facts::of(&middle, &parents, held_bytes, start).map_err(|e| text(&e))?;
+        let facts = Arc::new(facts);
         info!(family = %self.name, seconds = start.elapsed().as_secs_f64(), "a family is ready");
         self.told.send_replace(State::Ready(facts.clone()));
         let mut spare = Vec::new();
-        while let Ok(ask) = self.asks.recv() {
+        while let Some(ask) = self.next_ask(&mut on_gpu) {
             let until = Until(&[&self.stop, &ask.unwanted]);
-            let run = || make(&ask, &prepared, &parents, &facts.config, &until, &mut spare);
+            let run = || {
+                let placement = Placement {
+                    device: &self.device,
+                    arithmetic: ask.arithmetic,
+                    fixed_shapes: ask.fixed_shapes,
+                };
+                let on_gpu = on_gpu.as_deref_mut();
+                make(
+                    &ask,
+                    &prepared,
+                    &parents,
+                    &facts.config,
+                    placement,
+                    &until,
+                    on_gpu,
+                    &mut spare,
+                )
+            };
             let made = catch_unwind(AssertUnwindSafe(run));
             let changed = matches!(made, Ok(Err(MergeError::ParentChanged { .. })));
             let made = match made {
@@ -301,8 +325,29 @@ impl Keeper {
     }
 }
 
+impl Keeper {
+    /// The next point to be made; None once nobody holds the family. Meanwhile the GPU's memory is given back where a model
+    /// needs it.
+    fn next_ask(&self, on_gpu: &mut Option<Box<dyn OnGpu + '_>>) -> Option<Ask> {
+        loop {
+            if on_gpu.as_ref().is_some_and(|gpu| gpu.is_wanted_back()) {
+                info!(family = %self.name, "a family's points are made on the CPU from now on: a model needs the memory");
+                *on_gpu = None;
+            }
+            match on_gpu {
+                None => return self.asks.recv().ok(),
+                Some(_) => match self.asks.recv_timeout(LOOK) {
+                    Ok(ask) => return Some(ask),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return None,
+                },
+            }
+        }
+    }
+}
+
 impl Facts {
-    fn of(recipe: &Recipe, parents: &Parents, start: Instant) -> Result<Self, LmError> {
+    fn of(recipe: &Recipe, parents: &Parents, held_bytes: u64, start: Instant) -> Result<Self, LmError> {
         let files: HashMap<&str, Vec<u8>> = sidecars(recipe, parents)?.into_iter().collect();
         let config = config_of(&files)?;
         let parsed = ModelConfig::from_json(&config)?;
@@ -316,7 +361,7 @@ impl Facts {
             tokenizer: Arc::new(tokenizer),
             dtype: if all_bf16 { Dtype::BF16 } else { Dtype::F32 },
             input_bytes: parents.input_bytes(),
-            held_bytes: parents.held_bytes(),
+            held_bytes,
             largest_tensor: parents
                 .result_tensors()
                 .map(|(_, _, shape)| shape.iter().map(|size| *size as u64).product())
@@ -347,120 +392,15 @@ fn check(config: &ModelConfig, parents: &Parents) -> Result<(), LmError> {
     Decoder::check_weights(config, &Shapes(shapes(parents)))
 }
 
-fn shapes(parents: &Parents) -> HashMap<&str, Place<'_>> {
-    let tensors = parents.result_tensors().enumerate();
-    let place = |(index, (name, dtype, shape))| (name, Place { index, dtype, shape });
-    tensors.map(place).collect()
-}
-
-/// The tensors of a result that is not there yet.
-struct Shapes<'a>(HashMap<&'a str, Place<'a>>);
-
-struct Place<'a> {
-    index: usize,
-    dtype: Dtype,
-    shape: &'a [usize],
-}
-
-impl WeightSource for Shapes<'_> {
-    fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.0.get(name).map(|tensor| tensor.shape.to_vec())
-    }
-
-    fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
-        Err(LmError::missing_tensor(name))
-    }
-}
-
-/// A point as a decoder reads it.
-struct PointWeights<'a> {
-    tensors: Shapes<'a>,
-    buffers: Vec<Vec<u8>>,
-    /// By tensor, in order: which buffer, and where in it.
-    runs: Vec<Vec<(usize, Range<usize>)>>,
-}
-
-impl WeightSource for PointWeights<'_> {
-    fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.tensors.shape(name)
-    }
-
-    fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
-        let mut bytes = Vec::new();
-        let dtype = self.append(name, &mut bytes)?.dtype;
-        let size = cauldron_checkpoint::dtype_size(dtype).unwrap_or(1) as usize;
-        let mut values = vec![0f32; bytes.len() / size];
-        widen(dtype, &bytes, &mut values);
-        Ok(values)
-    }
-
-    fn read_bf16(&self, name: &str, out: &mut Vec<u8>) -> Result<bool, LmError> {
-        match self.tensors.0.get(name) {
-            Some(tensor) if tensor.dtype == Dtype::BF16 => self.append(name, out).map(|_| true),
-            _ => Ok(false),
-        }
-    }
-
-    fn bf16_pieces(&self, name: &str) -> Option<Vec<&[u8]>> {
-        let tensor = self
-            .tensors
-            .0
-            .get(name)
-            .filter(|tensor| tensor.dtype == Dtype::BF16)?;
-        let runs = self.runs[tensor.index].iter();
-        Some(
-            runs.map(|(buffer, range)| &self.buffers[*buffer][range.clone()])
-                .collect(),
-        )
-    }
-}
-
-impl<'a> PointWeights<'a> {
-    /// The pass over the parents.
-    fn compute(
-        point: &Point<'_, '_>,
-        parents: &'a Parents,
-        until: &Until<'_>,
-        spare: &mut Vec<Vec<u8>>,
-    ) -> Result<Self, MergeError> {
-        let tensors = Shapes(shapes(parents));
-        let mut buffers = Vec::new();
-        let mut runs = vec![Vec::new(); parents.result_tensors().count()];
-        let take = || spare.pop().unwrap_or_default();
-        point.tensors(until, take, |parts, bytes| {
-            let mut start = 0;
-            for part in parts {
-                runs[part.tensor].push((buffers.len(), start..start + part.len));
-                start += part.len;
-            }
-            buffers.push(bytes);
-        })?;
-        Ok(Self {
-            tensors,
-            buffers,
-            runs,
-        })
-    }
-
-    fn append(&self, name: &str, out: &mut Vec<u8>) -> Result<&Place<'a>, LmError> {
-        let place = self
-            .tensors
-            .0
-            .get(name)
-            .ok_or_else(|| LmError::missing_tensor(name))?;
-        for (buffer, range) in &self.runs[place.index] {
-            out.extend_from_slice(&self.buffers[*buffer][range.clone()]);
-        }
-        Ok(place)
-    }
-}
-
+#[allow(clippy::too_many_arguments)]
 fn make(
     ask: &Ask,
     prepared: &Prepared<'_>,
     parents: &Parents,
     config: &ModelConfig,
+    placement: Placement<'_>,
     until: &Until<'_>,
+    on_gpu: Option<&mut (dyn OnGpu + '_)>,
     spare: &mut Vec<Vec<u8>>,
 ) -> Result<Made, MergeError> {
     let start = Instant::now();
@@ -476,24 +416,39 @@ fn make(
         None => prepared.point_of_recipe(&ask.recipe)?,
     }
     .unobserved();
-    let weights = PointWeights::compute(&point, parents, until, spare)?;
-    let pass = start.elapsed();
-    let placement = Placement {
-        device: &ask.device,
-        arithmetic: ask.arithmetic,
-        fixed_shapes: ask.fixed_shapes,
+    let decode = |weights: &dyn WeightSource| {
+        let decoder = Decoder::load_for(config.clone(), weights, placement);
+        decoder.map_err(|e| MergeError::Internal {
+            detail: e.to_string(),
+        })
     };
-    let decoder = Decoder::load_for(config.clone(), &weights, placement);
-    let decoder = decoder.map_err(|e| MergeError::Internal {
-        detail: e.to_string(),
-    })?;
+    let made_there = match on_gpu.filter(|_| plain.is_none()) {
+        None => None,
+        Some(gpu) => match gpu.compute(&point) {
+            Ok(weights) => Some((start.elapsed(), decode(&*weights)?)),
+            Err(error) => {
+                // The CPU says which tensor is at fault, or does what the GPU could not.
+                warn!(%error, "a point is made on the CPU");
+                None
+            }
+        },
+    };
+    let (pass, decoder) = match made_there {
+        Some(made) => made,
+        None => {
+            let weights = PointWeights::compute(&point, parents, until, spare)?;
+            let pass = start.elapsed();
+            let decoder = decode(&weights)?;
+            let mut kept = 0;
+            spare.extend(weights.buffers.into_iter().take_while(|buffer| {
+                kept += buffer.capacity();
+                kept <= SPARE_BYTES
+            }));
+            (pass, decoder)
+        }
+    };
     let digest = merge_digest(&ask.recipe, parents, until)?;
     parents.check_unchanged()?;
-    let mut kept = 0;
-    spare.extend(weights.buffers.into_iter().take_while(|buffer| {
-        kept += buffer.capacity();
-        kept <= SPARE_BYTES
-    }));
     Ok(Made {
         decoder,
         digest,

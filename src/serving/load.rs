@@ -208,9 +208,7 @@ fn load_point(
     let mut memory = turn.make_room(place.memory.need_of_point(&facts.config, reading))?;
     go_on(turn)?;
     turn.commit();
-    let made = family.make(recipe, place.device, place.limits.fixed_shapes, &|| {
-        turn.is_wanted()
-    });
+    let made = family.make(recipe, place.limits.fixed_shapes, &|| turn.is_wanted());
     let made = made.ok_or(LoadFailure::Unwanted)??;
     memory.correct(made.decoder.weight_bytes() as u64);
     let point = PointInfo {

@@ -72,7 +72,8 @@ impl Serving {
             return Err(LoadError::ShuttingDown);
         }
         self.check_names(&slots, &name, aliases)?;
-        let family = Family::start(name.clone(), recipe, arithmetic, parentage, self.parents.clone())?;
+        let (parents, device) = (self.parents.clone(), self.device.clone());
+        let family = Family::start(name.clone(), recipe, arithmetic, parentage, parents, device)?;
         slots.set_aliases(&name, aliases);
         slots.drop_family(&name);
         slots.drop_model(&name);

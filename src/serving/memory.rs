@@ -49,6 +49,20 @@ pub(super) enum Use {
     Parents,
 }
 
+/// The most that may be taken once parents have theirs, and that parents may take, in eighths of the limit.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ample {
+    used: u64,
+    parents: u64,
+}
+
+impl Ample {
+    /// What is read again where it is not held is in the page cache, as likely as not.
+    pub const ON_CPU: Self = Self { used: 4, parents: 2 };
+    /// There it is the weights of a point that come through the bus otherwise.
+    pub const ON_GPU: Self = Self { used: 7, parents: 5 };
+}
+
 /// What a model needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Need {
@@ -70,11 +84,10 @@ pub(super) struct Reservation {
 }
 
 impl Memory {
-    /// `limit` None: four fifths of what is free, or none at all where models are not in the machine's memory.
-    pub(super) fn new(limit: Option<u64>, kv_bytes: Option<u64>, on_cpu: bool) -> Self {
-        let free = free_bytes();
+    /// `free`: bytes that nobody has where models lie. `limit` None: four fifths of them, or none at all where they are not known.
+    pub(super) fn new(limit: Option<u64>, kv_bytes: Option<u64>, free: Option<u64>) -> Self {
         Self {
-            limit: limit.or(free.filter(|_| on_cpu).map(|free| free / 5 * 4)),
+            limit: limit.or(free.map(|free| free / 5 * 4)),
             kv_given: kv_bytes,
             kv_default: free.map_or(LEAST_KV, |free| (free / KV_SHARE).clamp(LEAST_KV, MOST_KV)),
             taken: Mutex::default(),
@@ -147,14 +160,16 @@ impl Memory {
         parents > 0 && self.limit.is_some_and(beside)
     }
 
-    /// For parents, which families can do without: None unless half of all memory is left to models then and parents have no
-    /// more than a quarter, or if there is no limit to tell by.
-    pub(super) fn reserve_for_parents(self: &Arc<Self>, bytes: u64) -> Option<Reservation> {
+    /// For parents, which families can do without: None where too little would be left to models, or if there is no limit to
+    /// tell by.
+    pub(super) fn reserve_for_parents(self: &Arc<Self>, bytes: u64, ample: Ample) -> Option<Reservation> {
         let mut taken = self.taken();
         let limit = self.limit?;
-        let is_ample =
-            |used: u64, share: u64| used.checked_add(bytes).is_some_and(|used| used <= limit / share);
-        match is_ample(taken.used, 2) && is_ample(taken.parents, 4) {
+        let is_ample = |used: u64, eighths: u64| {
+            let most = (u128::from(limit) * u128::from(eighths) / 8) as u64;
+            used.checked_add(bytes).is_some_and(|used| used <= most)
+        };
+        match is_ample(taken.used, ample.used) && is_ample(taken.parents, ample.parents) {
             true => Some(self.give(&mut taken, bytes, 0, Use::Parents)),
             false => None,
         }
@@ -224,6 +239,9 @@ impl Reservation {
     pub(super) fn correct(&mut self, weights: u64) {
         let mut taken = self.memory.taken();
         taken.used = (taken.used + weights).saturating_sub(self.weights);
+        if self.what == Use::Parents {
+            taken.parents = (taken.parents + weights).saturating_sub(self.weights);
+        }
         drop(taken);
         self.weights = weights;
         self.memory.freed.notify_all();
@@ -258,7 +276,7 @@ impl Drop for Reservation {
 }
 
 /// What this process can still take: of the machine, and of its container if that has a limit.
-fn free_bytes() -> Option<u64> {
+pub(super) fn free_bytes() -> Option<u64> {
     let machine = fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| available(&text));
@@ -365,7 +383,7 @@ mod tests {
 
     #[test]
     fn no_more_is_reserved_than_there_is_and_it_comes_back() {
-        let memory = Arc::new(Memory::new(Some(100), None, true));
+        let memory = Arc::new(Memory::new(Some(100), None, None));
         let need = |weights, least_kv, most_kv| Need {
             weights,
             least_kv,
@@ -394,16 +412,22 @@ mod tests {
         assert_eq!(memory.used_bytes(), 0);
         assert!(memory.check(need(90, 10, 50)).is_ok());
         let model = memory.reserve(need(30, 0, 0)).expect("room");
-        assert!(memory.reserve_for_parents(21).is_none(), "half is left");
-        let parents = memory.reserve_for_parents(20).expect("it is");
+        assert!(
+            memory.reserve_for_parents(21, Ample::ON_CPU).is_none(),
+            "half is left"
+        );
+        let parents = memory.reserve_for_parents(20, Ample::ON_CPU).expect("it is");
         assert!(
             !memory.needs_that_of_parents(need(80, 0, 0)) && memory.needs_that_of_parents(need(80, 1, 1))
         );
         drop(model);
-        assert!(memory.reserve_for_parents(6).is_none(), "more than a quarter");
-        let others = memory.reserve_for_parents(5).expect("a quarter");
+        assert!(
+            memory.reserve_for_parents(6, Ample::ON_CPU).is_none(),
+            "more than a quarter"
+        );
+        let others = memory.reserve_for_parents(5, Ample::ON_CPU).expect("a quarter");
         drop((parents, others));
-        assert!(memory.reserve_for_parents(25).is_some());
+        assert!(memory.reserve_for_parents(25, Ample::ON_CPU).is_some());
         let error = memory.check(need(90, 11, 50)).expect_err("too large");
         assert!(error.contains("--model-memory-bytes"), "{error}");
         assert!(memory.check(need(u64::MAX, 11, 50)).is_err());

@@ -10,6 +10,8 @@ mod load;
 mod loader;
 mod memory;
 mod parents;
+mod point;
+mod resident;
 mod served;
 mod shares;
 mod slot;
@@ -115,11 +117,12 @@ pub struct Serving {
 impl Serving {
     pub fn start(cache: Cache, device: Device, limits: ServingLimits) -> std::io::Result<Arc<Self>> {
         let on_cpu = matches!(device, Device::Cpu);
-        let memory = Arc::new(Memory::new(limits.memory_bytes, limits.kv_bytes, on_cpu));
+        let free = device::free_bytes(&device);
+        let memory = Arc::new(Memory::new(limits.memory_bytes, limits.kv_bytes, free));
         Ok(Arc::new(Self {
             slots: Mutex::default(),
             engine: Arc::new(EngineThread::start(limits)?),
-            parents: Arc::new(ParentWeights::new(on_cpu.then(|| memory.clone()))),
+            parents: Arc::new(ParentWeights::new(memory.clone(), on_cpu)),
             memory,
             cache,
             device,

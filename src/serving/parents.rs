@@ -2,13 +2,14 @@
 //! let go where a model needs theirs. What is not there is read from its files at every point.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
 use cauldron_checkpoint::{Checkpoint, CheckpointError, HeldWeights};
 use tracing::info;
 
-use super::memory::Memory;
+use super::memory::{Ample, Memory, Reservation};
 
 /// How often a family that waits for another's reading looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(20);
@@ -16,8 +17,9 @@ const LOOK: Duration = Duration::from_millis(20);
 /// What all families of this process hold.
 #[derive(Debug)]
 pub(super) struct ParentWeights {
-    /// None where points are not computed in the memory that it counts.
-    memory: Option<Arc<Memory>>,
+    memory: Arc<Memory>,
+    /// Whether what `memory` counts is the CPU's.
+    on_cpu: bool,
     known: Mutex<Known>,
 }
 
@@ -27,12 +29,15 @@ struct Known {
     weights: HashMap<String, Arc<Mutex<Weak<HeldWeights>>>>,
     /// Those that hold weights, or did.
     holders: Vec<Weak<Checkpoint>>,
+    /// Of families whose parents lie on the GPU: whether they are to give their memory back.
+    wanted_back: Vec<Weak<AtomicBool>>,
 }
 
 impl ParentWeights {
-    pub(super) fn new(memory: Option<Arc<Memory>>) -> Self {
+    pub(super) fn new(memory: Arc<Memory>, on_cpu: bool) -> Self {
         Self {
             memory,
+            on_cpu,
             known: Mutex::default(),
         }
     }
@@ -44,9 +49,9 @@ impl ParentWeights {
         checkpoint: &Arc<Checkpoint>,
         go_on: &(dyn Fn() -> bool + Sync),
     ) -> Result<(), CheckpointError> {
-        let Some(memory) = &self.memory else {
+        if !self.on_cpu {
             return Ok(());
-        };
+        }
         // Files that may change without their identity are read by each family for itself.
         let place = match identity {
             None => Arc::default(),
@@ -68,7 +73,10 @@ impl ParentWeights {
         let weights = match place.upgrade() {
             Some(weights) => weights,
             None => {
-                let Some(reservation) = memory.reserve_for_parents(checkpoint.held_bytes()) else {
+                let Some(reservation) = self
+                    .memory
+                    .reserve_for_parents(checkpoint.held_bytes(), Ample::ON_CPU)
+                else {
                     return Ok(());
                 };
                 let weights = Arc::new(checkpoint.read_all(go_on, Box::new(reservation))?);
@@ -89,10 +97,34 @@ impl ParentWeights {
         Ok(())
     }
 
+    /// Room on the GPU for one family's parents, if it is ample.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub(super) fn room_on_gpu(&self, bytes: u64) -> Option<GpuRoom> {
+        let reservation = self.memory.reserve_for_parents(bytes, Ample::ON_GPU)?;
+        let wanted_back = Arc::new(AtomicBool::new(false));
+        let mut known = self.known();
+        known.wanted_back.retain(|room| room.strong_count() > 0);
+        known.wanted_back.push(Arc::downgrade(&wanted_back));
+        Some(GpuRoom {
+            reservation,
+            wanted_back,
+        })
+    }
+
     /// Gives the memory back, once the passes that run have ended; false if nothing was held. Families go on with their files.
     pub(super) fn let_go(&self) -> bool {
-        let holders = std::mem::take(&mut self.known().holders);
+        let (holders, rooms) = {
+            let mut known = self.known();
+            (
+                std::mem::take(&mut known.holders),
+                std::mem::take(&mut known.wanted_back),
+            )
+        };
         let mut any = false;
+        for room in rooms.iter().filter_map(Weak::upgrade) {
+            room.store(true, Ordering::Relaxed);
+            any = true;
+        }
         for checkpoint in holders.iter().filter_map(Weak::upgrade) {
             any |= checkpoint.held().is_some();
             checkpoint.let_go();
@@ -105,6 +137,27 @@ impl ParentWeights {
 
     fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One family's share of the GPU's memory; given back when it is dropped.
+#[derive(Debug)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(super) struct GpuRoom {
+    reservation: Reservation,
+    wanted_back: Arc<AtomicBool>,
+}
+
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+impl GpuRoom {
+    /// Puts what is taken in truth in the estimate's place.
+    pub(super) fn correct(&mut self, bytes: u64) {
+        self.reservation.correct(bytes);
+    }
+
+    /// Whether a model needs it.
+    pub(super) fn is_wanted_back(&self) -> bool {
+        self.wanted_back.load(Ordering::Relaxed)
     }
 }
 
@@ -132,8 +185,8 @@ mod tests {
         let (one, two) = (checkpoint(dir.path()), open(dir.path()));
         let identity = one.identity().expect("an identity");
         let bytes = one.held_bytes();
-        let memory = Arc::new(Memory::new(Some(8 * bytes), None, true));
-        let parents = ParentWeights::new(Some(memory.clone()));
+        let memory = Arc::new(Memory::new(Some(8 * bytes), None, None));
+        let parents = ParentWeights::new(memory.clone(), true);
         let hold = |identity: Option<&str>, model: &Arc<Checkpoint>| {
             parents.hold(identity, model, &|| true).expect("no error");
         };
@@ -161,9 +214,16 @@ mod tests {
         let cancelled = parents.hold(None, &two, &|| false);
         assert!(matches!(cancelled, Err(CheckpointError::Cancelled)));
         assert_eq!(memory.used_bytes(), 0);
-        let nowhere = ParentWeights::new(None);
+        let nowhere = ParentWeights::new(memory.clone(), false);
         nowhere.hold(None, &two, &|| true).expect("no error");
         assert!(two.held().is_none());
+        let mut room = nowhere.room_on_gpu(4 * bytes).expect("half");
+        assert!(nowhere.room_on_gpu(2 * bytes).is_none() && !room.is_wanted_back());
+        room.correct(2 * bytes);
+        assert_eq!(memory.used_bytes(), 2 * bytes);
+        assert!(nowhere.let_go() && room.is_wanted_back() && !nowhere.let_go());
+        drop(room);
+        assert_eq!(memory.used_bytes(), 0);
     }
 
     #[test]

@@ -79,6 +79,15 @@ pub fn is_available() -> bool {
     }
 }
 
+/// Bytes of a device's memory that nobody has.
+pub fn free_bytes(device: &Device) -> Result<u64> {
+    let Device::Cuda(cuda) = device else {
+        bail!("not a CUDA device");
+    };
+    let (free, _) = cuda.cuda_stream().context().mem_get_info().w()?;
+    Ok(free as u64)
+}
+
 impl Gpu {
     /// Loads the kernels onto an opened device. Tensors that are made before are used more slowly (their uses are tracked).
     pub fn new(device: &Device) -> Result<Self> {
@@ -176,6 +185,7 @@ pub(crate) fn pointer(tensor: &Tensor) -> Result<u64> {
         CudaStorageSlice::U8(slice) => slice.device_ptr(&stream).0,
         CudaStorageSlice::U32(slice) => slice.device_ptr(&stream).0,
         CudaStorageSlice::BF16(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::F16(slice) => slice.device_ptr(&stream).0,
         CudaStorageSlice::F32(slice) => slice.device_ptr(&stream).0,
         CudaStorageSlice::F64(slice) => slice.device_ptr(&stream).0,
         _ => bail!("tensors of {:?} are not used on the GPU", tensor.dtype()),

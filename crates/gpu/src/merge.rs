@@ -1,6 +1,8 @@
 //! The tensors of a merge: for each the operation, its parents' bytes, and the bytes that come of them (`kernels/merge.cu`).
 
+use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
+use candle_core::cuda_backend::cudarc::driver::result::memcpy_dtod_async;
 use candle_core::{DType, Result, Tensor, bail};
 
 use crate::device::{Gpu, pointer};
@@ -33,9 +35,14 @@ pub enum Number {
 
 impl Number {
     fn bytes(self) -> usize {
+        self.dtype().size_in_bytes()
+    }
+
+    fn dtype(self) -> DType {
         match self {
-            Self::Bf16 | Self::F16 => 2,
-            Self::F32 => 4,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+            Self::F32 => DType::F32,
         }
     }
 }
@@ -285,6 +292,15 @@ impl Gpu {
             tensor: Tensor::from_vec(padded, room, &self.device)?,
             len: bytes.len(),
         })
+    }
+
+    /// A copy of a tensor's bytes as a tensor that computes, on the GPU.
+    pub fn tensor(&self, bytes: &Bytes, number: Number, shape: &[usize]) -> Result<Tensor> {
+        let from = bytes.holds(shape.iter().product(), number)?;
+        let copy = self.empty(shape, number.dtype())?;
+        // SAFETY: both have as many bytes, and everything runs on one stream.
+        unsafe { memcpy_dtod_async(pointer(&copy)?, from, bytes.len, self.stream.cu_stream()) }.w()?;
+        Ok(copy)
     }
 
     pub fn download(&self, bytes: &Bytes) -> Result<Vec<u8>> {

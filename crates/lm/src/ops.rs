@@ -53,6 +53,24 @@ impl Matrix {
         Self::Packed(PackedMatrix::from_bf16(rows, inner))
     }
 
+    /// From tensors on a GPU, one below the other: what [`Matrix::new`] makes of their numbers.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn of_gpu(parts: &[Tensor], placement: Placement<'_>) -> candle_core::Result<Self> {
+        let dtype = match placement.arithmetic {
+            Arithmetic::F32 => candle_core::DType::F32,
+            Arithmetic::Bf16 => candle_core::DType::BF16,
+            other => candle_core::bail!("{} is not computed on a GPU", other.name()),
+        };
+        let parts: Vec<Tensor> = parts
+            .iter()
+            .map(|part| part.to_dtype(dtype))
+            .collect::<candle_core::Result<_>>()?;
+        Ok(Self::Gpu(match parts.as_slice() {
+            [one] => one.clone(),
+            parts => Tensor::cat(parts, 0)?,
+        }))
+    }
+
     /// The tensor on the GPU.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_gpu(&self) -> candle_core::Result<&Tensor> {

@@ -4,6 +4,8 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 
+#[cfg(feature = "cuda")]
+use candle_core::Device;
 use candle_core::Tensor;
 use cauldron_checkpoint::{Checkpoint, Dtype, Expert};
 
@@ -25,6 +27,12 @@ pub trait WeightSource: Sync {
     /// The same bytes where they lie in memory, in their order; None where they do not, or are something else.
     fn bf16_pieces(&self, _name: &str) -> Option<Vec<&[u8]>> {
         None
+    }
+
+    /// The whole tensor, in its shape, where it lies on the decoder's GPU; None where it does not.
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self, _name: &str) -> Result<Option<Tensor>, LmError> {
+        Ok(None)
     }
 }
 
@@ -141,6 +149,10 @@ impl<'a> Loader<'a> {
 
     /// Matrices of `columns` columns stacked into one \[sum of rows, columns\].
     pub(crate) fn stacked(&self, parts: &[(String, usize)], columns: usize) -> Result<Matrix, LmError> {
+        #[cfg(feature = "cuda")]
+        if let Some(matrix) = self.stacked_on_gpu(parts, columns)? {
+            return Ok(matrix);
+        }
         if let Some(matrix) = self.stacked_bf16(parts, columns)? {
             return Ok(matrix);
         }
@@ -153,6 +165,24 @@ impl<'a> Loader<'a> {
             }
         }
         Ok(Matrix::new(values, columns, self.placement)?)
+    }
+
+    /// Without a detour over the CPU's memory, where all parts lie on the GPU already.
+    #[cfg(feature = "cuda")]
+    fn stacked_on_gpu(&self, parts: &[(String, usize)], columns: usize) -> Result<Option<Matrix>, LmError> {
+        if matches!(self.placement.device, Device::Cpu) {
+            return Ok(None);
+        }
+        let mut tensors = Vec::new();
+        for (name, rows) in parts {
+            check_shape(self.source, name, &[*rows, columns])?;
+            match self.source.on_gpu(name)? {
+                Some(tensor) if tensor.dims() == [*rows, columns] => tensors.push(tensor),
+                Some(_) => return Err(unfilled(name)),
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(Matrix::of_gpu(&tensors, self.placement)?))
     }
 
     /// Without a detour over f32, where all parts are bf16 and stay so.

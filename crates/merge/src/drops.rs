@@ -175,13 +175,13 @@ impl Family<'_> {
     /// each survivor by another number, and those that are rescaled to a norm are remembered already.
     pub(crate) fn remember_drops(&mut self, obs: &dyn Observer) -> Result<(), MergeError> {
         let merged = self.merged();
-        let is_dare = self
-            .recipe
-            .sparsify
-            .as_ref()
-            .is_some_and(|s| s.drops == Drops::Dare);
+        let is_told_by_a_bit = self.recipe.sparsify.as_ref().is_some_and(|s| match s.drops {
+            Drops::Dare => true,
+            Drops::Della => s.rescale != Rescale::Expectation,
+            _ => false,
+        });
         let is_known = merged.iter().any(|t| !self.prepared[*t].masks.is_empty());
-        if !is_dare || is_known || !self.remembers_drops(&merged) {
+        if !is_told_by_a_bit || is_known || !self.remembers_drops(&merged) {
             return Ok(());
         }
         let mut masks: Vec<Vec<Mask>> = vec![Vec::new(); self.tensors().len()];

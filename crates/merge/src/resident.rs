@@ -2,8 +2,10 @@
 //! [`Point::tensor`](crate::Point::tensor), as the kernels (crates/gpu) do the same operations in the same order.
 //!
 //! For methods whose every element follows from the parents' elements at its place and from what was prepared: averages, task
-//! arithmetic, TIES, and methods on angles whose coefficients hold for a whole tensor; with DARE, magnitude and breadcrumbs.
+//! arithmetic, TIES, and methods on angles whose coefficients hold for a whole tensor; with DARE, magnitude, breadcrumbs, and DELLA
+//! where a family remembers its drops.
 
+use candle_core::{DType, Tensor};
 use cauldron_checkpoint::{Dtype, narrow};
 use cauldron_gpu::{
     Bytes, Change, Edge as GpuEdge, Gpu, Mean, Member, Number, Operation, Pass, Plan, Survivors as Gone,
@@ -31,7 +33,7 @@ pub struct Resident<'f, 'a> {
 #[derive(Debug)]
 pub struct Written {
     tensors: Vec<Bytes>,
-    not_finite: candle_core::Tensor,
+    not_finite: Tensor,
 }
 
 /// One tensor's inputs.
@@ -102,6 +104,8 @@ impl<'f, 'a> Resident<'f, 'a> {
             .chain(reads_base.then(|| type_of(family, tensor, None)))
             .collect();
         let mut inputs: Vec<Vec<u8>> = vec![Vec::new(); types.len()];
+        let masks = &family.prepared[index].masks;
+        let mut remembered: Vec<BitRun> = masks.iter().map(|_| BitRun::default()).collect();
         let needs = Needs {
             base: reads_base,
             members: vec![true; tensor.members.len()],
@@ -123,6 +127,7 @@ impl<'f, 'a> Resident<'f, 'a> {
             obs,
             |work, scratch, chunk| {
                 let mut parts: Vec<Vec<u8>> = vec![Vec::new(); types.len()];
+                let mut bits: Vec<BitRun> = masks.iter().map(|_| BitRun::default()).collect();
                 work.tiles(scratch, chunk, |tile| {
                     let values = tile.thetas.iter().chain([&tile.theta0]);
                     for ((part, values), dtype) in parts.iter_mut().zip(values).zip(&types) {
@@ -131,13 +136,21 @@ impl<'f, 'a> Resident<'f, 'a> {
                         // These values came from this type.
                         narrow(*dtype, &values[..tile.len], &mut part[at..]);
                     }
+                    for (bits, mask) in bits.iter_mut().zip(masks) {
+                        if let Some(known) = mask.of(tile) {
+                            bits.extend(known, tile.len);
+                        }
+                    }
                     Ok(())
                 })?;
-                Ok(parts)
+                Ok((parts, bits))
             },
-            |_, parts| {
+            |_, (parts, bits)| {
                 for (input, part) in inputs.iter_mut().zip(parts) {
                     input.extend(part);
+                }
+                for (all, bits) in remembered.iter_mut().zip(bits) {
+                    all.extend(&bits.words, bits.len);
                 }
             },
         )?;
@@ -152,7 +165,13 @@ impl<'f, 'a> Resident<'f, 'a> {
         let mut kept = Vec::new();
         for member in 0..tensor.members.len() {
             let drop = family.prepared[index].drops.get(member);
+            let known = remembered
+                .get(member)
+                .filter(|bits| bits.len == tensor.plan.numel());
             kept.push(match drop {
+                Some(_) if known.is_some_and(|bits| bits.len > 0) => {
+                    known.map(|bits| self.upload(&bits.bytes())).transpose()?
+                }
                 Some(Drop::Dare { words, threshold, .. }) => {
                     let threshold = (*threshold).min(u64::from(u32::MAX)) as u32;
                     let bits = self
@@ -181,9 +200,12 @@ impl<'f, 'a> Resident<'f, 'a> {
             .map(|tensor| self.gpu.bytes(tensor.plan.byte_len() as usize))
             .collect::<candle_core::Result<_>>()
             .map_err(failed)?;
-        let not_finite =
-            candle_core::Tensor::zeros(1, candle_core::DType::U32, self.gpu.device()).map_err(failed)?;
+        let not_finite = self.flag()?;
         Ok(Written { tensors, not_finite })
+    }
+
+    fn flag(&self) -> Result<Tensor, MergeError> {
+        Tensor::zeros(1, DType::U32, self.gpu.device()).map_err(failed)
     }
 
     /// The tensors that are computed.
@@ -199,6 +221,8 @@ impl<'f, 'a> Resident<'f, 'a> {
 
     /// Starts the pass of a point of this family; [`Resident::finish`] waits for it.
     pub fn write(&self, point: &Point<'_, '_>, to: &mut Written) -> Result<(), MergeError> {
+        // What an earlier point found is its own.
+        to.not_finite = self.flag()?;
         let passes = self.passes(point)?;
         let mut outs = Vec::new();
         for (loaded, out) in self.tensors.iter().zip(&mut to.tensors) {
@@ -225,6 +249,14 @@ impl<'f, 'a> Resident<'f, 'a> {
                 detail: "a result is not finite".into(),
             }),
         }
+    }
+
+    /// A copy of a tensor for whoever computes with it, on the GPU.
+    pub fn on_device(&self, written: &Written, index: usize) -> Result<Tensor, MergeError> {
+        let plan = &self.family.tensors()[index].plan;
+        self.gpu
+            .tensor(&written.tensors[index], number(plan.dtype)?, &plan.shape)
+            .map_err(failed)
     }
 
     /// A tensor's bytes, in CPU memory.
@@ -256,13 +288,74 @@ fn check(family: &Family<'_>) -> Result<(), MergeError> {
             return Err(refused("this method"));
         }
     }
-    let drops = family.prepared.iter().flat_map(|prepared| &prepared.drops);
-    for drop in drops {
-        if matches!(drop, Drop::Della { .. }) {
-            return Err(refused("DELLA"));
+    for prepared in &family.prepared {
+        let is_della = |drop: &Drop| matches!(drop, Drop::Della { .. });
+        if prepared.masks.is_empty() && prepared.drops.iter().any(is_della) {
+            return Err(refused("DELLA whose drops are not remembered"));
         }
     }
     Ok(())
+}
+
+/// A bit an element, the first lowest in the first word.
+#[derive(Debug, Default)]
+struct BitRun {
+    words: Vec<u32>,
+    len: usize,
+}
+
+impl BitRun {
+    /// Appends the first `len` bits of `words`.
+    fn extend(&mut self, words: &[u32], len: usize) {
+        let shift = self.len % 32;
+        for (index, word) in words.iter().enumerate() {
+            let count = (len - 32 * index).min(32);
+            let word = if count == 32 {
+                *word
+            } else {
+                word & ((1 << count) - 1)
+            };
+            match self.words.last_mut().filter(|_| shift > 0) {
+                None => self.words.push(word),
+                Some(last) => {
+                    *last |= word << shift;
+                    if shift + count > 32 {
+                        self.words.push(word >> (32 - shift));
+                    }
+                }
+            }
+        }
+        self.len += len;
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        self.words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_bits_are_joined_without_gaps() {
+        let mut run = BitRun::default();
+        let mut expected = Vec::new();
+        for (at, len) in [32usize, 5, 64, 1, 30, 33, 0, 100, 28].into_iter().enumerate() {
+            let bits: Vec<bool> = (0..len).map(|i| (i * i + at) % 3 == 0).collect();
+            let words: Vec<u32> = bits
+                .chunks(32)
+                .map(|bits| bits.iter().enumerate().map(|(i, bit)| u32::from(*bit) << i).sum())
+                .collect();
+            run.extend(&words, len);
+            expected.extend(bits);
+        }
+        assert_eq!(run.len, expected.len());
+        assert_eq!(run.words.len(), expected.len().div_ceil(32));
+        for (i, bit) in expected.iter().enumerate() {
+            assert_eq!(run.words[i / 32] >> (i % 32) & 1 == 1, *bit, "{i}");
+        }
+    }
 }
 
 /// The type in which a parent's values lie on the GPU: that of its file, unless they are no file's.
