@@ -37,6 +37,8 @@ RECIPES = {
     "dare-task": recipe("task_arithmetic", sparsify=DARE, mixup=MIX),
     "dare-ties": recipe("ties", retain=0.5, sparsify=DARE, mixup=MIX),
     "dare-l1": recipe("task_arithmetic", sparsify=DARE | {"rescale": "l1"}),
+    "della": recipe("task_arithmetic", sparsify={"kind": "della", "retain": 0.6, "epsilon": 0.2, "rescale": False}, mixup=MIX),
+    "della-l1": recipe("ties", retain=0.5, sparsify={"kind": "della", "retain": 0.6, "epsilon": 0.2, "rescale": "l1"}, mixup=MIX),
     "magnitude": recipe("task_arithmetic", sparsify={"kind": "magnitude", "retain": 0.4}),
     "breadcrumbs": recipe("ties", retain=1.0, variant="tensor", sparsify={"kind": "breadcrumbs", "retain": 0.7, "gamma": 0.05}),
     "slerp": recipe("slerp", base=None, t=0.3),

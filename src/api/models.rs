@@ -100,8 +100,9 @@ struct FamilyView {
     recipe: Value,
     /// Bytes of the parents, once they are prepared.
     input_bytes: Option<u64>,
-    /// Bytes of the parents' files that are in memory, shared with other families of the same parents; what there is no
-    /// ample room for is read from the files at every point.
+    /// Bytes of the parents' files that were put into memory when the family was prepared, shared with other families of the
+    /// same parents; what there is no ample room for is read from the files at every point. On a GPU what the family alone
+    /// has of its memory: parents, masks and room for one result.
     held_bytes: Option<u64>,
     /// Its models that are in memory, or on their way.
     #[schema(no_recursion)]

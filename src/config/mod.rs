@@ -160,7 +160,7 @@ pub struct EngineArgs {
     pub kv_cache_bytes: Option<u64>,
     /// Bytes that all loaded models may take, weights and keys and values. A model that needs more than is left takes the
     /// place of those that were not asked for longest; they come back when they are asked for. Default: four fifths of
-    /// the memory that is free at the start; on a GPU no limit.
+    /// the memory that is free at the start, on a GPU of its own.
     #[arg(long, env = "CAULDRON_MODEL_MEMORY_BYTES", value_parser = clap::value_parser!(u64).range(1 << 20..))]
     pub model_memory_bytes: Option<u64>,
     /// Load a model of --models-dir under its own name when it is first asked for.

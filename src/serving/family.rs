@@ -67,8 +67,8 @@ pub struct Facts {
     pub dtype: Dtype,
     /// Bytes of the parents, as checkpoints have them.
     pub input_bytes: u64,
-    /// Bytes of the parents that were put into memory, some perhaps for other families too; the rest is read at every point.
-    /// Where points are made on a GPU, of its memory.
+    /// Bytes of the parents that were put into memory once prepared, some perhaps for other families too; the rest is read at
+    /// every point. Where points are made on a GPU, its memory: parents, masks and one result.
     pub held_bytes: u64,
     /// Numbers of the largest tensor.
     pub largest_tensor: u64,
@@ -326,13 +326,16 @@ impl Keeper {
 }
 
 impl Keeper {
-    /// The next point to be made; None once nobody holds the family. Meanwhile the GPU's memory is given back where a model
+    /// The next point to be made; None once nobody wants the family. Meanwhile the GPU's memory is given back where a model
     /// needs it.
     fn next_ask(&self, on_gpu: &mut Option<Box<dyn OnGpu + '_>>) -> Option<Ask> {
         loop {
             if on_gpu.as_ref().is_some_and(|gpu| gpu.is_wanted_back()) {
                 info!(family = %self.name, "a family's points are made on the CPU from now on: a model needs the memory");
                 *on_gpu = None;
+            }
+            if self.stop.load(Ordering::Relaxed) {
+                return None;
             }
             match on_gpu {
                 None => return self.asks.recv().ok(),
@@ -424,8 +427,11 @@ fn make(
     };
     let made_there = match on_gpu.filter(|_| plain.is_none()) {
         None => None,
-        Some(gpu) => match gpu.compute(&point) {
-            Ok(weights) => Some((start.elapsed(), decode(&*weights)?)),
+        Some(gpu) => match gpu
+            .compute(&point)
+            .and_then(|weights| Ok((start.elapsed(), decode(&*weights)?)))
+        {
+            Ok(made) => Some(made),
             Err(error) => {
                 // The CPU says which tensor is at fault, or does what the GPU could not.
                 warn!(%error, "a point is made on the CPU");

@@ -369,8 +369,10 @@ impl Turn for SlotTurn<'_> {
                         return Ok(reservation);
                     }
                     let parents = &self.serving.parents;
+                    // A point takes from its own parents only what it cannot do without: others leave in a moment.
                     (memory.needs_that_of_parents(need) && parents.let_go())
-                        || !memory.will_fit(need) && (self.take_from_another() || parents.let_go())
+                        || !memory.will_fit(need)
+                            && (self.take_from_another() || !self.name.is_point() && parents.let_go())
                 }
             };
             if took {

@@ -44,7 +44,7 @@ pub struct ServingLimits {
     pub max_batch_tokens: usize,
     pub max_running: usize,
     pub max_waiting: usize,
-    /// Bytes that all models may take; None for what the machine has.
+    /// Bytes that all models may take; None for most of what is free where they lie.
     pub memory_bytes: Option<u64>,
     /// Bytes of keys and values of a model; None for what is left.
     pub kv_bytes: Option<u64>,

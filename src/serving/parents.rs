@@ -29,8 +29,8 @@ struct Known {
     weights: HashMap<String, Arc<Mutex<Weak<HeldWeights>>>>,
     /// Those that hold weights, or did.
     holders: Vec<Weak<Checkpoint>>,
-    /// Of families whose parents lie on the GPU: whether they are to give their memory back.
-    wanted_back: Vec<Weak<AtomicBool>>,
+    /// Those of families whose parents lie on the GPU.
+    rooms: Vec<Weak<Room>>,
 }
 
 impl ParentWeights {
@@ -100,15 +100,14 @@ impl ParentWeights {
     /// Room on the GPU for one family's parents, if it is ample.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(super) fn room_on_gpu(&self, bytes: u64) -> Option<GpuRoom> {
-        let reservation = self.memory.reserve_for_parents(bytes, Ample::ON_GPU)?;
-        let wanted_back = Arc::new(AtomicBool::new(false));
+        let room = Arc::new(Room {
+            reservation: self.memory.reserve_for_parents(bytes, Ample::ON_GPU)?,
+            is_wanted_back: AtomicBool::new(false),
+        });
         let mut known = self.known();
-        known.wanted_back.retain(|room| room.strong_count() > 0);
-        known.wanted_back.push(Arc::downgrade(&wanted_back));
-        Some(GpuRoom {
-            reservation,
-            wanted_back,
-        })
+        known.rooms.retain(|room| room.strong_count() > 0);
+        known.rooms.push(Arc::downgrade(&room));
+        Some(GpuRoom(room))
     }
 
     /// Gives the memory back, once the passes that run have ended; false if nothing was held. Families go on with their files.
@@ -117,12 +116,14 @@ impl ParentWeights {
             let mut known = self.known();
             (
                 std::mem::take(&mut known.holders),
-                std::mem::take(&mut known.wanted_back),
+                std::mem::take(&mut known.rooms),
             )
         };
         let mut any = false;
         for room in rooms.iter().filter_map(Weak::upgrade) {
-            room.store(true, Ordering::Relaxed);
+            room.is_wanted_back.store(true, Ordering::Relaxed);
+            // Who asked for it waits instead of taking from others too.
+            room.reservation.set_leaving(true);
             any = true;
         }
         for checkpoint in holders.iter().filter_map(Weak::upgrade) {
@@ -142,27 +143,25 @@ impl ParentWeights {
 
 /// One family's share of the GPU's memory; given back when it is dropped.
 #[derive(Debug)]
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-pub(super) struct GpuRoom {
+pub(super) struct GpuRoom(Arc<Room>);
+
+#[derive(Debug)]
+struct Room {
     reservation: Reservation,
-    wanted_back: Arc<AtomicBool>,
+    is_wanted_back: AtomicBool,
 }
 
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 impl GpuRoom {
-    /// Puts what is taken in truth in the estimate's place.
-    pub(super) fn correct(&mut self, bytes: u64) {
-        self.reservation.correct(bytes);
-    }
-
     /// Whether a model needs it.
     pub(super) fn is_wanted_back(&self) -> bool {
-        self.wanted_back.load(Ordering::Relaxed)
+        self.0.is_wanted_back.load(Ordering::Relaxed)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::memory::{Need, Use};
     use super::*;
 
     fn checkpoint(dir: &std::path::Path) -> Arc<Checkpoint> {
@@ -217,11 +216,21 @@ mod tests {
         let nowhere = ParentWeights::new(memory.clone(), false);
         nowhere.hold(None, &two, &|| true).expect("no error");
         assert!(two.held().is_none());
-        let mut room = nowhere.room_on_gpu(4 * bytes).expect("half");
+        let room = nowhere.room_on_gpu(4 * bytes).expect("half");
         assert!(nowhere.room_on_gpu(2 * bytes).is_none() && !room.is_wanted_back());
-        room.correct(2 * bytes);
-        assert_eq!(memory.used_bytes(), 2 * bytes);
+        assert_eq!(memory.used_bytes(), 4 * bytes);
+        let need = Need {
+            weights: 8 * bytes,
+            least_kv: 0,
+            most_kv: 0,
+            what: Use::Model,
+        };
+        assert!(!memory.will_fit(need) && memory.reserve(need).is_none());
         assert!(nowhere.let_go() && room.is_wanted_back() && !nowhere.let_go());
+        assert!(
+            memory.will_fit(need) && memory.reserve(need).is_none(),
+            "it is leaving"
+        );
         drop(room);
         assert_eq!(memory.used_bytes(), 0);
     }

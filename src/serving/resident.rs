@@ -1,4 +1,4 @@
-//! Families whose parents lie on the GPU that models are computed on: a point is made there by one pass, and its weights never
+//! Families whose parents lie on the GPU that models are computed on: a point is made there by one pass, and its matrices never
 //! leave it.
 
 use candle_core::Device;
@@ -63,34 +63,46 @@ mod cuda {
         if matches!(device, Device::Cpu) {
             return None;
         }
-        // With what masks take, about.
-        let parents_bytes = parents.input_bytes() + parents.input_bytes() / 16;
-        let Some(mut room) = weights.room_on_gpu(parents_bytes + parents.output_bytes()) else {
+        let bytes = Resident::bytes_needed(family) + parents.output_bytes();
+        let Some(room) = weights.room_on_gpu(bytes) else {
             info!("a family's parents find no ample room on the GPU: its points are made on the CPU");
             return None;
         };
         let load = || {
-            let resident = Resident::load(family, Gpu::new(device).map_err(failed)?, obs)?;
+            let until = WhileRoom { obs, room: &room };
+            let resident = Resident::load(family, Gpu::new(device).map_err(failed)?, &until)?;
             let written = resident.room()?;
             Ok((resident, written))
         };
         match load() {
-            Ok((resident, written)) => {
-                let bytes = resident.bytes() + parents.output_bytes();
-                room.correct(bytes);
-                Some(Box::new(Loaded {
-                    parents,
-                    resident,
-                    written,
-                    room,
-                    bytes,
-                }))
-            }
+            Ok((resident, written)) => Some(Box::new(Loaded {
+                parents,
+                resident,
+                written,
+                room,
+                bytes,
+            })),
             Err(error) => {
                 let error: MergeError = error;
                 info!(%error, "a family's points are made on the CPU");
                 None
             }
+        }
+    }
+
+    /// Ends the reading where a model needs the room.
+    struct WhileRoom<'a> {
+        obs: &'a dyn Observer,
+        room: &'a GpuRoom,
+    }
+
+    impl Observer for WhileRoom<'_> {
+        fn advance(&self, bytes: u64) {
+            self.obs.advance(bytes);
+        }
+
+        fn cancelled(&self) -> bool {
+            self.obs.cancelled() || self.room.is_wanted_back()
         }
     }
 

@@ -44,7 +44,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .to_string_lossy()
             .into_owned();
         let start = Instant::now();
-        let family = Family::prepare(&recipe, &parents, &Quiet)?;
+        // As the service does.
+        let family = Family::prepare_for_points(&recipe, &parents, &Quiet)?;
         let prepared = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let resident = match Resident::load(&family, gpu.clone(), &Quiet) {

@@ -117,6 +117,11 @@ impl Fusion<'_> {
         let Some((read, tile)) = unread.bytes(wanted) else {
             return false;
         };
+        // The loop draws for all or none: told before words are drawn.
+        let draws = |k: usize| self.draws(k, tile);
+        if self.on_deltas && (0..K).any(draws) && !(0..K).all(draws) {
+            return false;
+        }
         let mut stays = std::mem::take(&mut tile.stays);
         stays.resize_with(stays.len().max(K), Vec::new);
         let mut thinned = [Thinned::NOT; K];
@@ -137,6 +142,13 @@ impl Fusion<'_> {
         let merged = is_known && kernel::fused(self.dtype, self.joined, theta0, &inputs, out) == Some(true);
         tile.stays = stays;
         merged
+    }
+
+    /// Whether some of a member's elements are dropped by a draw.
+    fn draws(&self, member: usize, tile: &Tile) -> bool {
+        let drop = self.prepared.drops.get(member).unwrap_or(&Drop::Nothing);
+        let known = self.prepared.masks.get(member).and_then(|mask| mask.of(tile));
+        known.is_some() || matches!(drop, Drop::Dare { .. } | Drop::Della { .. })
     }
 
     /// What is dropped of a member's delta; None if an element's fate hangs on others, or on its index. `stays` is a buffer.

@@ -47,7 +47,7 @@ wide! {
         }
     }
 
-    /// As [`spread_over_two`], where an element's word does not lie below the threshold.
+    /// Of elements of two bytes, both 0xff where an element's word does not lie below the threshold, or 0.
     fn compare_over_two<'a>(words: &'a [u32], threshold: u32, stays: &'a mut [u8]) {
         for (word, stay) in words.iter().zip(stays.as_chunks_mut::<2>().0) {
             *stay = 0u16.wrapping_sub(u16::from(*word >= threshold)).to_le_bytes();

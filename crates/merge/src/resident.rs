@@ -86,6 +86,24 @@ impl<'f, 'a> Resident<'f, 'a> {
         Ok(resident)
     }
 
+    /// What [`Resident::load`] takes of the GPU's memory for a family's parents and masks.
+    pub fn bytes_needed(family: &Family<'_>) -> u64 {
+        let of = |(index, tensor): (usize, &OutTensor)| {
+            let elements = tensor.plan.numel() as u64;
+            if tensor.role != Role::Merge {
+                return tensor.plan.byte_len();
+            }
+            let members = 0..tensor.members.len();
+            let types = members.map(|member| type_of(family, tensor, Some(member)));
+            let base = reads_base(family, tensor).then(|| type_of(family, tensor, None));
+            let values: u64 = types.chain(base).map(|dtype| elements * size(dtype) as u64).sum();
+            let is_drawn = |drop: &&Drop| matches!(drop, Drop::Dare { .. } | Drop::Della { .. });
+            let drawn = family.prepared[index].drops.iter().filter(is_drawn).count();
+            values + drawn as u64 * elements.div_ceil(32) * 4
+        };
+        family.tensors().iter().enumerate().map(of).sum()
+    }
+
     /// What the parents take of the GPU's memory.
     pub fn bytes(&self) -> u64 {
         self.bytes
@@ -98,7 +116,7 @@ impl<'f, 'a> Resident<'f, 'a> {
 
     fn merged(&mut self, index: usize, tensor: &OutTensor, obs: &dyn Observer) -> Result<Loaded, MergeError> {
         let family = self.family;
-        let reads_base = tensor.base.is_some() && family.recipe.on_deltas();
+        let reads_base = reads_base(family, tensor);
         let types: Vec<Dtype> = (0..tensor.members.len())
             .map(|member| type_of(family, tensor, Some(member)))
             .chain(reads_base.then(|| type_of(family, tensor, None)))
@@ -180,6 +198,9 @@ impl<'f, 'a> Resident<'f, 'a> {
                         .map_err(failed)?;
                     self.bytes += bits.len() as u64;
                     Some(bits)
+                }
+                Some(Drop::Della { .. }) if tensor.plan.numel() > 0 => {
+                    return Err(refused("DELLA whose drops are not remembered"));
                 }
                 _ => None,
             });
@@ -377,6 +398,10 @@ fn type_of(family: &Family<'_>, tensor: &OutTensor, member: Option<usize>) -> Dt
         Some(info) if !moved && !folded => info.dtype,
         _ => Dtype::F32,
     }
+}
+
+fn reads_base(family: &Family<'_>, tensor: &OutTensor) -> bool {
+    tensor.base.is_some() && family.recipe.on_deltas()
 }
 
 fn size(dtype: Dtype) -> usize {

@@ -1,5 +1,5 @@
 //! Elementwise methods of a few parents in one loop, from the parents' bytes to the result's: nothing of f32 goes to memory
-//! between the two. What is done to an element is what the loops over tiles do, by the same functions and to the same bits;
+//! between the two. What is done to an element is what the loops over tiles do, to the same bits;
 //! what this does not know is theirs.
 
 use std::marker::PhantomData;
@@ -39,10 +39,6 @@ impl Thinned<'_> {
 
     fn is_nothing(&self) -> bool {
         self.stays.is_empty() && self.least == 0
-    }
-
-    fn is_drawn(&self) -> bool {
-        !self.stays.is_empty() && self.least == 0 && self.factor.is_finite()
     }
 }
 
@@ -149,18 +145,20 @@ fn thinned<S: Stored, J: Join<K>, const K: usize>(
         run::<S, _, Whole, K>(join, theta0, inputs, out)
     } else if all(|t| t.stays.is_empty()) {
         run::<S, _, Trimmed, K>(join, theta0, inputs, out)
-    } else if all(|t| t.is_drawn() && t.divisor == 1.0) {
+    } else if !all(|t| !t.stays.is_empty() && t.factor.is_finite()) {
+        None
+    } else if all(|t| t.least == 0 && t.divisor == 1.0) {
         run::<S, _, Multiplied, K>(join, theta0, inputs, out)
-    } else if all(|t| t.is_drawn() && t.factor == 1.0) {
+    } else if all(|t| t.least == 0 && t.factor == 1.0) {
         run::<S, _, Divided, K>(join, theta0, inputs, out)
     } else {
-        None
+        run::<S, _, All, K>(join, theta0, inputs, out)
     }
 }
 
-/// What is done to a delta that was not dropped.
+/// What is done to a delta that was not dropped by a draw.
 trait Thin: Copy {
-    /// Whether elements may be dropped.
+    /// Whether elements are dropped by a draw before.
     const DRAWN: bool;
     fn of(thinned: &Thinned<'_>) -> Self;
     fn thin(self, delta: f32) -> f32;
@@ -225,6 +223,30 @@ impl Thin for Divided {
     #[inline(always)]
     fn thin(self, delta: f32) -> f32 {
         delta / self.0
+    }
+}
+
+/// Everything, one after the other.
+#[derive(Clone, Copy)]
+struct All {
+    factor: Multiplied,
+    divisor: Divided,
+    least: Trimmed,
+}
+
+impl Thin for All {
+    const DRAWN: bool = true;
+
+    fn of(thinned: &Thinned<'_>) -> Self {
+        Self {
+            factor: Multiplied::of(thinned),
+            divisor: Divided::of(thinned),
+            least: Trimmed::of(thinned),
+        }
+    }
+    #[inline(always)]
+    fn thin(self, delta: f32) -> f32 {
+        self.least.thin(self.divisor.thin(self.factor.thin(delta)))
     }
 }
 
@@ -572,6 +594,19 @@ mod tests {
                         divisor: 0.3,
                         ..Thinned::NOT
                     }),
+                    [
+                        Thinned {
+                            stays: &stays_a,
+                            factor: 2.0,
+                            ..Thinned::NOT
+                        },
+                        Thinned {
+                            stays: &stays_b,
+                            divisor: 0.7,
+                            least,
+                            ..Thinned::NOT
+                        },
+                    ],
                 ];
                 for (joined, [thin_a, thin_b]) in joins()
                     .into_iter()
@@ -590,7 +625,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(compared, 3 * 5 * (1 + 14 * 5));
+        assert_eq!(compared, 3 * 5 * (1 + 14 * 6));
     }
 
     #[test]

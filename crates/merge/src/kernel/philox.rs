@@ -136,6 +136,13 @@ mod tests {
             fill([7, u32::MAX], first, &mut fast);
             fill_anywhere([7, u32::MAX], first, &mut plain);
             assert_eq!(fast, plain.as_flattened());
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") {
+                let mut wide = [[0u32; 32]; 4];
+                // SAFETY: the machine has the feature.
+                unsafe { fill_avx2([7, u32::MAX], first, &mut wide) };
+                assert_eq!(wide, plain);
+            }
             for (index, words) in fast.as_chunks::<4>().0.iter().enumerate() {
                 let counter = first + index as u64;
                 let counter = [counter as u32, (counter >> 32) as u32, 0, 0];
