@@ -21,7 +21,7 @@ use tracing::{info, warn};
 
 use super::ServingError;
 use super::parents::ParentWeights;
-use super::point::{PointWeights, Shapes, shapes};
+use super::point::{PointWeights, Shapes};
 use super::resident::{self, OnGpu};
 use super::shares::OpenRecipe;
 use crate::cache::KnownContents;
@@ -392,7 +392,7 @@ pub fn check_family(recipe: &Recipe, parents: &Parents) -> Result<ModelConfig, L
 }
 
 fn check(config: &ModelConfig, parents: &Parents) -> Result<(), LmError> {
-    Decoder::check_weights(config, &Shapes(shapes(parents)))
+    Decoder::check_weights(config, &Shapes::of(parents))
 }
 
 #[allow(clippy::too_many_arguments)]

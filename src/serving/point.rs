@@ -7,19 +7,35 @@ use cauldron_checkpoint::{Dtype, widen};
 use cauldron_lm::{LmError, WeightSource};
 use cauldron_merge::{MergeError, Observer, Parents, Point};
 
-pub(super) fn shapes(parents: &Parents) -> HashMap<&str, Place<'_>> {
-    let tensors = parents.result_tensors().enumerate();
-    let place = |(index, (name, dtype, shape))| (name, Place { index, dtype, shape });
-    tensors.map(place).collect()
-}
-
 /// The tensors of a result that is not there yet.
-pub(super) struct Shapes<'a>(pub HashMap<&'a str, Place<'a>>);
+pub(super) struct Shapes<'a>(HashMap<&'a str, Place<'a>>);
 
 pub(super) struct Place<'a> {
     pub index: usize,
     pub dtype: Dtype,
     shape: &'a [usize],
+}
+
+impl<'a> Shapes<'a> {
+    pub fn of(parents: &'a Parents) -> Self {
+        let tensors = parents.result_tensors().enumerate();
+        let place = |(index, (name, dtype, shape))| (name, Place { index, dtype, shape });
+        Self(tensors.map(place).collect())
+    }
+
+    pub fn place(&self, name: &str) -> Result<&Place<'a>, LmError> {
+        self.0.get(name).ok_or_else(|| LmError::missing_tensor(name))
+    }
+}
+
+impl Place<'_> {
+    /// The numbers of its bytes.
+    pub fn widen(&self, bytes: &[u8]) -> Vec<f32> {
+        let size = cauldron_checkpoint::dtype_size(self.dtype).unwrap_or(1) as usize;
+        let mut values = vec![0f32; bytes.len() / size];
+        widen(self.dtype, bytes, &mut values);
+        values
+    }
 }
 
 impl WeightSource for Shapes<'_> {
@@ -47,11 +63,8 @@ impl WeightSource for PointWeights<'_> {
 
     fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
         let mut bytes = Vec::new();
-        let dtype = self.append(name, &mut bytes)?.dtype;
-        let size = cauldron_checkpoint::dtype_size(dtype).unwrap_or(1) as usize;
-        let mut values = vec![0f32; bytes.len() / size];
-        widen(dtype, &bytes, &mut values);
-        Ok(values)
+        let place = self.append(name, &mut bytes)?;
+        Ok(place.widen(&bytes))
     }
 
     fn read_bf16(&self, name: &str, out: &mut Vec<u8>) -> Result<bool, LmError> {
@@ -83,7 +96,7 @@ impl<'a> PointWeights<'a> {
         until: &dyn Observer,
         spare: &mut Vec<Vec<u8>>,
     ) -> Result<Self, MergeError> {
-        let tensors = Shapes(shapes(parents));
+        let tensors = Shapes::of(parents);
         let mut buffers = Vec::new();
         let mut runs = vec![Vec::new(); parents.result_tensors().count()];
         let take = || spare.pop().unwrap_or_default();
@@ -103,11 +116,7 @@ impl<'a> PointWeights<'a> {
     }
 
     fn append(&self, name: &str, out: &mut Vec<u8>) -> Result<&Place<'a>, LmError> {
-        let place = self
-            .tensors
-            .0
-            .get(name)
-            .ok_or_else(|| LmError::missing_tensor(name))?;
+        let place = self.tensors.place(name)?;
         for (buffer, range) in &self.runs[place.index] {
             out.extend_from_slice(&self.buffers[*buffer][range.clone()]);
         }

@@ -35,14 +35,13 @@ pub(super) use cuda::open;
 #[cfg(feature = "cuda")]
 mod cuda {
     use candle_core::Tensor;
-    use cauldron_checkpoint::widen;
     use cauldron_gpu::Gpu;
     use cauldron_lm::LmError;
     use cauldron_merge::{Resident, Written};
     use tracing::info;
 
     use super::super::parents::GpuRoom;
-    use super::super::point::{Shapes, shapes};
+    use super::super::point::Shapes;
     use super::*;
 
     struct Loaded<'f, 'a> {
@@ -125,7 +124,7 @@ mod cuda {
             self.resident.write(point, &mut self.written)?;
             self.resident.finish(&self.written)?;
             Ok(Box::new(Made {
-                tensors: Shapes(shapes(self.parents)),
+                tensors: Shapes::of(self.parents),
                 resident: &self.resident,
                 written: &self.written,
             }))
@@ -145,27 +144,16 @@ mod cuda {
         }
 
         fn read_f32(&self, name: &str) -> Result<Vec<f32>, LmError> {
-            let place = self
-                .tensors
-                .0
-                .get(name)
-                .ok_or_else(|| LmError::missing_tensor(name))?;
+            let place = self.tensors.place(name)?;
             let bytes = self
                 .resident
                 .tensor(self.written, place.index)
                 .map_err(|e| lm_error(name, &e))?;
-            let size = cauldron_checkpoint::dtype_size(place.dtype).unwrap_or(1) as usize;
-            let mut values = vec![0f32; bytes.len() / size];
-            widen(place.dtype, &bytes, &mut values);
-            Ok(values)
+            Ok(place.widen(&bytes))
         }
 
         fn on_gpu(&self, name: &str) -> Result<Option<Tensor>, LmError> {
-            let place = self
-                .tensors
-                .0
-                .get(name)
-                .ok_or_else(|| LmError::missing_tensor(name))?;
+            let place = self.tensors.place(name)?;
             let tensor = self.resident.on_device(self.written, place.index);
             tensor.map(Some).map_err(|e| lm_error(name, &e))
         }
