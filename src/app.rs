@@ -54,7 +54,7 @@ pub struct App {
 impl App {
     /// Opens everything. Nothing runs yet.
     pub async fn open(config: Config) -> anyhow::Result<Arc<Self>> {
-        let device = serving::open_device(config.engine.device)?;
+        let devices = serving::open_devices(config.engine.device)?;
         let keys = match &config.http.api_key_file {
             Some(path) => ApiKeys::read(path)?,
             None => ApiKeys::default(),
@@ -89,8 +89,9 @@ impl App {
             jobs.clone(),
             Handle::current(),
         ));
+        let on_gpu = devices.iter().any(|(_, device)| !matches!(device, Device::Cpu));
         let limits = ServingLimits {
-            max_batch_tokens: config.engine.batch_tokens(!matches!(device, Device::Cpu)) as usize,
+            max_batch_tokens: config.engine.batch_tokens(on_gpu) as usize,
             max_running: config.engine.max_running as usize,
             max_waiting: config.engine.max_waiting as usize,
             memory_bytes: config.engine.model_memory_bytes,
@@ -100,7 +101,7 @@ impl App {
             hold: config.engine.hold(),
             fixed_shapes: config.engine.deterministic,
         };
-        let serving = Serving::start(cache.clone(), device, limits).context("starting the engine thread")?;
+        let serving = Serving::start(cache.clone(), devices, limits).context("starting the engine thread")?;
         let keeper = Keeper {
             cache: cache.clone(),
             sources: sources.clone(),

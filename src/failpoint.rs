@@ -22,6 +22,40 @@ pub fn reach(name: &str) {
     }
 }
 
+/// What a device is to say in a computation's stead: `CAULDRON_FAULT=place:text`, once, or from the third time on (`place:text:3`)
+/// and so often (`place:text:3:2`).
+#[cfg(debug_assertions)]
+pub fn fault(place: &str) -> Option<&'static str> {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    struct Wanted {
+        place: String,
+        text: String,
+        times: std::ops::Range<u64>,
+    }
+    static WANTED: OnceLock<Option<Wanted>> = OnceLock::new();
+    static REACHED: AtomicU64 = AtomicU64::new(0);
+    let wanted = WANTED.get_or_init(|| {
+        let all = std::env::var("CAULDRON_FAULT").ok()?;
+        let mut parts = all.split(':');
+        let (place, text) = (parts.next()?.to_owned(), parts.next()?.to_owned());
+        let mut number = || parts.next().map_or(Some(1), |part| part.parse::<u64>().ok());
+        let (first, count) = (number()?, number()?);
+        let times = first..first + count;
+        Some(Wanted { place, text, times })
+    });
+    let wanted = wanted.as_ref().filter(|wanted| wanted.place == place)?;
+    let time = REACHED.fetch_add(1, Ordering::Relaxed) + 1;
+    wanted.times.contains(&time).then_some(wanted.text.as_str())
+}
+
+/// Nothing is.
+#[cfg(not(debug_assertions))]
+pub fn fault(_place: &str) -> Option<&'static str> {
+    None
+}
+
 /// Nothing happens.
 #[cfg(not(debug_assertions))]
 pub fn reach(_name: &str) {}

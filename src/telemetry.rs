@@ -37,6 +37,9 @@ pub const REMOTE_BYTES: &str = "cauldron_remote_bytes_total";
 pub const REMOTE_WAITING: &str = "cauldron_remote_waiting";
 pub const MODELS: &str = "cauldron_models";
 pub const MODEL_MEMORY_BYTES: &str = "cauldron_model_memory_bytes";
+/// Devices that failed for good and were opened anew, and models that were unloaded because one had no memory left.
+pub const DEVICE_FAILURES: &str = "cauldron_device_failures_total";
+pub const DEVICE_RELIEVED: &str = "cauldron_device_relieved_total";
 /// From POST /models or POST /merge to the first token of the model.
 pub const MODEL_FIRST_TOKEN: &str = "cauldron_model_first_token_seconds";
 /// From the moment a point of a family was begun until its weights were there, and bytes of parents and result by second of

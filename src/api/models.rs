@@ -70,6 +70,9 @@ struct ModelView {
     /// Format of the weights if they are quantised: the scores are not those of the checkpoint.
     quantize: Option<&'static str>,
     error: Option<String>,
+    /// Where it is computed: `cpu`, or `cuda:` and a number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
     /// What its weights, keys and values may take in memory.
     memory_bytes: Option<u64>,
     /// Seconds from the POST (of the model, or of the merge that is served) until it was ready.
@@ -459,6 +462,7 @@ impl From<ServingError> for Problem {
             }
             ServingError::StillLoading(_) => Self::unavailable("model-loading", detail),
             ServingError::NoRoom(_) => Self::unavailable("model-memory", detail),
+            ServingError::Device { code, .. } => Self::unavailable(code, detail),
             ServingError::Busy(_) | ServingError::NoName(_) => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, "overloaded", detail).with_retry_after(2)
             }
@@ -496,6 +500,7 @@ fn view(info: SlotInfo) -> ModelView {
         },
         quantize: info.arithmetic.is_quantized().then(|| info.arithmetic.name()),
         error: info.error,
+        device: info.device.map(|device| device.to_string()),
         memory_bytes: info.memory_bytes,
         ready_seconds: info.ready_seconds,
         first_token_seconds: info.first_token_seconds,

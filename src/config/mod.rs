@@ -136,7 +136,8 @@ impl StorageConfig {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Serving")]
 pub struct EngineArgs {
-    /// Where merges run and models are served. `auto` takes a GPU if this build and machine have one.
+    /// Where models are served: `cpu`, `cuda:N`, or `cuda:all`, each model on the GPU with the most room. `auto` takes the first
+    /// GPU if this build and machine have one.
     #[arg(long, env = "CAULDRON_DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
     /// On a GPU, compute every product with weights in pieces of 128 rows, so that a score does not depend on what else is
@@ -158,7 +159,7 @@ pub struct EngineArgs {
     /// where other models have left less.
     #[arg(long, env = "CAULDRON_KV_CACHE_BYTES", value_parser = clap::value_parser!(u64).range(1 << 20..))]
     pub kv_cache_bytes: Option<u64>,
-    /// Bytes that all loaded models may take, weights and keys and values. A model that needs more than is left takes the
+    /// Bytes that all loaded models of a device may take, weights and keys and values. A model that needs more than is left takes the
     /// place of those that were not asked for longest; they come back when they are asked for. Default: four fifths of
     /// the memory that is free at the start, on a GPU of its own.
     #[arg(long, env = "CAULDRON_MODEL_MEMORY_BYTES", value_parser = clap::value_parser!(u64).range(1 << 20..))]
@@ -208,12 +209,13 @@ pub enum LogFormat {
     Json,
 }
 
-/// A device: the CPU, or a GPU by number.
+/// A device: the CPU, or a GPU by number; or all GPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceChoice {
     Auto,
     Cpu,
     Cuda(usize),
+    AllCuda,
 }
 
 impl std::str::FromStr for DeviceChoice {
@@ -224,11 +226,12 @@ impl std::str::FromStr for DeviceChoice {
             "auto" => Ok(Self::Auto),
             "cpu" => Ok(Self::Cpu),
             "cuda" => Ok(Self::Cuda(0)),
+            "cuda:all" => Ok(Self::AllCuda),
             other => other
                 .strip_prefix("cuda:")
                 .and_then(|index| index.parse().ok())
                 .map(Self::Cuda)
-                .ok_or_else(|| "must be auto, cpu or cuda:N".to_owned()),
+                .ok_or_else(|| "must be auto, cpu, cuda:N or cuda:all".to_owned()),
         }
     }
 }
@@ -239,6 +242,7 @@ impl std::fmt::Display for DeviceChoice {
             Self::Auto => f.write_str("auto"),
             Self::Cpu => f.write_str("cpu"),
             Self::Cuda(index) => write!(f, "cuda:{index}"),
+            Self::AllCuda => f.write_str("cuda:all"),
         }
     }
 }

@@ -1,22 +1,43 @@
-//! The device that models are served on, opened once and shared: each opening would be a device of its own to candle.
+//! The devices that models are served on, each opened once and shared: each opening would be a device of its own to candle.
 
 use candle_core::Device;
 use tracing::warn;
 
 use crate::config::DeviceChoice;
 
+/// An opened device, and which one it is: the CPU or a GPU by number.
+pub type Opened = (DeviceChoice, Device);
+
 /// Opens what `--device` names. `auto` takes the first GPU that this build and machine have, else the CPU; a GPU that is
 /// asked for by name and is not there is an error, not a silent fallback.
-pub fn open(choice: DeviceChoice) -> anyhow::Result<Device> {
+pub fn open(choice: DeviceChoice) -> anyhow::Result<Vec<Opened>> {
+    let refused = |e: String| anyhow::anyhow!("--device {choice}: {e}");
+    let gpu = |index: usize| Ok((DeviceChoice::Cuda(index), cuda(index)?));
+    let on_cpu = (DeviceChoice::Cpu, Device::Cpu);
     match choice {
-        DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Auto => Ok(cuda(0).unwrap_or_else(|reason| {
+        DeviceChoice::Cpu => Ok(vec![on_cpu]),
+        DeviceChoice::Auto => Ok(vec![gpu(0).unwrap_or_else(|reason: String| {
             if cfg!(feature = "cuda") {
                 warn!(reason, "no GPU: models are computed on the CPU");
             }
-            Device::Cpu
-        })),
-        DeviceChoice::Cuda(index) => cuda(index).map_err(|e| anyhow::anyhow!("--device {choice}: {e}")),
+            on_cpu
+        })]),
+        DeviceChoice::Cuda(index) => Ok(vec![gpu(index).map_err(refused)?]),
+        DeviceChoice::AllCuda => {
+            let count = count().map_err(refused)?;
+            (0..count).map(|index| gpu(index).map_err(refused)).collect()
+        }
+    }
+}
+
+/// Opens a device anew that failed. What was made on it before is gone.
+pub(super) fn reopen(choice: DeviceChoice) -> Result<Device, String> {
+    match choice {
+        DeviceChoice::Cuda(index) => {
+            reset(index)?;
+            cuda(index)
+        }
+        _ => Ok(Device::Cpu),
     }
 }
 
@@ -31,18 +52,60 @@ pub(super) fn free_bytes(device: &Device) -> Option<u64> {
     }
 }
 
-/// With a stream of its own, so that the thread that loads a model and the engine thread may share it.
 #[cfg(feature = "cuda")]
-fn cuda(index: usize) -> Result<Device, String> {
-    if !cauldron_gpu::is_available() {
-        return Err("the CUDA libraries (libcuda, libcublas, libcurand) cannot be loaded".to_owned());
+use with_cuda::{count, cuda, reset};
+
+#[cfg(feature = "cuda")]
+mod with_cuda {
+    use candle_core::Device;
+
+    /// With a stream of its own, so that the thread that loads a model and the engine thread may share it.
+    pub fn cuda(index: usize) -> Result<Device, String> {
+        check()?;
+        Device::new_cuda_with_stream(index).map_err(|e| e.to_string())
     }
-    Device::new_cuda_with_stream(index).map_err(|e| e.to_string())
+
+    /// GPUs of this machine.
+    pub fn count() -> Result<usize, String> {
+        check()?;
+        match cauldron_gpu::count().map_err(|e| e.to_string())? {
+            0 => Err("there is no GPU".to_owned()),
+            count => Ok(count),
+        }
+    }
+
+    pub fn reset(index: usize) -> Result<(), String> {
+        cauldron_gpu::reset(index).map_err(|e| e.to_string())
+    }
+
+    fn check() -> Result<(), String> {
+        match cauldron_gpu::is_available() {
+            true => Ok(()),
+            false => Err("the CUDA libraries (libcuda, libcublas, libcurand) cannot be loaded".to_owned()),
+        }
+    }
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(_: usize) -> Result<Device, String> {
-    Err("this build has no CUDA support (feature `cuda`)".to_owned())
+use without_cuda::{count, cuda, reset};
+
+#[cfg(not(feature = "cuda"))]
+mod without_cuda {
+    use candle_core::Device;
+
+    const NONE: &str = "this build has no CUDA support (feature `cuda`)";
+
+    pub fn cuda(_: usize) -> Result<Device, String> {
+        Err(NONE.to_owned())
+    }
+
+    pub fn count() -> Result<usize, String> {
+        Err(NONE.to_owned())
+    }
+
+    pub fn reset(_: usize) -> Result<(), String> {
+        Err(NONE.to_owned())
+    }
 }
 
 #[cfg(test)]
@@ -51,8 +114,15 @@ mod tests {
 
     #[test]
     fn a_gpu_that_is_not_there_is_an_error_that_names_the_flag() {
-        assert!(matches!(open(DeviceChoice::Cpu), Ok(Device::Cpu)));
+        let cpu = open(DeviceChoice::Cpu).expect("the CPU");
+        assert!(matches!(cpu.as_slice(), [(DeviceChoice::Cpu, Device::Cpu)]));
         let refused = open(DeviceChoice::Cuda(99)).unwrap_err().to_string();
         assert!(refused.starts_with("--device cuda:99"), "{refused}");
+        if !cfg!(feature = "cuda") {
+            let refused = open("cuda:all".parse().expect("a device"))
+                .unwrap_err()
+                .to_string();
+            assert!(refused.starts_with("--device cuda:all"), "{refused}");
+        }
     }
 }

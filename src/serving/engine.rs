@@ -1,24 +1,27 @@
 //! The engine thread: the one thread that runs models. Others send it commands and get events back.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use cauldron_lm::{Decoder, Engine, EngineConfig, Event, LmError, Request};
+use cauldron_lm::{Decoder, DeviceCare, Engine, EngineConfig, Event, LmError, Request};
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::error;
 
-use super::ServingLimits;
 use super::memory::Reservation;
+use crate::config::DeviceChoice;
+use crate::failpoint;
 
 /// What others ask of the engine thread. Admission is bounded by [`super::Served`], so the channel is.
 pub(super) enum Command {
     Add {
         model: u64,
+        engine: Box<Engine>,
         decoder: Arc<Decoder>,
+        config: EngineConfig,
         memory: Arc<Reservation>,
     },
     Remove {
@@ -33,7 +36,17 @@ pub(super) enum Command {
         model: u64,
         request: u64,
     },
+    /// Others found out that the device failed for good.
+    DeviceFailed,
     Stop,
+}
+
+/// What the thread asks for when its device is in need.
+pub(super) trait Faults: std::fmt::Debug + Send + Sync {
+    /// There is no memory left. Whether some is free now, or will be once [`Command::Remove`] was heeded.
+    fn make_room(&self, device: DeviceChoice) -> bool;
+    /// The device failed for good, and all models that it had have gone.
+    fn lost(&self, device: DeviceChoice);
 }
 
 /// Handle of the thread. Dropping it ends the thread.
@@ -65,6 +78,23 @@ pub struct Work {
     pub kv_all: usize,
 }
 
+impl std::iter::Sum for Work {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        let nothing = Self {
+            running: 0,
+            waiting: 0,
+            kv_used: 0,
+            kv_all: 0,
+        };
+        all.fold(nothing, |sum, work| Self {
+            running: sum.running + work.running,
+            waiting: sum.waiting + work.waiting,
+            kv_used: sum.kv_used + work.kv_used,
+            kv_all: sum.kv_all + work.kv_all,
+        })
+    }
+}
+
 /// One model on the thread.
 struct Resident {
     decoder: Arc<Decoder>,
@@ -77,22 +107,29 @@ struct Resident {
 
 struct Loop {
     models: HashMap<u64, Resident>,
-    limits: ServingLimits,
+    commands: Receiver<Command>,
+    /// Commands that came while a model was being computed.
+    later: VecDeque<Command>,
     counts: Arc<Counts>,
+    device: DeviceChoice,
+    faults: Arc<dyn Faults>,
 }
 
 impl EngineThread {
-    pub fn start(limits: ServingLimits) -> std::io::Result<Self> {
+    pub(super) fn start(device: DeviceChoice, faults: Arc<dyn Faults>) -> std::io::Result<Self> {
         let (commands, receiver) = channel();
         let counts = Arc::new(Counts::default());
         let state = Loop {
             models: HashMap::new(),
-            limits,
+            commands: receiver,
+            later: VecDeque::new(),
             counts: counts.clone(),
+            device,
+            faults,
         };
         let thread = std::thread::Builder::new()
             .name("engine".into())
-            .spawn(move || state.run(&receiver))?;
+            .spawn(move || state.run())?;
         Ok(Self {
             commands,
             thread: Mutex::new(Some(thread)),
@@ -121,7 +158,9 @@ impl EngineThread {
         let _ = self.commands.send(Command::Stop);
         self.stopped.store(true, Ordering::Relaxed);
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread
+        // Its last holder may be the thread itself, which hears of it when it is done.
+        let other = |thread: &JoinHandle<()>| thread.thread().id() != std::thread::current().id();
+        if let Some(thread) = thread.filter(other)
             && thread.join().is_err()
         {
             error!("the engine thread had panicked");
@@ -136,12 +175,16 @@ impl Drop for EngineThread {
 }
 
 impl Loop {
-    fn run(mut self, commands: &Receiver<Command>) {
+    fn run(mut self) {
         loop {
             let busy = self.models.values().any(|model| !model.engine.is_idle());
-            let next = match busy {
-                true => commands.try_recv(),
-                false => commands.recv().map_err(|RecvError| TryRecvError::Disconnected),
+            let next = match self.later.pop_front() {
+                Some(command) => Ok(command),
+                None if busy => self.commands.try_recv(),
+                None => self
+                    .commands
+                    .recv()
+                    .map_err(|RecvError| TryRecvError::Disconnected),
             };
             match next {
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
@@ -157,22 +200,14 @@ impl Loop {
         match command {
             Command::Add {
                 model,
+                engine,
                 decoder,
+                config,
                 memory,
             } => {
-                let config = EngineConfig {
-                    max_batch_tokens: self.limits.max_batch_tokens,
-                    max_running: self.limits.max_running,
-                    kv_bytes: memory.kv_bytes as usize,
-                };
-                let engine = match Engine::new(decoder.clone(), config) {
-                    Ok(engine) => engine,
-                    // Its requests are told that it has gone.
-                    Err(e) => return error!(error = %e, "a model has no room for keys and values"),
-                };
                 let resident = Resident {
                     decoder,
-                    engine,
+                    engine: *engine,
                     listeners: HashMap::new(),
                     config,
                     _memory: memory,
@@ -193,31 +228,61 @@ impl Loop {
                 request,
                 events,
             } => {
-                // Without the model, dropping `events` tells the waiting side.
-                if let Some(resident) = self.models.get_mut(&model) {
-                    resident.submit(*request, events);
+                match self.models.get_mut(&model) {
+                    Some(resident) => resident.submit(*request, events),
+                    // Somebody still had it when its device failed.
+                    None => {
+                        let _ = events.send(device_failed(request.id));
+                    }
                 }
             }
+            Command::DeviceFailed => self.give_up(),
             Command::Stop => {}
         }
     }
 
     /// One step of every model that has work, in turn.
     fn step(&mut self) {
-        for resident in self.models.values_mut().filter(|m| !m.engine.is_idle()) {
-            let stepped = catch_unwind(AssertUnwindSafe(|| resident.engine.step()));
+        let has_work = |(id, model): (&u64, &Resident)| (!model.engine.is_idle()).then_some(*id);
+        let busy: Vec<u64> = self.models.iter().filter_map(has_work).collect();
+        for id in busy {
+            // It is out of the map meanwhile, so that others can be taken out of it.
+            let Some(mut resident) = self.models.remove(&id) else {
+                continue;
+            };
+            let mut care = Care { thread: self };
+            let stepped = catch_unwind(AssertUnwindSafe(|| resident.engine.step_with(&mut care)));
+            let is_lost = resident.engine.is_lost();
+            if is_lost {
+                // Whoever hears of it and asks again is not to find the old model.
+                self.faults.lost(self.device);
+            }
             match stepped {
                 Ok(events) => resident.deliver(events),
                 Err(_) => {
                     error!("a step panicked; its model's requests fail and it starts afresh");
-                    resident.fail_all("the model failed while computing");
+                    resident.fail_all();
                     match Engine::new(resident.decoder.clone(), resident.config) {
                         Ok(engine) => resident.engine = engine,
                         Err(e) => error!(error = %e, "it has no room for keys and values"),
                     }
                 }
             }
+            self.models.insert(id, resident);
+            if is_lost {
+                return self.give_up();
+            }
         }
+    }
+
+    /// The device failed: so do the requests of all models.
+    fn give_up(&mut self) {
+        for resident in self.models.values_mut() {
+            for (id, listener) in resident.listeners.drain() {
+                let _ = listener.send(device_failed(id));
+            }
+        }
+        self.models.clear();
     }
 
     fn count(&self) {
@@ -233,6 +298,43 @@ impl Loop {
         self.counts.waiting.store(waiting, Ordering::Relaxed);
         self.counts.kv_used.store(used, Ordering::Relaxed);
         self.counts.kv_all.store(all, Ordering::Relaxed);
+    }
+}
+
+/// Takes care of the device while a model is computed.
+struct Care<'a> {
+    thread: &'a mut Loop,
+}
+
+impl DeviceCare for Care<'_> {
+    fn before(&mut self) -> Result<(), LmError> {
+        match failpoint::fault("compute") {
+            Some(text) => Err(LmError::of_device(text)),
+            None => Ok(()),
+        }
+    }
+
+    fn make_room(&mut self) -> bool {
+        let Loop {
+            models,
+            commands,
+            later,
+            device,
+            faults,
+            ..
+        } = &mut *self.thread;
+        if !faults.make_room(*device) {
+            return false;
+        }
+        // Models that were unloaded go now, before what comes of them to others.
+        later.extend(commands.try_iter());
+        let removed = later.iter().filter_map(|command| match command {
+            Command::Remove { model } => Some(*model),
+            _ => None,
+        });
+        let removed: HashSet<u64> = removed.collect();
+        models.retain(|id, _| !removed.contains(id));
+        true
     }
 }
 
@@ -276,15 +378,23 @@ impl Resident {
         }
     }
 
-    fn fail_all(&mut self, detail: &str) {
+    fn fail_all(&mut self) {
         for (id, listener) in self.listeners.drain() {
-            let _ = listener.send(Event::Failed {
-                id,
-                error: detail.to_owned(),
-                field: None,
-            });
+            let _ = listener.send(failed(id, "the model failed while computing"));
         }
     }
+}
+
+fn failed(id: u64, why: &str) -> Event {
+    Event::Failed {
+        id,
+        error: why.to_owned(),
+        field: None,
+    }
+}
+
+fn device_failed(id: u64) -> Event {
+    failed(id, "gpu-failed: the device failed and is opened anew")
 }
 
 /// Whether an event ends its request.

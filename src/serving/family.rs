@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
-use cauldron_checkpoint::{Checkpoint, CheckpointError, Digest, Dtype};
+use cauldron_checkpoint::{CheckpointError, Digest, Dtype, Hold};
 use cauldron_lm::{Arithmetic, Decoder, LmError, ModelConfig, Placement, TextTokenizer, WeightSource};
 use cauldron_merge::{
     Family as Prepared, HoldWeights, MergeError, Observer, Parents, Recipe, merge_digest, sidecars,
@@ -24,6 +24,7 @@ use super::parents::ParentWeights;
 use super::point::{PointWeights, Shapes};
 use super::resident::{self, OnGpu};
 use super::shares::OpenRecipe;
+use super::station::Station;
 use crate::cache::KnownContents;
 use crate::config::ModelName;
 use crate::sources::{Care, Held, ModelSources};
@@ -46,6 +47,8 @@ pub struct Family {
     pub name: ModelName,
     pub recipe: OpenRecipe,
     pub arithmetic: Arithmetic,
+    /// Where its points are.
+    station: Arc<Station>,
     asks: Mutex<Sender<Ask>>,
     state: watch::Receiver<State>,
     stop: Arc<AtomicBool>,
@@ -106,8 +109,7 @@ impl Family {
         recipe: OpenRecipe,
         arithmetic: Arithmetic,
         parentage: Parentage,
-        weights: Arc<ParentWeights>,
-        device: Device,
+        station: Arc<Station>,
     ) -> std::io::Result<Arc<Self>> {
         let (asks, receiver) = channel();
         let (told, state) = watch::channel(State::Preparing);
@@ -116,8 +118,7 @@ impl Family {
             name: name.clone(),
             recipe: recipe.clone(),
             parentage,
-            weights,
-            device,
+            station: station.clone(),
             asks: receiver,
             told,
             stop: stop.clone(),
@@ -128,10 +129,15 @@ impl Family {
             name,
             recipe,
             arithmetic,
+            station,
             asks: Mutex::new(asks),
             state,
             stop,
         }))
+    }
+
+    pub(super) fn station(&self) -> &Arc<Station> {
+        &self.station
     }
 
     pub fn state(&self) -> State {
@@ -210,8 +216,7 @@ struct Keeper {
     name: ModelName,
     recipe: OpenRecipe,
     parentage: Parentage,
-    weights: Arc<ParentWeights>,
-    device: Device,
+    station: Arc<Station>,
     asks: Receiver<Ask>,
     told: watch::Sender<State>,
     stop: Arc<AtomicBool>,
@@ -235,9 +240,8 @@ struct Holding<'a> {
 }
 
 impl HoldWeights for Holding<'_> {
-    fn hold(&self, identity: Option<&str>, checkpoint: &Arc<Checkpoint>) -> Result<(), CheckpointError> {
-        self.weights
-            .hold(identity, checkpoint, &|| !self.until.cancelled())
+    fn hold(&self, identity: Option<&str>, owner: Arc<dyn Hold>) -> Result<(), CheckpointError> {
+        self.weights.hold(identity, owner, &|| !self.until.cancelled())
     }
 }
 
@@ -265,7 +269,7 @@ impl Keeper {
         let known = &self.parentage.known;
         parents.adopt_contents(&|identity| known.get(identity));
         let hold = Holding {
-            weights: &self.weights,
+            weights: &self.station.parents,
             until: &until,
         };
         parents.hold_weights(&hold).map_err(|e| text(&e))?;
@@ -276,7 +280,10 @@ impl Keeper {
             known.put(identity, digest);
         }
         parents.check_unchanged().map_err(|e| text(&e))?;
-        let mut on_gpu = resident::open(&prepared, &parents, &self.device, &self.weights, &until);
+        let mut failures = self.station.failures();
+        let open =
+            |device: &Device| resident::open(&prepared, &parents, device, &self.station.parents, &until);
+        let mut on_gpu = open(&self.station.device()?);
         let held_bytes = on_gpu
             .as_ref()
             .map_or_else(|| parents.held_bytes(), |gpu| gpu.bytes());
@@ -284,26 +291,33 @@ impl Keeper {
         let facts = Arc::new(facts);
         info!(family = %self.name, seconds = start.elapsed().as_secs_f64(), "a family is ready");
         self.told.send_replace(State::Ready(facts.clone()));
+        let maker = Maker {
+            prepared: &prepared,
+            parents: &parents,
+            config: &facts.config,
+        };
         let mut spare = Vec::new();
-        while let Some(ask) = self.next_ask(&mut on_gpu) {
+        while let Some(ask) = self.next_ask(&mut on_gpu, failures) {
+            let device = match self.station.device() {
+                Ok(device) => device,
+                Err(detail) => {
+                    // Nobody may wait any more.
+                    let _ = ask.reply.send(Err(detail));
+                    continue;
+                }
+            };
+            if self.station.failures() != failures {
+                failures = self.station.failures();
+                on_gpu = open(&device);
+            }
             let until = Until(&[&self.stop, &ask.unwanted]);
             let run = || {
                 let placement = Placement {
-                    device: &self.device,
+                    device: &device,
                     arithmetic: ask.arithmetic,
                     fixed_shapes: ask.fixed_shapes,
                 };
-                let on_gpu = on_gpu.as_deref_mut();
-                make(
-                    &ask,
-                    &prepared,
-                    &parents,
-                    &facts.config,
-                    placement,
-                    &until,
-                    on_gpu,
-                    &mut spare,
-                )
+                maker.make(&ask, placement, &until, on_gpu.as_deref_mut(), &mut spare)
             };
             let made = catch_unwind(AssertUnwindSafe(run));
             let changed = matches!(made, Ok(Err(MergeError::ParentChanged { .. })));
@@ -327,11 +341,16 @@ impl Keeper {
 
 impl Keeper {
     /// The next point to be made; None once nobody wants the family. Meanwhile the GPU's memory is given back where a model
-    /// needs it.
-    fn next_ask(&self, on_gpu: &mut Option<Box<dyn OnGpu + '_>>) -> Option<Ask> {
+    /// needs it, or where the GPU failed more often than `failures`.
+    fn next_ask(&self, on_gpu: &mut Option<Box<dyn OnGpu + '_>>, failures: u64) -> Option<Ask> {
         loop {
-            if on_gpu.as_ref().is_some_and(|gpu| gpu.is_wanted_back()) {
-                info!(family = %self.name, "a family's points are made on the CPU from now on: a model needs the memory");
+            let failed = self.station.failures() != failures;
+            if let Some(gpu) = on_gpu
+                && (failed || gpu.is_wanted_back())
+            {
+                if !failed {
+                    info!(family = %self.name, "a family's points are made on the CPU from now on: a model needs the memory");
+                }
                 *on_gpu = None;
             }
             if self.stop.load(Ordering::Relaxed) {
@@ -395,71 +414,82 @@ fn check(config: &ModelConfig, parents: &Parents) -> Result<(), LmError> {
     Decoder::check_weights(config, &Shapes::of(parents))
 }
 
-#[allow(clippy::too_many_arguments)]
-fn make(
-    ask: &Ask,
-    prepared: &Prepared<'_>,
-    parents: &Parents,
-    config: &ModelConfig,
-    placement: Placement<'_>,
-    until: &Until<'_>,
-    on_gpu: Option<&mut (dyn OnGpu + '_)>,
-    spare: &mut Vec<Vec<u8>>,
-) -> Result<Made, MergeError> {
-    let start = Instant::now();
-    // What the digest names must be what is read: looked at before, for the sake of time, and after.
-    parents.check_unchanged()?;
-    // The plain method may prepare otherwise.
-    let plain = match ask.is_plain {
-        true => Some(Prepared::prepare(&ask.recipe, parents, until)?),
-        false => None,
-    };
-    let point = match &plain {
-        Some(plain) => plain.point(None)?,
-        None => prepared.point_of_recipe(&ask.recipe)?,
-    }
-    .unobserved();
-    let decode = |weights: &dyn WeightSource| {
-        let decoder = Decoder::load_for(config.clone(), weights, placement);
-        decoder.map_err(|e| MergeError::Internal {
-            detail: e.to_string(),
-        })
-    };
-    let made_there = match on_gpu.filter(|_| plain.is_none()) {
-        None => None,
-        Some(gpu) => match gpu
-            .compute(&point)
-            .and_then(|weights| Ok((start.elapsed(), decode(&*weights)?)))
-        {
-            Ok(made) => Some(made),
-            Err(error) => {
-                // The CPU says which tensor is at fault, or does what the GPU could not.
-                warn!(%error, "a point is made on the CPU");
-                None
-            }
-        },
-    };
-    let (pass, decoder) = match made_there {
-        Some(made) => made,
-        None => {
-            let weights = PointWeights::compute(&point, parents, until, spare)?;
-            let pass = start.elapsed();
-            let decoder = decode(&weights)?;
-            let mut kept = 0;
-            spare.extend(weights.buffers.into_iter().take_while(|buffer| {
-                kept += buffer.capacity();
-                kept <= SPARE_BYTES
-            }));
-            (pass, decoder)
+/// What a family's points are made of.
+struct Maker<'a, 'p> {
+    prepared: &'a Prepared<'p>,
+    parents: &'p Parents,
+    config: &'a ModelConfig,
+}
+
+impl Maker<'_, '_> {
+    fn make(
+        &self,
+        ask: &Ask,
+        placement: Placement<'_>,
+        until: &Until<'_>,
+        on_gpu: Option<&mut (dyn OnGpu + '_)>,
+        spare: &mut Vec<Vec<u8>>,
+    ) -> Result<Made, MergeError> {
+        let Self {
+            prepared,
+            parents,
+            config,
+        } = *self;
+        let start = Instant::now();
+        // What the digest names must be what is read: looked at before, for the sake of time, and after.
+        parents.check_unchanged()?;
+        // The plain method may prepare otherwise.
+        let plain = match ask.is_plain {
+            true => Some(Prepared::prepare(&ask.recipe, parents, until)?),
+            false => None,
+        };
+        let point = match &plain {
+            Some(plain) => plain.point(None)?,
+            None => prepared.point_of_recipe(&ask.recipe)?,
         }
-    };
-    let digest = merge_digest(&ask.recipe, parents, until)?;
-    parents.check_unchanged()?;
-    Ok(Made {
-        decoder,
-        digest,
-        bytes: point.input_bytes() + parents.output_bytes(),
-        pass,
-        whole: start.elapsed(),
-    })
+        .unobserved();
+        let decode = |weights: &dyn WeightSource| {
+            let decoder = Decoder::load_for(config.clone(), weights, placement);
+            decoder.map_err(|e| MergeError::Internal {
+                detail: e.to_string(),
+            })
+        };
+        let made_there = match on_gpu.filter(|_| plain.is_none()) {
+            None => None,
+            Some(gpu) => match gpu
+                .compute(&point)
+                .and_then(|weights| Ok((start.elapsed(), decode(&*weights)?)))
+            {
+                Ok(made) => Some(made),
+                Err(error) => {
+                    // The CPU says which tensor is at fault, or does what the GPU could not.
+                    warn!(%error, "a point is made on the CPU");
+                    None
+                }
+            },
+        };
+        let (pass, decoder) = match made_there {
+            Some(made) => made,
+            None => {
+                let weights = PointWeights::compute(&point, parents, until, spare)?;
+                let pass = start.elapsed();
+                let decoder = decode(&weights)?;
+                let mut kept = 0;
+                spare.extend(weights.buffers.into_iter().take_while(|buffer| {
+                    kept += buffer.capacity();
+                    kept <= SPARE_BYTES
+                }));
+                (pass, decoder)
+            }
+        };
+        let digest = merge_digest(&ask.recipe, parents, until)?;
+        parents.check_unchanged()?;
+        Ok(Made {
+            decoder,
+            digest,
+            bytes: point.input_bytes() + parents.output_bytes(),
+            pass,
+            whole: start.elapsed(),
+        })
+    }
 }

@@ -11,23 +11,22 @@ use cauldron_lm::{
 use cauldron_merge::Recipe;
 use tracing::warn;
 
-use super::engine::EngineThread;
 use super::family::{Facts, Family};
-use super::memory::{Memory, Need, Reservation};
+use super::memory::{Need, Reservation};
 use super::served::{Parts, Served};
 use super::slot::{PointInfo, WeightsFrom};
+use super::station::Station;
 use super::{LoadRequest, ServingError, ServingLimits};
 use crate::cache::Cache;
 use crate::config::ModelName;
-use crate::telemetry;
+use crate::{failpoint, telemetry};
 
 /// Where models are loaded from and to.
 pub(super) struct Place<'a> {
     pub cache: &'a Cache,
+    pub station: &'a Arc<Station>,
     pub device: &'a Device,
-    pub engine: &'a Arc<EngineThread>,
     pub limits: ServingLimits,
-    pub memory: &'a Memory,
 }
 
 /// What the loader does for a load.
@@ -37,7 +36,7 @@ pub(super) trait Turn: Sync {
     /// It goes on, whoever still waits.
     fn commit(&self);
     /// Takes memory, from other models if it must.
-    fn make_room(&self, need: Need) -> Result<Reservation, LoadFailure>;
+    fn make_room(&self, station: &Arc<Station>, need: Need) -> Result<Reservation, LoadFailure>;
 }
 
 /// Why a model was not loaded.
@@ -46,6 +45,12 @@ pub(super) enum LoadFailure {
     /// It cannot be; for people.
     #[error("{0}")]
     Broken(String),
+    /// The device had no memory for it, though it was reserved: somebody else has taken it.
+    #[error("{0}")]
+    OutOfMemory(String),
+    /// The device failed for good.
+    #[error("{0}")]
+    DeviceLost(String),
     #[error("the memory it needs is in use by other models' requests")]
     NoRoom,
     #[error("nobody waits for it any more")]
@@ -56,6 +61,11 @@ impl LoadFailure {
     pub(super) fn of(&self, name: &ModelName) -> ServingError {
         match self {
             Self::NoRoom => ServingError::NoRoom(name.to_string()),
+            Self::OutOfMemory(detail) | Self::DeviceLost(detail) => ServingError::Device {
+                name: name.to_string(),
+                code: LmError::of_device(detail).slug(),
+                detail: detail.clone(),
+            },
             Self::Broken(_) | Self::Unwanted => ServingError::Failed {
                 name: name.to_string(),
                 detail: self.to_string(),
@@ -66,7 +76,11 @@ impl LoadFailure {
 
 impl From<String> for LoadFailure {
     fn from(detail: String) -> Self {
-        Self::Broken(detail)
+        match LmError::of_device(&detail) {
+            LmError::OutOfMemory { .. } => Self::OutOfMemory(detail),
+            LmError::DeviceLost { .. } => Self::DeviceLost(detail),
+            _ => Self::Broken(detail),
+        }
     }
 }
 
@@ -126,7 +140,7 @@ pub(super) fn load(
     Ok(Served::new(
         name.clone(),
         parts,
-        place.engine.clone(),
+        place.station.clone(),
         place.limits,
     )?)
 }
@@ -171,8 +185,12 @@ fn load_folder(
     let largest = expert.checkpoint().tensors().values().map(numbers).max();
     let reading = bytes + 4 * largest.unwrap_or(0);
     go_on(turn)?;
-    let mut memory = turn.make_room(place.memory.need(&config, reading))?;
+    let need = place.station.memory.need(&config, reading);
+    let mut memory = turn.make_room(place.station, need)?;
     go_on(turn)?;
+    if let Some(text) = failpoint::fault("load") {
+        return Err(LmError::of_device(text).to_string().into());
+    }
     let placement = Placement {
         device: place.device,
         arithmetic: request.arithmetic,
@@ -205,7 +223,8 @@ fn load_point(
     let are_bf16 = facts.dtype == Dtype::BF16;
     let bytes = weight_bytes(&facts.config, request.arithmetic, are_bf16, place.device);
     let reading = bytes + 4 * facts.largest_tensor;
-    let mut memory = turn.make_room(place.memory.need_of_point(&facts.config, reading))?;
+    let need = place.station.memory.need_of_point(&facts.config, reading);
+    let mut memory = turn.make_room(place.station, need)?;
     go_on(turn)?;
     turn.commit();
     let made = family.make(recipe, place.limits.fixed_shapes, &|| turn.is_wanted());

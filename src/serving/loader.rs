@@ -8,13 +8,16 @@ use cauldron_lm::Arithmetic;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
+use super::engine::Command;
 use super::family::{Family, Parentage};
 use super::load::{LoadFailure, Place, Turn, load};
 use super::memory::{Need, Reservation};
 use super::shares::OpenRecipe;
 use super::slot::{Former, Held, Loading, Origin, Pinned, Slot, Slots, WeightsFrom};
+use super::station::Station;
 use super::{LoadError, LoadRequest, Look, Served, Serving, ServingError};
 use crate::config::ModelName;
+use crate::telemetry;
 
 /// How long a load that waits for memory sleeps before it looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(50);
@@ -72,8 +75,13 @@ impl Serving {
             return Err(LoadError::ShuttingDown);
         }
         self.check_names(&slots, &name, aliases)?;
-        let (parents, device) = (self.parents.clone(), self.device.clone());
-        let family = Family::start(name.clone(), recipe, arithmetic, parentage, parents, device)?;
+        let family = Family::start(
+            name.clone(),
+            recipe,
+            arithmetic,
+            parentage,
+            self.roomiest().clone(),
+        )?;
         slots.set_aliases(&name, aliases);
         slots.drop_family(&name);
         slots.drop_model(&name);
@@ -198,15 +206,26 @@ impl Serving {
     }
 
     fn load_now(&self, turn: &SlotTurn<'_>, request: LoadRequest) {
-        let place = Place {
-            cache: &self.cache,
-            device: &self.device,
-            engine: &self.engine,
-            limits: self.limits,
-            memory: &self.memory,
+        let mut loaded = self.try_to_load(turn, &request);
+        // Once more where the device was at fault and can be helped.
+        let again = match &loaded {
+            Err((station, LoadFailure::OutOfMemory(_))) => {
+                let used = station.memory.used_bytes();
+                let any = self.relieve(station);
+                station.wait_below(used);
+                any
+            }
+            Err((station, LoadFailure::DeviceLost(_))) => {
+                self.lose(station);
+                station.engine.send(Command::DeviceFailed);
+                true
+            }
+            _ => false,
         };
-        let attempt = AssertUnwindSafe(|| load(&turn.name, request, &place, turn));
-        let loaded = catch_unwind(attempt).unwrap_or_else(|_| Err("loading panicked".to_owned().into()));
+        if again {
+            loaded = self.try_to_load(turn, &request);
+        }
+        let loaded = loaded.map_err(|(_, failure)| failure);
         let name = &turn.name;
         match &loaded {
             Ok(served) => info!(model = %name, fingerprint = served.fingerprint, "model is ready"),
@@ -218,6 +237,81 @@ impl Serving {
         {
             slots.settle(name, loading, loaded.map(Arc::new));
         }
+    }
+}
+
+impl Serving {
+    /// The device with the most room.
+    fn roomiest(&self) -> &Arc<Station> {
+        let left = |station: &&Arc<Station>| std::cmp::Reverse(station.memory.left());
+        let roomiest = self.stations.iter().min_by_key(left);
+        roomiest.unwrap_or(&self.stations[0])
+    }
+
+    /// Takes memory from those on a device that do without it most easily: families' parents, or else the model without work
+    /// that was not asked for longest. False if there is neither.
+    pub(super) fn relieve(&self, station: &Arc<Station>) -> bool {
+        let used = station.memory.used_bytes();
+        if station.parents.let_go() {
+            station.wait_below(used);
+            return true;
+        }
+        let mut slots = self.slots();
+        let there = slots.by_name.iter().filter_map(|(name, slot)| match slot {
+            Slot::Ready { served, .. } if served.is_on(station) => Some((served.standing(), name.clone())),
+            _ => None,
+        });
+        match there.min() {
+            Some(((false, _), name)) => {
+                let device = station.choice();
+                warn!(model = %name, %device, "is unloaded: the device is out of memory");
+                metrics::counter!(telemetry::DEVICE_RELIEVED, "device" => device.to_string()).increment(1);
+                slots.set_aside(name, None)
+            }
+            _ => false,
+        }
+    }
+
+    /// A device failed: its models come back when they are asked for.
+    pub(super) fn lose(&self, station: &Arc<Station>) {
+        let mut slots = self.slots();
+        let mut there = Vec::new();
+        for (name, slot) in &mut slots.by_name {
+            match slot {
+                Slot::Ready { served, .. } if served.is_on(station) => there.push(name.clone()),
+                Slot::Loading(loading) if loading.has_former_on(station) => drop(loading.give_up_former()),
+                _ => {}
+            }
+        }
+        for name in there {
+            slots.set_aside(name, Some("its device failed".to_owned()));
+        }
+        drop(slots);
+        station.fail();
+    }
+
+    /// The station of a family, or else the roomiest; and why it failed there.
+    fn try_to_load(
+        &self,
+        turn: &SlotTurn<'_>,
+        request: &LoadRequest,
+    ) -> Result<Served, (Arc<Station>, LoadFailure)> {
+        let station = match &request.weights {
+            WeightsFrom::Family { family, .. } => family.station(),
+            WeightsFrom::Folder { .. } => self.roomiest(),
+        };
+        let attempt = || {
+            let place = Place {
+                cache: &self.cache,
+                station,
+                device: &station.device()?,
+                limits: self.limits,
+            };
+            load(&turn.name, request.clone(), &place, turn)
+        };
+        catch_unwind(AssertUnwindSafe(attempt))
+            .unwrap_or_else(|_| Err("loading panicked".to_owned().into()))
+            .map_err(|failure| (station.clone(), failure))
     }
 }
 
@@ -351,8 +445,8 @@ impl Turn for SlotTurn<'_> {
 
     /// First what the model replaces gives its memory, then the models that were not asked for longest. They keep it until
     /// their requests have ended, which is waited for.
-    fn make_room(&self, need: Need) -> Result<Reservation, LoadFailure> {
-        let memory = &self.serving.memory;
+    fn make_room(&self, station: &Arc<Station>, need: Need) -> Result<Reservation, LoadFailure> {
+        let memory = &station.memory;
         memory.check(need)?;
         let deadline = Instant::now() + self.serving.limits.hold;
         loop {
@@ -360,7 +454,7 @@ impl Turn for SlotTurn<'_> {
                 return Err(LoadFailure::Unwanted);
             }
             let most = self.serving.limits.max_points;
-            let full = self.name.is_point() && memory.points() >= most;
+            let full = self.name.is_point() && self.serving.points() >= most;
             let took = match full {
                 // Those that leave already are waited for.
                 true => self.serving.slots().live_points() >= most && self.take_a_point(),
@@ -368,11 +462,11 @@ impl Turn for SlotTurn<'_> {
                     if let Some(reservation) = memory.reserve(need) {
                         return Ok(reservation);
                     }
-                    let parents = &self.serving.parents;
+                    let parents = &station.parents;
                     // A point takes from its own parents only what it cannot do without: others leave in a moment.
                     (memory.needs_that_of_parents(need) && parents.let_go())
                         || !memory.will_fit(need)
-                            && (self.take_from_another() || !self.name.is_point() && parents.let_go())
+                            && (self.take_from_another(station) || !self.name.is_point() && parents.let_go())
                 }
             };
             if took {
@@ -387,12 +481,12 @@ impl Turn for SlotTurn<'_> {
 }
 
 impl SlotTurn<'_> {
-    /// A model is not served from now on, so that its memory comes back; false if there is none.
-    fn take_from_another(&self) -> bool {
+    /// A model is not served from now on, so that its memory of a device comes back; false if there is none.
+    fn take_from_another(&self, station: &Arc<Station>) -> bool {
         let mut slots = self.serving.slots();
         match slots.by_name.get_mut(&self.name) {
             Some(Slot::Loading(loading)) if loading.ticket == self.ticket => {
-                if loading.give_up_former() {
+                if loading.has_former_on(station) && loading.give_up_former() {
                     info!(model = %self.name, "what it replaces is unloaded first: there is no memory for both");
                     return true;
                 }
@@ -401,12 +495,12 @@ impl SlotTurn<'_> {
         }
         // What another name meant before its own load counts as that name's model.
         let there = slots.by_name.iter().filter_map(|(name, slot)| match slot {
-            Slot::Ready { served, .. } if served.is_settling() => None,
+            Slot::Ready { served, .. } if served.is_settling() || !served.is_on(station) => None,
             Slot::Ready { served, .. } => Some((served.standing(), name.clone())),
             Slot::Loading(Loading {
                 former: Some(Former::Kept(served, _)),
                 ..
-            }) => Some((served.standing(), name.clone())),
+            }) if served.is_on(station) => Some((served.standing(), name.clone())),
             _ => None,
         });
         let Some((_, name)) = there.min() else {
@@ -415,16 +509,8 @@ impl SlotTurn<'_> {
         if let Some(Slot::Loading(loading)) = slots.by_name.get_mut(&name) {
             return loading.give_up_former();
         }
-        let Some(Slot::Ready { served, model, .. }) = slots.by_name.remove(&name) else {
-            return false;
-        };
         info!(model = %name, "is unloaded to make room for {}", self.name);
-        served.set_leaving(true);
-        // A point is made again from its name.
-        if !model.request.weights.is_point() {
-            slots.by_name.insert(name, Slot::Unloaded { model, why: None });
-        }
-        true
+        slots.set_aside(name, None)
     }
 
     /// As [`Self::take_from_another`], of points only: there are as many as may be.

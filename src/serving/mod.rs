@@ -15,28 +15,28 @@ mod resident;
 mod served;
 mod shares;
 mod slot;
+mod station;
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use candle_core::Device;
 use tokio::sync::oneshot;
 
 use crate::cache::Cache;
-use crate::config::ModelName;
+use crate::config::{DeviceChoice, ModelName};
 
-pub use device::open as open_device;
-pub use engine::{EngineThread, Work};
+pub use device::{Opened, open as open_devices};
+pub use engine::Work;
 pub use family::{Family, Parentage, check_family};
 pub use load::check_model;
 pub use served::{Generation, Served};
 pub use shares::{MAX_ANCHORS, OpenRecipe, Shares};
 pub use slot::{FamilyInfo, LoadRequest, PointInfo, SlotInfo, WeightsFrom};
 
-use memory::Memory;
-use parents::ParentWeights;
+use engine::Faults;
 use slot::{Origin, Slot, Slots};
+use station::Station;
 
 /// Limits of serving.
 #[derive(Debug, Clone, Copy)]
@@ -69,6 +69,13 @@ pub enum ServingError {
     StillLoading(String),
     #[error("there is no room for model {0} now: the memory it needs is in use by other models' requests")]
     NoRoom(String),
+    /// The device had no memory left, or failed.
+    #[error("model {name}: {detail}")]
+    Device {
+        name: String,
+        code: &'static str,
+        detail: String,
+    },
     #[error("too many sequences are waiting for model {0}")]
     Busy(String),
     #[error("there are {0} names of models already: one must be unloaded before another is loaded")]
@@ -84,7 +91,10 @@ pub enum ServingError {
 impl ServingError {
     /// Whether the same request may be answered later.
     pub fn may_pass(&self) -> bool {
-        matches!(self, Self::NoRoom(_) | Self::Busy(_) | Self::StillLoading(_))
+        matches!(
+            self,
+            Self::NoRoom(_) | Self::Busy(_) | Self::StillLoading(_) | Self::Device { .. }
+        )
     }
 }
 
@@ -106,28 +116,59 @@ pub enum LoadError {
 #[derive(Debug)]
 pub struct Serving {
     slots: Mutex<Slots>,
-    engine: Arc<EngineThread>,
+    /// One a device.
+    stations: Vec<Arc<Station>>,
     cache: Cache,
-    device: Device,
     limits: ServingLimits,
-    memory: Arc<Memory>,
-    parents: Arc<ParentWeights>,
+}
+
+/// The way from a device's thread to the slots.
+#[derive(Debug, Default)]
+struct ToServing(OnceLock<Weak<Serving>>);
+
+impl ToServing {
+    fn serving(&self) -> Option<Arc<Serving>> {
+        self.0.get().and_then(Weak::upgrade)
+    }
+}
+
+impl Faults for ToServing {
+    fn make_room(&self, device: DeviceChoice) -> bool {
+        let serving = self.serving();
+        serving.is_some_and(|serving| {
+            serving
+                .station(device)
+                .is_some_and(|there| serving.relieve(there))
+        })
+    }
+
+    fn lost(&self, device: DeviceChoice) {
+        if let Some(serving) = self.serving()
+            && let Some(there) = serving.station(device)
+        {
+            serving.lose(there);
+        }
+    }
 }
 
 impl Serving {
-    pub fn start(cache: Cache, device: Device, limits: ServingLimits) -> std::io::Result<Arc<Self>> {
-        let on_cpu = matches!(device, Device::Cpu);
-        let free = device::free_bytes(&device);
-        let memory = Arc::new(Memory::new(limits.memory_bytes, limits.kv_bytes, free));
-        Ok(Arc::new(Self {
+    /// One station for each of the devices, of which there is at least one.
+    pub fn start(cache: Cache, devices: Vec<Opened>, limits: ServingLimits) -> std::io::Result<Arc<Self>> {
+        let way = Arc::new(ToServing::default());
+        let station = |(choice, device)| Station::start(choice, device, limits, way.clone()).map(Arc::new);
+        let stations: std::io::Result<Vec<_>> = devices.into_iter().map(station).collect();
+        let serving = Arc::new(Self {
             slots: Mutex::default(),
-            engine: Arc::new(EngineThread::start(limits)?),
-            parents: Arc::new(ParentWeights::new(memory.clone(), on_cpu)),
-            memory,
+            stations: stations?,
             cache,
-            device,
             limits,
-        }))
+        });
+        let _ = way.0.set(Arc::downgrade(&serving));
+        Ok(serving)
+    }
+
+    fn station(&self, device: DeviceChoice) -> Option<&Arc<Station>> {
+        self.stations.iter().find(|station| station.choice() == device)
     }
 
     /// Takes a name away, and its aliases with it; or only an alias. Requests that run finish on the weights they have.
@@ -261,7 +302,8 @@ impl Serving {
 
     /// Whether another model of the same size would find room without taking it from anybody.
     pub fn has_room_beside(&self, served: &Served) -> bool {
-        self.memory.left() >= served.memory_bytes && self.memory.points() < self.limits.max_points
+        let left = served.bytes_left_beside();
+        left >= served.memory_bytes && self.points() < self.limits.max_points
     }
 
     /// The family of a name or an alias.
@@ -330,12 +372,20 @@ impl Serving {
 
     /// Bytes that models have reserved.
     pub fn memory_used(&self) -> u64 {
-        self.memory.used_bytes()
+        self.stations
+            .iter()
+            .map(|station| station.memory.used_bytes())
+            .sum()
+    }
+
+    /// Points of families that are in memory, named or not.
+    fn points(&self) -> usize {
+        self.stations.iter().map(|station| station.memory.points()).sum()
     }
 
     /// What runs and waits, over all models.
     pub fn work(&self) -> Work {
-        self.engine.work()
+        self.stations.iter().map(|station| station.engine.work()).sum()
     }
 
     /// Ends all work; what runs gets an error event.
@@ -349,7 +399,7 @@ impl Serving {
             std::mem::take(&mut slots.by_name)
         };
         drop(slots);
-        self.engine.shutdown();
+        self.stations.iter().for_each(|station| station.engine.shutdown());
     }
 
     fn slots(&self) -> std::sync::MutexGuard<'_, Slots> {

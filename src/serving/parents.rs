@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
-use cauldron_checkpoint::{Checkpoint, CheckpointError, HeldWeights};
+use cauldron_checkpoint::{CheckpointError, HeldWeights, Hold};
 use tracing::info;
 
 use super::memory::{Ample, Memory, Reservation};
@@ -25,10 +25,10 @@ pub(super) struct ParentWeights {
 
 #[derive(Debug, Default)]
 struct Known {
-    /// By the identity of a checkpoint's files. Locked while they are read.
+    /// By the identity of a checkpoint's files, or of an expert's with its adapter. Locked while they are read.
     weights: HashMap<String, Arc<Mutex<Weak<HeldWeights>>>>,
     /// Those that hold weights, or did.
-    holders: Vec<Weak<Checkpoint>>,
+    holders: Vec<Weak<dyn Hold>>,
     /// Those of families whose parents lie on the GPU.
     rooms: Vec<Weak<Room>>,
 }
@@ -42,11 +42,11 @@ impl ParentWeights {
         }
     }
 
-    /// Has a checkpoint hold its weights, if there is room. Who has the same files waits until they are read.
+    /// Has a checkpoint or an expert hold its weights, if there is room. Who has the same files waits until they are read.
     pub(super) fn hold(
         &self,
         identity: Option<&str>,
-        checkpoint: &Arc<Checkpoint>,
+        owner: Arc<dyn Hold>,
         go_on: &(dyn Fn() -> bool + Sync),
     ) -> Result<(), CheckpointError> {
         if !self.on_cpu {
@@ -75,13 +75,13 @@ impl ParentWeights {
             None => {
                 let Some(reservation) = self
                     .memory
-                    .reserve_for_parents(checkpoint.held_bytes(), Ample::ON_CPU)
+                    .reserve_for_parents(owner.bytes_to_hold(), Ample::ON_CPU)
                 else {
                     return Ok(());
                 };
-                let weights = Arc::new(checkpoint.read_all(go_on, Box::new(reservation))?);
+                let weights = Arc::new(owner.read_all(go_on, Box::new(reservation))?);
                 // Files that changed while they were read belong to nobody else.
-                if identity.is_some_and(|identity| checkpoint.identity().is_ok_and(|now| now == identity)) {
+                if identity.is_some_and(|identity| owner.identity().is_ok_and(|now| now == identity)) {
                     *place = Arc::downgrade(&weights);
                 }
                 weights
@@ -89,11 +89,11 @@ impl ParentWeights {
         };
         let mut known = self.known();
         known.holders.retain(|holder| holder.strong_count() > 0);
-        known.holders.push(Arc::downgrade(checkpoint));
+        known.holders.push(Arc::downgrade(&owner));
         known.weights.retain(|_, place| {
             Arc::strong_count(place) > 1 || place.try_lock().is_ok_and(|w| w.strong_count() > 0)
         });
-        checkpoint.hold(weights);
+        owner.hold(weights);
         Ok(())
     }
 
@@ -126,9 +126,9 @@ impl ParentWeights {
             room.reservation.set_leaving(true);
             any = true;
         }
-        for checkpoint in holders.iter().filter_map(Weak::upgrade) {
-            any |= checkpoint.held().is_some();
-            checkpoint.let_go();
+        for owner in holders.iter().filter_map(Weak::upgrade) {
+            any |= owner.held().is_some();
+            owner.let_go();
         }
         if any {
             info!("families' parents are read from their files from now on: a model needs the memory");
@@ -161,6 +161,8 @@ impl GpuRoom {
 
 #[cfg(test)]
 mod tests {
+    use cauldron_checkpoint::Checkpoint;
+
     use super::super::memory::{Need, Use};
     use super::*;
 
@@ -183,11 +185,11 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let (one, two) = (checkpoint(dir.path()), open(dir.path()));
         let identity = one.identity().expect("an identity");
-        let bytes = one.held_bytes();
+        let bytes = one.bytes_to_hold();
         let memory = Arc::new(Memory::new(Some(8 * bytes), None, None));
         let parents = ParentWeights::new(memory.clone(), true);
         let hold = |identity: Option<&str>, model: &Arc<Checkpoint>| {
-            parents.hold(identity, model, &|| true).expect("no error");
+            parents.hold(identity, model.clone(), &|| true).expect("no error");
         };
         hold(Some(&identity), &one);
         hold(Some(&identity), &two);
@@ -210,11 +212,11 @@ mod tests {
         drop(running);
         assert_eq!(memory.used_bytes(), 0);
         assert!(!parents.let_go());
-        let cancelled = parents.hold(None, &two, &|| false);
+        let cancelled = parents.hold(None, two.clone(), &|| false);
         assert!(matches!(cancelled, Err(CheckpointError::Cancelled)));
         assert_eq!(memory.used_bytes(), 0);
         let nowhere = ParentWeights::new(memory.clone(), false);
-        nowhere.hold(None, &two, &|| true).expect("no error");
+        nowhere.hold(None, two.clone(), &|| true).expect("no error");
         assert!(two.held().is_none());
         let room = nowhere.room_on_gpu(4 * bytes).expect("half");
         assert!(nowhere.room_on_gpu(2 * bytes).is_none() && !room.is_wanted_back());

@@ -5,16 +5,18 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use cauldron_lm::{
-    ChatTemplate, Decoder, Engine, Event, Grammars, LmError, ModelConfig, Request, TextTokenizer,
+    ChatTemplate, Decoder, Engine, EngineConfig, Event, Grammars, LmError, ModelConfig, Request,
+    TextTokenizer,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::engine::{Command, EngineThread, is_last};
+use super::engine::{Command, is_last};
 use super::memory::Reservation;
 use super::slot::PointInfo;
+use super::station::Station;
 use super::{ServingError, ServingLimits};
-use crate::config::ModelName;
+use crate::config::{DeviceChoice, ModelName};
 use crate::telemetry;
 
 static NEXT_MODEL: AtomicU64 = AtomicU64::new(1);
@@ -58,7 +60,8 @@ pub struct Served {
     last_used: AtomicU64,
     memory: Weak<Reservation>,
     id: u64,
-    engine: Arc<EngineThread>,
+    /// Where it is computed.
+    station: Arc<Station>,
     /// A permit for each sequence that the engine may have, running and waiting.
     room: Arc<Semaphore>,
     most_sequences: usize,
@@ -83,7 +86,7 @@ impl Served {
     pub(super) fn new(
         name: ModelName,
         parts: Parts,
-        engine: Arc<EngineThread>,
+        station: Arc<Station>,
         limits: ServingLimits,
     ) -> Result<Self, String> {
         let id = NEXT_MODEL.fetch_add(1, Ordering::Relaxed);
@@ -92,9 +95,17 @@ impl Served {
         let kv_tokens = Engine::tokens_in(&config, memory.kv_bytes as usize);
         let max_model_len = kv_tokens.min(config.max_position_embeddings);
         let (memory_bytes, weak) = (memory.bytes(), Arc::downgrade(&memory));
-        let added = engine.send(Command::Add {
+        let engine_config = EngineConfig {
+            max_batch_tokens: limits.max_batch_tokens,
+            max_running: limits.max_running,
+            kv_bytes: memory.kv_bytes as usize,
+        };
+        let engine = Engine::new(parts.decoder.clone(), engine_config).map_err(|e| e.to_string())?;
+        let added = station.engine.send(Command::Add {
             model: id,
+            engine: Box::new(engine),
             decoder: parts.decoder,
+            config: engine_config,
             memory,
         });
         if !added {
@@ -119,7 +130,7 @@ impl Served {
             last_used: AtomicU64::new(USES.fetch_add(1, Ordering::Relaxed)),
             memory: weak,
             id,
-            engine,
+            station,
             room: Arc::new(Semaphore::new(limits.max_running + limits.max_waiting)),
             most_sequences: limits.max_running + limits.max_waiting,
             held: Semaphore::new(MOST_HELD),
@@ -187,6 +198,21 @@ impl Served {
             .is_some_and(|point| self.since.elapsed() < dwell(point))
     }
 
+    /// Where it is computed.
+    pub fn device(&self) -> DeviceChoice {
+        self.station.choice()
+    }
+
+    /// Bytes of its device that nobody has.
+    pub(super) fn bytes_left_beside(&self) -> u64 {
+        self.station.memory.left()
+    }
+
+    /// Whether it lies on a device.
+    pub(super) fn is_on(&self, station: &Arc<Station>) -> bool {
+        Arc::ptr_eq(&self.station, station)
+    }
+
     /// Whether its memory comes back once its requests have ended, because no name means it any more.
     pub(super) fn set_leaving(&self, leaving: bool) {
         if let Some(memory) = self.memory.upgrade() {
@@ -231,7 +257,7 @@ impl Served {
                 ended: false,
                 _room: room.split(1),
             });
-            alive &= self.engine.send(Command::Submit {
+            alive &= self.station.engine.send(Command::Submit {
                 model: self.id,
                 request: Box::new(request),
                 events: sender,
@@ -265,7 +291,7 @@ impl Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
-        self.engine.send(Command::Remove { model: self.id });
+        self.station.engine.send(Command::Remove { model: self.id });
     }
 }
 
@@ -298,7 +324,7 @@ impl Generation {
 impl Drop for Generation {
     fn drop(&mut self) {
         if !self.ended {
-            self.served.engine.send(Command::Cancel {
+            self.served.station.engine.send(Command::Cancel {
                 model: self.served.id,
                 request: self.request,
             });

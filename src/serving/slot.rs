@@ -12,9 +12,10 @@ use cauldron_merge::Recipe;
 use tokio::sync::oneshot;
 
 use super::family::{Facts, Family, State};
+use super::station::Station;
 use super::{Served, ServingError};
 use crate::cache::{Cache, Pin};
-use crate::config::ModelName;
+use crate::config::{DeviceChoice, ModelName};
 use crate::sources::Located;
 
 /// Where a model's weights come from.
@@ -165,6 +166,11 @@ impl Loading {
         }
     }
 
+    /// Whether what is kept beside it lies on a device.
+    pub(super) fn has_former_on(&self, station: &Arc<Station>) -> bool {
+        matches!(&self.former, Some(Former::Kept(served, _)) if served.is_on(station))
+    }
+
     /// What is kept beside it goes with its last request. False if there is nothing.
     pub(super) fn give_up_former(&mut self) -> bool {
         match self.former.take() {
@@ -226,6 +232,8 @@ pub struct SlotInfo {
     pub error: Option<String>,
     /// Seconds since the Unix epoch; when it became ready.
     pub created: Option<i64>,
+    /// Where it is computed.
+    pub device: Option<DeviceChoice>,
     /// Bytes of weights, keys and values.
     pub memory_bytes: Option<u64>,
     /// Longest text, in tokens.
@@ -303,6 +311,19 @@ impl Slots {
         true
     }
 
+    /// Takes a model that answers out of memory, once its requests have ended; it comes back when it is asked for. A point is
+    /// made again from its name. False if there is none.
+    pub(super) fn set_aside(&mut self, name: ModelName, why: Option<String>) -> bool {
+        let Some(Slot::Ready { served, model, .. }) = self.by_name.remove(&name) else {
+            return false;
+        };
+        served.set_leaving(true);
+        if !model.request.weights.is_point() {
+            self.by_name.insert(name, Slot::Unloaded { model, why });
+        }
+        true
+    }
+
     /// Takes a family and its points away. False if there is none.
     pub(super) fn drop_family(&mut self, name: &ModelName) -> bool {
         let Some(family) = self.families.remove(name) else {
@@ -352,6 +373,7 @@ impl Slots {
             arithmetic: family.arithmetic,
             error,
             created: None,
+            device: Some(family.station().choice()),
             memory_bytes: None,
             max_model_len: None,
             ready_seconds: facts.as_ref().map(|facts| facts.prepared_after.as_secs_f64()),
@@ -410,6 +432,7 @@ impl Slots {
             arithmetic: request.map(|r| r.arithmetic).unwrap_or_default(),
             error,
             created: served.map(|s| s.created),
+            device: served.map(|s| s.device()),
             memory_bytes: served.map(|s| s.memory_bytes),
             max_model_len: served.map(|s| s.max_model_len()),
             ready_seconds: served.map(|s| s.ready_after.as_secs_f64()),

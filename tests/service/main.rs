@@ -7,6 +7,7 @@ mod chat_api;
 mod checkpoints_api;
 mod common;
 mod completions_api;
+mod devices;
 mod evals;
 mod families;
 mod faults;

@@ -1,4 +1,4 @@
-//! PEFT LoRA adapters: strict reading of the folder, and the fold `W + scale * B A` of one tensor at a time.
+//! PEFT LoRA adapters: strict reading of the folder, and the factors of one tensor at a time ([`crate::LoraFactors`]).
 //!
 //! Source of the layout and of the scale: huggingface/peft, `tuners/lora` (`alpha / r`, with rsLoRA
 //! `alpha / sqrt(r)`). What changes the arithmetic beyond that (DoRA, biases, saved modules) is refused by name.
@@ -9,7 +9,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{Opened, TensorInfo, WeightFile, hash_part, open_files, read_config};
-use crate::files::{identity, open_regular, read_exact_at};
+use crate::files::{identity, is_settled, open_regular, read_exact_at};
+use crate::lora::LoraFactors;
 use crate::{CheckpointError, Digest, dtype_size, is_float, widen};
 
 const CONFIG: &str = "adapter_config.json";
@@ -51,16 +52,6 @@ struct Pair {
     scale: f64,
 }
 
-/// The factors of one tensor, ready to fold: `A` \[rank, cols\] and `B` \[rows, rank\] in f64.
-#[derive(Debug, Clone)]
-pub struct LoraFactors {
-    a: Vec<f64>,
-    b: Vec<f64>,
-    rank: usize,
-    cols: usize,
-    scale: f64,
-}
-
 impl Adapter {
     /// Opens a folder and checks its config and header. No weight is read.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
@@ -78,6 +69,21 @@ impl Adapter {
     /// Names of the base's tensors that the adapter changes, in order.
     pub fn targets(&self) -> impl Iterator<Item = &str> {
         self.pairs.keys().map(String::as_str)
+    }
+
+    pub fn changes(&self, tensor: &str) -> bool {
+        self.pairs.contains_key(tensor)
+    }
+
+    /// Names and numbers of elements of the base's tensors that the adapter changes, in order.
+    pub(crate) fn sizes(&self) -> impl Iterator<Item = (&str, usize)> {
+        let pairs = self.pairs.iter();
+        pairs.map(|(name, pair)| (name.as_str(), pair.rows * pair.cols))
+    }
+
+    /// The place of a tensor among those that the adapter changes.
+    pub(crate) fn place_of(&self, tensor: &str) -> Option<usize> {
+        self.targets().position(|target| target == tensor)
     }
 
     /// Checks that each target is in `tensors` as a float matrix of the right shape.
@@ -105,13 +111,8 @@ impl Adapter {
         let Some(pair) = self.pairs.get(tensor) else {
             return Ok(None);
         };
-        Ok(Some(LoraFactors {
-            a: self.read_f64(&pair.a)?,
-            b: self.read_f64(&pair.b)?,
-            rank: pair.rank,
-            cols: pair.cols,
-            scale: pair.scale,
-        }))
+        let (a, b) = (self.read_f64(&pair.a)?, self.read_f64(&pair.b)?);
+        Ok(Some(LoraFactors::new(&a, b, pair.rank, pair.scale)))
     }
 
     /// Digest of config and tensors, as [`crate::Checkpoint::content_digest`].
@@ -143,6 +144,13 @@ impl Adapter {
         Ok(parts.join(";"))
     }
 
+    /// Whether [`Self::identity`] may be kept: see [`crate::Checkpoint::is_settled`].
+    pub fn is_settled(&self, dir: &Path) -> Result<bool, CheckpointError> {
+        let config = open_regular(dir, CONFIG)?;
+        let mut files = self.files.iter().map(|weights| &weights.file);
+        Ok(files.all(is_settled) && is_settled(&config))
+    }
+
     fn read_bytes(&self, name: &str) -> Result<Vec<u8>, CheckpointError> {
         let info = &self.tensors[name];
         let mut bytes = vec![0u8; info.byte_len() as usize];
@@ -162,35 +170,6 @@ impl Adapter {
             });
         }
         Ok(wide.into_iter().map(f64::from).collect())
-    }
-}
-
-impl LoraFactors {
-    /// Folds the delta into elements `start..start + values.len()` of the flattened base tensor:
-    /// `f32(f64(W) + scale * sum_k B[row, k] A[k, col])`, k in ascending order, one rounding to f32.
-    pub fn fold(&self, start: usize, values: &mut [f32]) {
-        let mut sums = vec![0f64; self.cols.min(values.len())];
-        let mut at = start;
-        let mut rest = values;
-        while !rest.is_empty() {
-            let (row, col) = (at / self.cols, at % self.cols);
-            let take = rest.len().min(self.cols - col);
-            let (now, later) = rest.split_at_mut(take);
-            let sums = &mut sums[..take];
-            sums.fill(0.0);
-            for k in 0..self.rank {
-                let b = self.b[row * self.rank + k];
-                let a = &self.a[k * self.cols + col..][..take];
-                for (sum, a) in sums.iter_mut().zip(a) {
-                    *sum += b * a;
-                }
-            }
-            for (value, sum) in now.iter_mut().zip(&*sums) {
-                *value = (f64::from(*value) + self.scale * sum) as f32;
-            }
-            at += take;
-            rest = later;
-        }
     }
 }
 

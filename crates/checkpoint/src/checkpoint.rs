@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -12,6 +11,7 @@ use serde_json::{Map, Value};
 
 use crate::files::{identity, is_cached, is_settled, open_regular, read_exact_at, read_small};
 use crate::header::read_header;
+use crate::held::{HeldWeights, Hold, Keeper, Place, buffer};
 use crate::{CheckpointError, Chunks, Digest, dtype_size, is_float, widen};
 
 /// The files beside the weights that a checkpoint may carry; nothing else is read or copied.
@@ -72,34 +72,7 @@ pub struct Checkpoint {
     config: Map<String, Value>,
     files: Vec<WeightFile>,
     tensors: BTreeMap<String, TensorInfo>,
-    held: RwLock<Option<Arc<HeldWeights>>>,
-}
-
-/// The bytes of a checkpoint's weight files, in memory.
-#[derive(Debug)]
-pub struct HeldWeights {
-    /// Each up to the end of its last tensor.
-    files: Vec<Vec<u8>>,
-    /// What is to live as long as they do.
-    _keeper: Box<dyn Keeper>,
-}
-
-/// Something that goes when weights in memory do, such as their share of a budget.
-pub trait Keeper: std::fmt::Debug + Send + Sync {}
-
-impl<T: std::fmt::Debug + Send + Sync> Keeper for T {}
-
-impl HeldWeights {
-    pub fn byte_len(&self) -> u64 {
-        self.files.iter().map(|file| file.len() as u64).sum()
-    }
-
-    /// Some bytes of a tensor of this checkpoint.
-    pub fn bytes(&self, tensor: &TensorInfo, range: Range<usize>) -> Option<&[u8]> {
-        let start = usize::try_from(tensor.offset).ok()?;
-        let end = start.checked_add(usize::try_from(tensor.len).ok()?)?;
-        self.files.get(tensor.file)?.get(start..end)?.get(range)
-    }
+    held: Place,
 }
 
 impl Checkpoint {
@@ -116,13 +89,8 @@ impl Checkpoint {
             config,
             files,
             tensors,
-            held: RwLock::default(),
+            held: Place::default(),
         })
-    }
-
-    /// What [`Self::read_all`] takes of memory.
-    pub fn held_bytes(&self) -> u64 {
-        self.ends().iter().sum()
     }
 
     /// Where the last tensor of each file ends.
@@ -135,45 +103,17 @@ impl Checkpoint {
         ends
     }
 
-    /// Reads all weight files into memory, on all threads. `go_on` returns false to cancel; `keeper` lives as long as they do.
-    pub fn read_all(
+    /// Some bytes of a tensor, of weights that [`Hold::read_all`] of this checkpoint gave.
+    pub fn bytes_of<'h>(
         &self,
-        go_on: &(dyn Fn() -> bool + Sync),
-        keeper: Box<dyn Keeper>,
-    ) -> Result<HeldWeights, CheckpointError> {
-        let mut files = Vec::new();
-        for (WeightFile { name, file }, len) in self.files.iter().zip(self.ends()) {
-            let no_room = |_| CheckpointError::io(name, std::io::ErrorKind::OutOfMemory.into());
-            let len = usize::try_from(len).map_err(|_| CheckpointError::malformed(name, "too large"))?;
-            let mut bytes = Vec::new();
-            bytes.try_reserve_exact(len).map_err(no_room)?;
-            bytes.resize(len, 0);
-            let blocks = bytes.par_chunks_mut(READ_BLOCK).enumerate();
-            blocks.try_for_each(|(index, block)| match go_on() {
-                true => read_exact_at(file, name, block, (index * READ_BLOCK) as u64),
-                false => Err(CheckpointError::Cancelled),
-            })?;
-            files.push(bytes);
-        }
-        Ok(HeldWeights {
-            files,
-            _keeper: keeper,
-        })
-    }
-
-    /// From now on all reads are of these weights, which must be those of this checkpoint's files.
-    pub fn hold(&self, weights: Arc<HeldWeights>) {
-        *self.held.write().unwrap_or_else(PoisonError::into_inner) = Some(weights);
-    }
-
-    /// From now on reads are of the files again.
-    pub fn let_go(&self) {
-        *self.held.write().unwrap_or_else(PoisonError::into_inner) = None;
-    }
-
-    /// The weights that are in memory.
-    pub fn held(&self) -> Option<Arc<HeldWeights>> {
-        self.held.read().unwrap_or_else(PoisonError::into_inner).clone()
+        held: &'h HeldWeights,
+        tensor: &TensorInfo,
+        range: Range<usize>,
+    ) -> Option<&'h [u8]> {
+        let start = usize::try_from(tensor.offset).ok()?;
+        let len = usize::try_from(tensor.len).ok()?;
+        let end = start.checked_add(range.end).filter(|_| range.end <= len)?;
+        held.bytes(tensor.file, start.checked_add(range.start)?..end)
     }
 
     pub fn dir(&self) -> &Path {
@@ -212,7 +152,7 @@ impl Checkpoint {
         let held = self.held();
         if let Some(bytes) = held
             .as_ref()
-            .and_then(|held| held.bytes(tensor, from..from + buf.len()))
+            .and_then(|held| self.bytes_of(held, tensor, from..from + buf.len()))
         {
             buf.copy_from_slice(bytes);
             return Ok(());
@@ -376,6 +316,38 @@ impl Checkpoint {
             detail: "is missing".into(),
         };
         self.tensors.get(name).ok_or_else(missing)
+    }
+}
+
+impl Hold for Checkpoint {
+    fn identity(&self) -> Result<String, CheckpointError> {
+        self.identity()
+    }
+
+    fn bytes_to_hold(&self) -> u64 {
+        self.ends().iter().sum()
+    }
+
+    fn read_all(
+        &self,
+        go_on: &(dyn Fn() -> bool + Sync),
+        keeper: Box<dyn Keeper>,
+    ) -> Result<HeldWeights, CheckpointError> {
+        let mut files = Vec::new();
+        for (WeightFile { name, file }, len) in self.files.iter().zip(self.ends()) {
+            let mut bytes = buffer(len, name)?;
+            let blocks = bytes.par_chunks_mut(READ_BLOCK).enumerate();
+            blocks.try_for_each(|(index, block)| match go_on() {
+                true => read_exact_at(file, name, block, (index * READ_BLOCK) as u64),
+                false => Err(CheckpointError::Cancelled),
+            })?;
+            files.push(bytes);
+        }
+        Ok(HeldWeights::new(files, keeper))
+    }
+
+    fn place(&self) -> &Place {
+        &self.held
     }
 }
 

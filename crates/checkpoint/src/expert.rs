@@ -2,16 +2,28 @@
 //! reading, so no merged copy has to exist.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::{Adapter, Checkpoint, CheckpointError, Digest, LoraFactors, narrow, widen};
+use rayon::prelude::*;
+use safetensors::Dtype;
+
+use crate::held::buffer;
+use crate::{
+    Adapter, Checkpoint, CheckpointError, Digest, HeldWeights, Hold, Keeper, LoraFactors, Place, dtype_size,
+    narrow, widen,
+};
+
+/// Elements that are folded together, by one thread.
+const BLOCK: usize = 1 << 18;
 
 /// A checkpoint with an optional LoRA adapter.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Expert {
     checkpoint: Arc<Checkpoint>,
-    adapter: Option<(Arc<Adapter>, PathBuf)>,
+    adapter: Option<(Adapter, PathBuf)>,
+    folded: Place,
 }
 
 impl Expert {
@@ -26,10 +38,14 @@ impl Expert {
             Some(dir) => {
                 let adapter = Adapter::open(dir)?;
                 adapter.check_against(checkpoint.tensors())?;
-                Some((Arc::new(adapter), dir.to_owned()))
+                Some((adapter, dir.to_owned()))
             }
         };
-        Ok(Self { checkpoint, adapter })
+        Ok(Self {
+            checkpoint,
+            adapter,
+            folded: Place::default(),
+        })
     }
 
     pub fn checkpoint(&self) -> &Arc<Checkpoint> {
@@ -37,7 +53,7 @@ impl Expert {
     }
 
     pub fn adapter(&self) -> Option<&Adapter> {
-        self.adapter.as_ref().map(|(adapter, _)| &**adapter)
+        self.adapter.as_ref().map(|(adapter, _)| adapter)
     }
 
     /// The LoRA factors of one tensor, or None if nothing is to be folded into it.
@@ -90,5 +106,90 @@ impl Expert {
             None => Ok(checkpoint),
             Some((adapter, dir)) => Ok(format!("{checkpoint}+{}", adapter.identity(dir)?)),
         }
+    }
+    /// Whether [`Self::identity`] may be kept: see [`Checkpoint::is_settled`].
+    pub fn is_settled(&self) -> Result<bool, CheckpointError> {
+        let adapter = match &self.adapter {
+            None => true,
+            Some((adapter, dir)) => adapter.is_settled(dir)?,
+        };
+        Ok(adapter && self.checkpoint.is_settled()?)
+    }
+
+    /// Some elements of a tensor that the adapter changes as little-endian f32, of weights that [`Hold::read_all`] of this
+    /// expert gave; None for other tensors.
+    pub fn folded<'h>(
+        &self,
+        held: &'h HeldWeights,
+        tensor: &str,
+        elements: Range<usize>,
+    ) -> Option<&'h [u8]> {
+        let place = self.adapter()?.place_of(tensor)?;
+        held.bytes(place, 4 * elements.start..4 * elements.end)
+    }
+
+    /// Folds one tensor into little-endian f32.
+    fn fold_all(
+        &self,
+        adapter: &Adapter,
+        tensor: &str,
+        out: &mut [u8],
+        go_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<(), CheckpointError> {
+        let Some((factors, info)) = adapter.factors(tensor)?.zip(self.checkpoint.get(tensor)) else {
+            return Ok(());
+        };
+        let item = dtype_size(info.dtype).unwrap_or(4) as usize;
+        let blocks = out.par_chunks_mut(4 * BLOCK).enumerate();
+        let buffers = || (Vec::new(), Vec::new());
+        blocks.try_for_each_init(buffers, |(bytes, values), (index, out)| {
+            if !go_on() {
+                return Err(CheckpointError::Cancelled);
+            }
+            let start = index * BLOCK;
+            bytes.resize(out.len() / 4 * item, 0);
+            values.resize(out.len() / 4, 0.0);
+            self.checkpoint.read_into(tensor, (start * item) as u64, bytes)?;
+            // Whoever reads the values finds out whether they are finite.
+            widen(info.dtype, bytes, values);
+            factors.fold(start, values);
+            narrow(Dtype::F32, values, out);
+            Ok(())
+        })
+    }
+}
+
+/// Of an expert with an adapter: the tensors that the adapter changes, as the f32 numbers that it makes of them.
+impl Hold for Expert {
+    fn identity(&self) -> Result<String, CheckpointError> {
+        self.identity()
+    }
+
+    fn bytes_to_hold(&self) -> u64 {
+        let sizes = self.adapter().into_iter().flat_map(Adapter::sizes);
+        sizes.map(|(_, elements)| 4 * elements as u64).sum()
+    }
+
+    fn read_all(
+        &self,
+        go_on: &(dyn Fn() -> bool + Sync),
+        keeper: Box<dyn Keeper>,
+    ) -> Result<HeldWeights, CheckpointError> {
+        let fold = |adapter: &Adapter, tensor: &str, elements: usize| {
+            let mut out = buffer(4 * elements as u64, tensor)?;
+            self.fold_all(adapter, tensor, &mut out, go_on)?;
+            Ok(out)
+        };
+        let folded = self.adapter().map(|adapter| {
+            let sizes = adapter.sizes();
+            sizes
+                .map(|(tensor, elements)| fold(adapter, tensor, elements))
+                .collect()
+        });
+        Ok(HeldWeights::new(folded.transpose()?.unwrap_or_default(), keeper))
+    }
+
+    fn place(&self) -> &Place {
+        &self.folded
     }
 }

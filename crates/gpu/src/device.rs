@@ -79,6 +79,24 @@ pub fn is_available() -> bool {
     }
 }
 
+/// GPUs of this machine.
+pub fn count() -> Result<usize> {
+    use candle_core::cuda_backend::cudarc::driver::CudaContext;
+    Ok(usize::try_from(CudaContext::device_count().w()?).unwrap_or(0))
+}
+
+/// Destroys what this process has on a GPU, after an error that all later calls would repeat. Tensors that are still there
+/// can only be dropped. A device that is opened afterwards works again, unless the GPU itself is broken.
+pub fn reset(index: usize) -> Result<()> {
+    use candle_core::cuda_backend::cudarc::driver::{result, sys};
+    let Ok(index) = i32::try_from(index) else {
+        bail!("no GPU has the number {index}");
+    };
+    let device = result::device::get(index).w()?;
+    // SAFETY: the driver allows it while others hold the context: their calls fail, and they may release it.
+    unsafe { sys::cuDevicePrimaryCtxReset_v2(device) }.result().w()
+}
+
 /// Bytes of a device's memory that nobody has.
 pub fn free_bytes(device: &Device) -> Result<u64> {
     let Device::Cuda(cuda) = device else {

@@ -12,5 +12,5 @@ mod merge;
 
 pub use attention::{Attention, Heads, Pages, Rotation, Span};
 pub use decoder::{Gate, Rows, Summary};
-pub use device::{Gpu, free_bytes, is_available};
+pub use device::{Gpu, count, free_bytes, is_available, reset};
 pub use merge::{Bytes, Change, Edge, Mean, Member, Number, Operation, Pass, Plan, Survivors};

@@ -58,6 +58,35 @@ pub struct Engine {
     sequences: BTreeMap<u64, Sequence>,
     /// Events that arose between steps.
     events: Vec<Event>,
+    /// Whether the device failed for good.
+    is_lost: bool,
+}
+
+/// What the owner of an engine does for its device.
+pub trait DeviceCare {
+    /// Asked before each computation: an error stands for what the device might have said. For tests of faults.
+    fn before(&mut self) -> Result<(), LmError> {
+        Ok(())
+    }
+
+    /// The device has no memory left. Whether some was freed: then what failed is computed once more.
+    fn make_room(&mut self) -> bool {
+        false
+    }
+}
+
+/// Nothing.
+impl DeviceCare for () {}
+
+/// Computes something, once more if room can be made for it.
+fn computed<T>(
+    care: &mut dyn DeviceCare,
+    mut compute: impl FnMut() -> Result<T, LmError>,
+) -> Result<T, LmError> {
+    match care.before().and_then(|()| compute()) {
+        Err(LmError::OutOfMemory { .. }) if care.make_room() => care.before().and_then(|()| compute()),
+        done => done,
+    }
 }
 
 type BlockScores = [Option<Box<TokenLogprobs>>; BLOCK_TOKENS];
@@ -108,6 +137,7 @@ impl Engine {
             sequences: BTreeMap::new(),
             events: Vec::new(),
             decoder,
+            is_lost: false,
         })
     }
 
@@ -201,15 +231,28 @@ impl Engine {
 
     /// One forward over all that can run now. Events of one request are in order.
     pub fn step(&mut self) -> Vec<Event> {
+        self.step_with(&mut ())
+    }
+
+    /// Whether the device failed in a way that all that follows fails too. The engine is of no use any more.
+    pub fn is_lost(&self) -> bool {
+        self.is_lost
+    }
+
+    /// As [`Self::step`], with somebody who takes care of the device.
+    pub fn step_with(&mut self, care: &mut dyn DeviceCare) -> Vec<Event> {
         let plan = self.scheduler.plan();
         for start in &plan.starts {
             self.start(start);
         }
         if !plan.shares.is_empty() {
-            let run = catch_unwind(AssertUnwindSafe(|| self.run(&plan)));
+            let run = catch_unwind(AssertUnwindSafe(|| self.run(&plan, care)));
             let failure = match run {
                 Ok(Ok(())) => None,
-                Ok(Err(error)) => Some(error.to_string()),
+                Ok(Err(error)) => {
+                    self.is_lost |= matches!(error, LmError::DeviceLost { .. });
+                    Some(error.to_string())
+                }
                 Err(_) => Some("the computation panicked".to_owned()),
             };
             if let Some(error) = failure {
@@ -242,11 +285,7 @@ impl Engine {
         }
     }
 
-    fn run(&mut self, plan: &Plan) -> Result<(), LmError> {
-        for copy in &plan.copies {
-            self.decoder
-                .copy_block(&mut self.pool, copy.from, copy.to, copy.tokens)?;
-        }
+    fn run(&mut self, plan: &Plan, care: &mut dyn DeviceCare) -> Result<(), LmError> {
         let segments: Vec<Segment<'_>> = plan
             .shares
             .iter()
@@ -256,8 +295,14 @@ impl Engine {
                 blocks: self.scheduler.table(share.sequence),
             })
             .collect();
-        let hidden = self.decoder.forward(&mut self.pool, &segments)?;
-        self.score_prompts(&plan.shares, &hidden)?;
+        let hidden = computed(care, || {
+            for copy in &plan.copies {
+                self.decoder
+                    .copy_block(&mut self.pool, copy.from, copy.to, copy.tokens)?;
+            }
+            self.decoder.forward(&mut self.pool, &segments)
+        })?;
+        self.score_prompts(&plan.shares, &hidden, care)?;
         let mut last_rows = Vec::new();
         let mut rows = 0;
         for share in &plan.shares {
@@ -269,13 +314,18 @@ impl Engine {
             }
         }
         for some in last_rows.chunks(LOGIT_ROWS) {
-            self.draw(some, &hidden)?;
+            self.draw(some, &hidden, care)?;
         }
         Ok(())
     }
 
     /// Row `i` of a prompt scores its token `i + 1`; all prompts go through the head together.
-    fn score_prompts(&mut self, shares: &[Share], hidden: &Tensor) -> Result<(), LmError> {
+    fn score_prompts(
+        &mut self,
+        shares: &[Share],
+        hidden: &Tensor,
+        care: &mut dyn DeviceCare,
+    ) -> Result<(), LmError> {
         let mut targets = Vec::new();
         let mut counts = Vec::new();
         let mut first_row = 0;
@@ -299,7 +349,8 @@ impl Engine {
                 top: sequence.request.prompt_logprobs.unwrap_or(0),
             }));
         }
-        let mut scored = score_rows(&self.decoder, hidden, &targets)?.into_iter();
+        let scored = computed(care, || score_rows(&self.decoder, hidden, &targets))?;
+        let mut scored = scored.into_iter();
         for (id, count) in counts {
             let known = self
                 .sequences
@@ -349,7 +400,12 @@ impl Engine {
     }
 
     /// Draws the next token of each sequence from its row.
-    fn draw(&mut self, rows: &[(u64, u32)], hidden: &Tensor) -> Result<(), LmError> {
+    fn draw(
+        &mut self,
+        rows: &[(u64, u32)],
+        hidden: &Tensor,
+        care: &mut dyn DeviceCare,
+    ) -> Result<(), LmError> {
         let mut draw = Vec::with_capacity(rows.len());
         for (id, row) in rows {
             match self.sequences.get(id) {
@@ -358,15 +414,17 @@ impl Engine {
             }
         }
         if self.decoder.summarizes() {
-            self.draw_likeliest(&mut draw, hidden)?;
+            self.draw_likeliest(&mut draw, hidden, care)?;
         }
         if draw.is_empty() {
             return Ok(());
         }
-        let places = draw.iter().map(|(_, row)| *row).collect();
-        let places = Tensor::from_vec(places, draw.len(), hidden.device())?;
-        let logits = self.decoder.logits(&hidden.index_select(&places, 0)?)?;
-        let logits = logits.to_vec2::<f32>()?;
+        let places: Vec<u32> = draw.iter().map(|(_, row)| *row).collect();
+        let logits = computed(care, || {
+            let places = Tensor::from_slice(&places, draw.len(), hidden.device())?;
+            let logits = self.decoder.logits(&hidden.index_select(&places, 0)?)?;
+            Ok(logits.to_vec2::<f32>()?)
+        })?;
         let mut drawing: BTreeMap<u64, Vec<f32>> = draw.iter().map(|(id, _)| *id).zip(logits).collect();
         let drawn: Vec<(u64, Drawn)> = self
             .sequences
@@ -383,7 +441,12 @@ impl Engine {
     }
 
     /// Draws for the sequences that take the likeliest token whatever came before, without their logits.
-    fn draw_likeliest(&mut self, rows: &mut Vec<(u64, u32)>, hidden: &Tensor) -> Result<(), LmError> {
+    fn draw_likeliest(
+        &mut self,
+        rows: &mut Vec<(u64, u32)>,
+        hidden: &Tensor,
+        care: &mut dyn DeviceCare,
+    ) -> Result<(), LmError> {
         let plain = |id: &u64| self.sequences.get(id).and_then(Sequence::takes_likeliest);
         let mut likeliest = Vec::new();
         rows.retain(|(id, row)| match plain(id) {
@@ -401,7 +464,7 @@ impl Engine {
                 top: top.unwrap_or(0).max(1),
             })
             .collect();
-        let scored = score_rows(&self.decoder, hidden, &targets)?;
+        let scored = computed(care, || score_rows(&self.decoder, hidden, &targets))?;
         for ((id, top, _), scored) in likeliest.into_iter().zip(scored) {
             let (token, logprob) = scored.top[0];
             let drawn = match logprob > NO_LOGPROB {

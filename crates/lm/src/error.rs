@@ -28,7 +28,36 @@ pub enum LmError {
     /// A computation on the device failed.
     #[error("computation failed: {detail}")]
     Compute { detail: String },
+    /// The device had no memory for a computation.
+    #[error("gpu-out-of-memory: {detail}")]
+    OutOfMemory { detail: String },
+    /// The device failed, and so will all that follows until it is opened anew.
+    #[error("gpu-failed: {detail}")]
+    DeviceLost { detail: String },
 }
+
+/// What CUDA and cuBLAS call a lack of memory.
+const NO_MEMORY: &[&str] = &["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"];
+
+/// CUDA's errors that every later call of the process repeats ("the process must be terminated and relaunched", or its context
+/// destroyed): CUDA driver API, `CUresult`.
+const STICKY: &[&str] = &[
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_ASSERT",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    "CUDA_ERROR_INVALID_PC",
+    "CUDA_ERROR_LAUNCH_FAILED",
+    "CUDA_ERROR_TENSOR_MEMORY_LEAK",
+    "CUDA_ERROR_ECC_UNCORRECTABLE",
+    "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+    "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+    "CUDA_ERROR_CONTAINED",
+    "CUDA_ERROR_EXTERNAL_DEVICE",
+];
 
 impl LmError {
     /// Stable slug for machine readers.
@@ -42,6 +71,8 @@ impl LmError {
             Self::Template { .. } => "chat-template",
             Self::Request { .. } => "invalid-request",
             Self::Compute { .. } => "compute",
+            Self::OutOfMemory { .. } => "gpu-out-of-memory",
+            Self::DeviceLost { .. } => "gpu-failed",
         }
     }
 
@@ -79,11 +110,45 @@ impl LmError {
     }
 }
 
+impl LmError {
+    /// What a library says of a computation that failed.
+    pub fn of_device(text: &str) -> Self {
+        // With RUST_BACKTRACE set candle appends a backtrace; only its first line is a message.
+        let detail = text.lines().next().unwrap_or("unknown").to_owned();
+        let names = |codes: &[&str]| codes.iter().any(|code| text.contains(code));
+        if names(NO_MEMORY) {
+            Self::OutOfMemory { detail }
+        } else if names(STICKY) {
+            Self::DeviceLost { detail }
+        } else {
+            Self::Compute { detail }
+        }
+    }
+}
+
 impl From<candle_core::Error> for LmError {
     fn from(error: candle_core::Error) -> Self {
-        // With RUST_BACKTRACE set candle appends a backtrace; only its first line is a message.
-        let text = error.to_string();
-        let detail = text.lines().next().unwrap_or("unknown").to_owned();
-        Self::Compute { detail }
+        Self::of_device(&error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_device_says_is_known_by_cudas_names() {
+        let slug = |text| LmError::of_device(text).slug();
+        let no_memory = r#"DriverError(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")"#;
+        assert_eq!(slug(no_memory), "gpu-out-of-memory");
+        assert_eq!(
+            slug("CublasError(CUBLAS_STATUS_ALLOC_FAILED)"),
+            "gpu-out-of-memory"
+        );
+        let address =
+            "DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\")\n   0: backtrace";
+        assert_eq!(slug(address), "gpu-failed");
+        assert!(!LmError::of_device(address).to_string().contains("backtrace"));
+        assert_eq!(slug("shape mismatch"), "compute");
     }
 }

@@ -34,7 +34,7 @@ pub use arithmetic::{Arithmetic, Placement};
 pub use config::{Activation, Architecture, ModelConfig};
 pub use constraint::{Constraint, Grammars};
 pub use decoder::{Decoder, Segment};
-pub use engine::{Engine, EngineConfig};
+pub use engine::{DeviceCare, Engine, EngineConfig};
 pub use error::LmError;
 pub use kv::{BLOCK_TOKENS, KvPool};
 pub use masked::{Expectations, MaskedLm};

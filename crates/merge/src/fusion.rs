@@ -79,7 +79,13 @@ impl Point<'_, '_> {
             let info = parents.sources[input.source].get(&input.name);
             !moved && info.is_some_and(|info| info.dtype == tensor.plan.dtype)
         };
-        parents.all().all(|parent| parent.expert.adapter().is_none())
+        let members = tensor
+            .members
+            .iter()
+            .map(|(model, input)| (&parents.models[*model], input));
+        let all = parents.base.iter().zip(&tensor.base).chain(members);
+        let mut adapters = all.filter_map(|(parent, input)| Some((parent.expert.adapter()?, input)));
+        !adapters.any(|(adapter, input)| adapter.changes(&input.name))
             && tensor.inputs().into_iter().all(as_it_lies)
     }
 }

@@ -2,16 +2,17 @@
 //! before any weight is.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use cauldron_checkpoint::{
-    Checkpoint, CheckpointError, Digest, Dtype, Expert, HeldWeights, dtype_size, is_float,
+    Checkpoint, CheckpointError, Digest, Dtype, Expert, HeldWeights, Hold, dtype_size, is_float,
 };
 use serde_json::{Map, Value};
 
 use crate::contents::{ChunkLog, SourceContent};
-use crate::layout::{Layout, OutTensor, layer_of};
+use crate::layout::{Input, Layout, OutTensor, layer_of};
 use crate::recipe::{ModelRef, Recipe, Vocab};
 use crate::vocab::{VocabMaps, is_vocabulary};
 use crate::{MergeError, Observer, RecipeError};
@@ -24,15 +25,25 @@ pub trait ParentResolver: Sync {
 
 /// Decides whose weights are held in memory.
 pub trait HoldWeights {
-    /// May have the checkpoint hold its weights. The identity is that of its files, where it may be kept.
-    fn hold(&self, identity: Option<&str>, checkpoint: &Arc<Checkpoint>) -> Result<(), CheckpointError>;
+    /// May have a checkpoint hold its weights, or an expert what its adapter makes of them. The identity is that of the files,
+    /// where it may be kept.
+    fn hold(&self, identity: Option<&str>, weights: Arc<dyn Hold>) -> Result<(), CheckpointError>;
+}
+
+/// What of the parents' weights is in memory.
+#[derive(Debug, Default)]
+pub(crate) struct InMemory {
+    /// By source.
+    files: Vec<Option<Arc<HeldWeights>>>,
+    /// By model, what its adapter makes of the tensors that it changes; the base's comes last.
+    folded: Vec<Option<Arc<HeldWeights>>>,
 }
 
 /// One parent or the base.
 #[derive(Debug)]
 pub(crate) struct Parent {
     pub reference: ModelRef,
-    pub expert: Expert,
+    pub expert: Arc<Expert>,
     /// Index of its checkpoint in [`Parents::sources`]: parents over one base share its reads.
     pub source: usize,
 }
@@ -70,6 +81,34 @@ const WARN_CONFIG: &[&str] = &[
     "sliding_window",
     "rms_norm_eps",
 ];
+
+impl InMemory {
+    /// Elements of a tensor of a source, as its files have them.
+    pub fn elements(&self, parents: &Parents, input: &Input, range: Range<usize>) -> Option<(Dtype, &[u8])> {
+        let held = self.files.get(input.source)?.as_ref()?;
+        let source = &parents.sources[input.source];
+        let info = source.get(&input.name)?;
+        let item = dtype_size(info.dtype)? as usize;
+        let bytes = source.bytes_of(held, info, range.start * item..range.end * item)?;
+        Some((info.dtype, bytes))
+    }
+
+    /// Elements of a tensor that an adapter changes, as it makes them. No model: the base.
+    pub fn folded(
+        &self,
+        parents: &Parents,
+        model: Option<usize>,
+        tensor: &str,
+        range: Range<usize>,
+    ) -> Option<(Dtype, &[u8])> {
+        let (place, parent) = match model {
+            Some(model) => (model, parents.models.get(model)?),
+            None => (parents.models.len(), parents.base.as_ref()?),
+        };
+        let held = self.folded.get(place)?.as_ref()?;
+        Some((Dtype::F32, parent.expert.folded(held, tensor, range)?))
+    }
+}
 
 impl Parents {
     /// Opens all models and checks that they can be merged. Reads headers and configs only.
@@ -271,24 +310,39 @@ impl Parents {
         settled.filter_map(|c| Some((c.identity.as_str(), *c.digest.get()?)))
     }
 
-    /// Has checkpoints hold their weights in memory.
+    /// Has checkpoints hold their weights in memory, and experts what their adapters make of them.
     pub fn hold_weights(&self, hold: &dyn HoldWeights) -> Result<(), MergeError> {
         for (source, (checkpoint, content)) in self.sources.iter().zip(&self.source_contents).enumerate() {
             let identity = content.settled.then_some(content.identity.as_str());
-            hold.hold(identity, checkpoint)
+            hold.hold(identity, checkpoint.clone())
                 .map_err(|e| MergeError::parent(&self.label(source), e))?;
+        }
+        for (parent, identity) in self.all().zip(&self.identities) {
+            if parent.expert.adapter().is_none() {
+                continue;
+            }
+            let may_be_kept = parent.expert.is_settled();
+            may_be_kept
+                .and_then(|may| hold.hold(may.then_some(identity.as_str()), parent.expert.clone()))
+                .map_err(|e| MergeError::parent(&parent.reference.to_string(), e))?;
         }
         Ok(())
     }
 
-    /// By source, the weights that are in memory.
-    pub(crate) fn held(&self) -> Vec<Option<Arc<HeldWeights>>> {
-        self.sources.iter().map(|source| source.held()).collect()
+    /// What is in memory now.
+    pub(crate) fn held(&self) -> InMemory {
+        let folded = self.models.iter().chain(&self.base);
+        InMemory {
+            files: self.sources.iter().map(|source| source.held()).collect(),
+            folded: folded.map(|parent| parent.expert.held()).collect(),
+        }
     }
 
     /// Bytes of the weights that are in memory.
     pub fn held_bytes(&self) -> u64 {
-        self.held().iter().flatten().map(|held| held.byte_len()).sum()
+        let InMemory { files, folded } = self.held();
+        let held = files.iter().chain(&folded).flatten();
+        held.map(|held| held.byte_len()).sum()
     }
 
     /// The files must be the ones that were opened and digested: a parent that is rewritten under a merge would give a
@@ -404,7 +458,7 @@ impl Sources {
             .map_err(|e| bad(format!("adapter: {e}")))?;
         Ok(Parent {
             reference: reference.clone(),
-            expert,
+            expert: Arc::new(expert),
             source,
         })
     }

@@ -5,17 +5,16 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cauldron_checkpoint::{
-    CheckpointError, Chunks, Digest, Dtype, HeldWeights, LoraFactors, dtype_size, row_len, widen,
-    widen_difference,
+    CheckpointError, Chunks, Digest, Dtype, LoraFactors, dtype_size, row_len, widen, widen_difference,
 };
 use rayon::prelude::*;
 
 use crate::kernel::{TiesScratch, all_finite, subtract};
 use crate::layout::{Input, OutTensor, Role};
-use crate::parents::{Parent, Parents};
+use crate::parents::{InMemory, Parent, Parents};
 use crate::sparsify::DropScratch;
 use crate::vocab::Row;
 use crate::{MergeError, Observer};
@@ -135,8 +134,7 @@ pub(crate) struct Stream<'a> {
     /// Whether tiles have the differences from the base instead of the parents' own values.
     pub deltas: bool,
     pub scratches: &'a Pool<Scratch>,
-    /// By source, the weights that are in memory.
-    pub held: Vec<Option<Arc<HeldWeights>>>,
+    pub held: InMemory,
     /// Whether some tiles count in statistics.
     pub observes: bool,
     /// Which members and whether the base are read, by tensor.
@@ -321,9 +319,13 @@ impl Stream<'_> {
             let members = tensor
                 .members
                 .iter()
-                .map(|(model, input)| (&self.parents.models[*model], input));
+                .map(|(model, input)| (Some(*model), &self.parents.models[*model], input));
             let base = self.parents.base.iter().zip(&tensor.base);
-            for (index, (parent, input)) in members.chain(base).enumerate() {
+            let base = base.map(|(parent, input)| (None, parent, input));
+            for (index, (model, parent, input)) in members.chain(base).enumerate() {
+                if self.held.folded(self.parents, model, &input.name, 0..0).is_some() {
+                    continue;
+                }
                 let found = parent
                     .expert
                     .factors(&input.name)
@@ -586,21 +588,27 @@ impl Work<'_> {
         let base = parents.base.iter().zip(&out.base);
         let base = base
             .filter(|_| needs.base)
-            .map(|(parent, input)| (None, parent, input));
+            .map(|(parent, input)| (None, None, parent, input));
         let members = out.members.iter().enumerate().filter(|(k, _)| needs.members[*k]);
-        let members = members.map(|(k, (model, input))| (Some(k), &parents.models[*model], input));
-        let read = |(member, parent, input)| Read {
-            member,
-            parent,
-            input,
-            slot: inputs
-                .iter()
-                .position(|known| *known == input)
-                .unwrap_or_default(),
-            held: self.stream.held(out, input, chunk),
-            factors: self.factors.get(&(tensor, member.unwrap_or(out.members.len()))),
-        };
-        base.chain(members).map(read).collect()
+        let members =
+            members.map(|(k, (model, input))| (Some(k), Some(*model), &parents.models[*model], input));
+        let held = &self.stream.held;
+        let range = chunk.start..chunk.start + chunk.len;
+        let all = base.chain(members).map(|(member, model, parent, input)| {
+            let folded = held.folded(parents, model, &input.name, range.clone());
+            Read {
+                member,
+                parent,
+                input,
+                slot: inputs
+                    .iter()
+                    .position(|known| *known == input)
+                    .unwrap_or_default(),
+                held: folded.or_else(|| self.stream.held(out, input, chunk)),
+                factors: self.factors.get(&(tensor, member.unwrap_or(out.members.len()))),
+            }
+        });
+        all.collect()
     }
 
     /// Fills the values of the tile: `theta0`, and `deltas` or `thetas`; what the pass does not read is left as it was.
@@ -688,11 +696,8 @@ impl Stream<'_> {
         if tensor.is_vocabulary && self.parents.vocab.map(input.source).is_some() {
             return None;
         }
-        let held = self.held.get(input.source)?.as_ref()?;
-        let info = self.parents.sources[input.source].get(&input.name)?;
-        let item = dtype_size(info.dtype)? as usize;
-        let bytes = chunk.start * item..(chunk.start + chunk.len) * item;
-        Some((info.dtype, held.bytes(info, bytes)?))
+        self.held
+            .elements(self.parents, input, chunk.start..chunk.start + chunk.len)
     }
 }
 

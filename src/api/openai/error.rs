@@ -9,6 +9,9 @@ use serde::Serialize;
 use crate::api::problem::Problem;
 use crate::serving::ServingError;
 
+/// What the text begins with where a device was at fault: the code of the answer.
+const DEVICE_FAULTS: [&str; 2] = ["gpu-out-of-memory", "gpu-failed"];
+
 /// A refusal under /v1 and beside it.
 #[derive(Debug, Clone)]
 pub struct ApiError {
@@ -84,9 +87,15 @@ impl ApiError {
 
     /// What an engine's `Failed` event says: `field` is the request's that is at fault, if one is.
     pub fn of_event(error: String, field: Option<&str>) -> Self {
-        match field {
-            Some(field) => Self::at_fault(field, error),
-            None => Self::failed(error),
+        let device = DEVICE_FAULTS.into_iter().find(|code| error.starts_with(code));
+        match (field, device) {
+            (Some(field), _) => Self::at_fault(field, error),
+            (None, Some(code)) => {
+                let mut out = Self::new(StatusCode::SERVICE_UNAVAILABLE, error).with_code(code);
+                out.retry_after = Some(5);
+                out
+            }
+            (None, None) => Self::failed(error),
         }
     }
 
@@ -128,6 +137,7 @@ impl From<ServingError> for ApiError {
             ServingError::Failed { .. } => (StatusCode::BAD_GATEWAY, "model_failed", None),
             ServingError::StillLoading(_) => (StatusCode::SERVICE_UNAVAILABLE, "model_loading", Some(5)),
             ServingError::NoRoom(_) => (StatusCode::SERVICE_UNAVAILABLE, "model_memory", Some(5)),
+            ServingError::Device { code, .. } => (StatusCode::SERVICE_UNAVAILABLE, *code, Some(5)),
             ServingError::Busy(_) => (StatusCode::TOO_MANY_REQUESTS, "overloaded", Some(2)),
             ServingError::NoName(_) => (StatusCode::TOO_MANY_REQUESTS, "model_limit", Some(30)),
             ServingError::NoPoint(_) | ServingError::BadPoint { .. } => {

@@ -198,8 +198,11 @@ fn a_lora_adapter_is_folded_in_while_reading() {
         .add("base", Dtype::BF16, &[("w.weight", vec![2, 3], vec![1.0; 6])])
         .lora(
             "lora",
-            &("", vec![1, 3], vec![1.0, 2.0, 3.0]),
-            &("", vec![2, 1], vec![0.5, -0.5]),
+            &[(
+                "w",
+                (vec![1, 3], vec![1.0, 2.0, 3.0]),
+                (vec![2, 1], vec![0.5, -0.5]),
+            )],
             2.0,
         );
     let recipe = json!({"method": "average", "models": ["base+lora"], "dtype": "float32"});

@@ -15,6 +15,8 @@ use tempfile::TempDir;
 
 /// A tensor to be written: name, shape, values as f32.
 pub type Tensor<'a> = (&'a str, Vec<usize>, Vec<f32>);
+/// One side of an adapter's change of a module: shape and values.
+pub type Factor = (Vec<usize>, Vec<f32>);
 
 pub struct Models {
     dir: TempDir,
@@ -141,23 +143,30 @@ impl Models {
         self.add(name, Dtype::F32, &[("w", vec![values.len()], values.to_vec())])
     }
 
-    /// A LoRA adapter of the tensor `w` [rows, cols].
-    pub fn lora(&self, name: &str, a: &Tensor<'_>, b: &Tensor<'_>, alpha: f64) -> &Self {
+    /// A LoRA adapter of tensors `name.weight` [rows, cols]: for each name the factors `A` and `B`, all of one rank.
+    pub fn lora(&self, name: &str, factors: &[(&str, Factor, Factor)], alpha: f64) -> &Self {
         let dir = self.dir.path().join(name);
-        self.add(
-            name,
-            Dtype::F32,
-            &[
-                ("base_model.model.w.lora_A.weight", a.1.clone(), a.2.clone()),
-                ("base_model.model.w.lora_B.weight", b.1.clone(), b.2.clone()),
-            ],
-        );
+        let names: Vec<[String; 2]> = factors
+            .iter()
+            .map(|(module, ..)| {
+                ["A", "B"].map(|side| format!("base_model.model.{module}.lora_{side}.weight"))
+            })
+            .collect();
+        let tensors: Vec<Tensor<'_>> = names
+            .iter()
+            .zip(factors)
+            .flat_map(|([name_a, name_b], (_, a, b))| {
+                [(name_a, a), (name_b, b)]
+                    .map(|(name, (shape, values))| (name.as_str(), shape.clone(), values.clone()))
+            })
+            .collect();
+        self.add(name, Dtype::F32, &tensors);
         fs::rename(
             dir.join("model.safetensors"),
             dir.join("adapter_model.safetensors"),
         )
         .unwrap();
-        let config = json!({"peft_type": "LORA", "lora_alpha": alpha, "r": a.1[0]});
+        let config = json!({"peft_type": "LORA", "lora_alpha": alpha, "r": factors[0].1.0[0]});
         fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
         self
     }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use cauldron_checkpoint::{Checkpoint, CheckpointError, Dtype};
+use cauldron_checkpoint::{Checkpoint, CheckpointError, Dtype, Hold};
 use cauldron_merge::{Family, HoldWeights, MergeOptions, Parents, merge_digest};
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -23,6 +23,8 @@ struct Case {
     dtypes: Vec<Dtype>,
     coarse: bool,
     recipe: Value,
+    /// Whether a model is an adapter over its checkpoint, by model.
+    adapters: Vec<bool>,
     threads: usize,
     max_shard_bytes: u64,
     window_elements: usize,
@@ -121,26 +123,57 @@ fn cases() -> impl Strategy<Value = Case> {
         prop::collection::vec(dtype, 5),
         any::<bool>(),
         recipe,
+        prop::collection::vec(prop::bool::weighted(0.2), 4),
         cut,
         0.0f64..1.0,
     )
-        .prop_map(
-            |(shapes, dtypes, coarse, recipe, (threads, max_shard_bytes, window_elements), stop)| Case {
+        .prop_map(|(shapes, dtypes, coarse, mut recipe, adapters, cut, stop)| {
+            let can_be_changed = shapes.iter().any(is_matrix);
+            for (index, model) in recipe["models"].as_array_mut().unwrap().iter_mut().enumerate() {
+                if adapters[index] && can_be_changed {
+                    *model = json!(format!("m{index}+lora{index}"));
+                }
+            }
+            let (threads, max_shard_bytes, window_elements) = cut;
+            Case {
                 shapes,
                 dtypes,
                 coarse,
                 recipe,
+                adapters,
                 threads,
                 max_shard_bytes,
                 window_elements,
                 stop,
-            },
-        )
+            }
+        })
+}
+
+/// Whether an adapter can change a tensor.
+fn is_matrix((_, shape): &Shape) -> bool {
+    shape.len() == 2 && shape[0] > 0
 }
 
 impl Case {
     fn models(&self) -> Models {
         let models = Models::new();
+        for index in (0..self.adapters.len()).filter(|index| self.adapters[*index]) {
+            let factors: Vec<_> = self
+                .shapes
+                .iter()
+                .filter(|shape| is_matrix(shape))
+                .map(|(name, shape)| {
+                    let factor = |of: u32, shape: [usize; 2]| {
+                        (shape.to_vec(), noise(of + index as u32, shape[0] * shape[1]))
+                    };
+                    let module = name.strip_suffix(".weight").unwrap();
+                    (module, factor(7, [3, shape[1]]), factor(77, [shape[0], 3]))
+                })
+                .collect();
+            if !factors.is_empty() {
+                models.lora(&format!("lora{index}"), &factors, 2.0);
+            }
+        }
         for (seed, dtype) in self.dtypes.iter().enumerate() {
             let name = if seed == 0 {
                 "base".to_owned()
@@ -224,8 +257,8 @@ fn shard(dir: &Path) {
 struct InMemory;
 
 impl HoldWeights for InMemory {
-    fn hold(&self, _: Option<&str>, checkpoint: &Arc<Checkpoint>) -> Result<(), CheckpointError> {
-        checkpoint.hold(Arc::new(checkpoint.read_all(&|| true, Box::new(()))?));
+    fn hold(&self, _: Option<&str>, weights: Arc<dyn Hold>) -> Result<(), CheckpointError> {
+        weights.hold(Arc::new(weights.read_all(&|| true, Box::new(()))?));
         Ok(())
     }
 }
@@ -239,7 +272,10 @@ proptest! {
         let whole = case.merge(&models);
         prop_assert_eq!(whole.seen, whole.total);
         for parent in fs::read_dir(models.path()).unwrap() {
-            shard(&parent.unwrap().path());
+            let parent = parent.unwrap().path();
+            if !parent.join("adapter_config.json").exists() {
+                shard(&parent);
+            }
         }
         let parts = case.merge_in_parts(&models, whole.total);
         prop_assert_eq!(parts.digest, whole.digest);

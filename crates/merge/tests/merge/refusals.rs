@@ -201,8 +201,7 @@ fn an_adapter_for_another_base_is_refused() {
         .add("base", Dtype::F32, &[("w.weight", vec![2, 2], vec![0.0; 4])])
         .lora(
             "lora",
-            &("", vec![1, 3], vec![1.0; 3]),
-            &("", vec![2, 1], vec![1.0; 2]),
+            &[("w", (vec![1, 3], vec![1.0; 3]), (vec![2, 1], vec![1.0; 2]))],
             1.0,
         );
     let refused = models
@@ -220,8 +219,7 @@ fn dora_is_not_taken_for_lora() {
         .add("base", Dtype::F32, &[("w.weight", vec![2, 3], vec![0.0; 6])])
         .lora(
             "lora",
-            &("", vec![1, 3], vec![1.0; 3]),
-            &("", vec![2, 1], vec![1.0; 2]),
+            &[("w", (vec![1, 3], vec![1.0; 3]), (vec![2, 1], vec![1.0; 2]))],
             1.0,
         );
     let config = json!({"peft_type": "LORA", "lora_alpha": 1, "r": 1, "use_dora": true});

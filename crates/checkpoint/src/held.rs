@@ -1,0 +1,88 @@
+//! Weights that lie in memory, and what they are the weights of.
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::CheckpointError;
+
+/// The bytes of a checkpoint's weight files, or the f32 numbers that an adapter makes of the tensors it changes.
+#[derive(Debug)]
+pub struct HeldWeights {
+    buffers: Vec<Vec<u8>>,
+    /// What is to live as long as they do.
+    _keeper: Box<dyn Keeper>,
+}
+
+/// Something that goes when weights in memory do, such as their share of a budget.
+pub trait Keeper: Debug + Send + Sync {}
+
+impl<T: Debug + Send + Sync> Keeper for T {}
+
+impl HeldWeights {
+    pub(crate) fn new(buffers: Vec<Vec<u8>>, keeper: Box<dyn Keeper>) -> Self {
+        Self {
+            buffers,
+            _keeper: keeper,
+        }
+    }
+
+    pub fn byte_len(&self) -> u64 {
+        self.buffers.iter().map(|buffer| buffer.len() as u64).sum()
+    }
+
+    pub(crate) fn bytes(&self, buffer: usize, range: Range<usize>) -> Option<&[u8]> {
+        self.buffers.get(buffer)?.get(range)
+    }
+}
+
+/// Where an owner of weights has them while they are in memory.
+#[derive(Debug, Default)]
+pub struct Place(RwLock<Option<Arc<HeldWeights>>>);
+
+/// What can have its weights in memory. All that is read of it is read from there then.
+pub trait Hold: Debug + Send + Sync {
+    /// A cheap fingerprint of the files: equal while nothing was written to them.
+    fn identity(&self) -> Result<String, CheckpointError>;
+
+    /// What [`Self::read_all`] takes of memory.
+    fn bytes_to_hold(&self) -> u64;
+
+    /// Brings all weights into memory, on all threads. `go_on` returns false to cancel; `keeper` lives as long as they do.
+    fn read_all(
+        &self,
+        go_on: &(dyn Fn() -> bool + Sync),
+        keeper: Box<dyn Keeper>,
+    ) -> Result<HeldWeights, CheckpointError>;
+
+    fn place(&self) -> &Place;
+
+    /// From now on all reads are of these weights, which must be those of the same files.
+    fn hold(&self, weights: Arc<HeldWeights>) {
+        *self.place().0.write().unwrap_or_else(PoisonError::into_inner) = Some(weights);
+    }
+
+    /// From now on reads are of the files again.
+    fn let_go(&self) {
+        *self.place().0.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// The weights that are in memory.
+    fn held(&self) -> Option<Arc<HeldWeights>> {
+        self.place()
+            .0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+/// `len` zeros, or an error where there is no memory for them.
+pub(crate) fn buffer(len: u64, of: &str) -> Result<Vec<u8>, CheckpointError> {
+    let no_room = |_| CheckpointError::io(of, std::io::ErrorKind::OutOfMemory.into());
+    let len = usize::try_from(len).map_err(|_| CheckpointError::malformed(of, "too large"))?;
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(len).map_err(no_room)?;
+    bytes.resize(len, 0);
+    Ok(bytes)
+}
