@@ -1,6 +1,8 @@
 //! Places where a test may kill this process, to see what it leaves behind: `CAULDRON_FAILPOINT=name` aborts it there, as a
 //! power cut would, and `name:3` the third time. Builds without debug assertions have none.
 
+use crate::config::DeviceChoice;
+
 /// What places do in this build.
 #[cfg(debug_assertions)]
 pub fn reach(name: &str) {
@@ -22,10 +24,10 @@ pub fn reach(name: &str) {
     }
 }
 
-/// What a device is to say in a computation's stead: `CAULDRON_FAULT=place:text`, once, or from the third time on (`place:text:3`)
-/// and so often (`place:text:3:2`).
+/// What a device is to say in a computation's stead: `CAULDRON_FAULT=place:text`, once, or the third time (`place:text:3`), or
+/// twice from then on (`place:text:3:2`). A place is one on every device, or `place@1` on the GPU with that number.
 #[cfg(debug_assertions)]
-pub fn fault(place: &str) -> Option<&'static str> {
+pub fn fault(place: &str, device: DeviceChoice) -> Option<&'static str> {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -45,15 +47,32 @@ pub fn fault(place: &str) -> Option<&'static str> {
         let times = first..first + count;
         Some(Wanted { place, text, times })
     });
-    let wanted = wanted.as_ref().filter(|wanted| wanted.place == place)?;
+    let wanted = wanted.as_ref()?;
+    let is_here = match (wanted.place.split_once('@'), device) {
+        (None, _) => wanted.place == place,
+        (Some((wanted, number)), DeviceChoice::Cuda(index)) => wanted == place && number.parse() == Ok(index),
+        _ => false,
+    };
+    if !is_here {
+        return None;
+    }
     let time = REACHED.fetch_add(1, Ordering::Relaxed) + 1;
     wanted.times.contains(&time).then_some(wanted.text.as_str())
 }
 
 /// Nothing is.
 #[cfg(not(debug_assertions))]
-pub fn fault(_place: &str) -> Option<&'static str> {
+pub fn fault(_place: &str, _device: DeviceChoice) -> Option<&'static str> {
     None
+}
+
+/// How many GPUs a build without CUDA is to have, for tests of several: the CPU stands for each.
+pub fn pretended_gpus() -> usize {
+    let told = || std::env::var("CAULDRON_PRETENDED_GPUS").ok()?.parse().ok();
+    match cfg!(debug_assertions) {
+        true => told().unwrap_or(0),
+        false => 0,
+    }
 }
 
 /// Nothing happens.

@@ -93,18 +93,26 @@ use without_cuda::{count, cuda, reset};
 mod without_cuda {
     use candle_core::Device;
 
+    use crate::failpoint::pretended_gpus;
+
     const NONE: &str = "this build has no CUDA support (feature `cuda`)";
 
-    pub fn cuda(_: usize) -> Result<Device, String> {
-        Err(NONE.to_owned())
+    pub fn cuda(index: usize) -> Result<Device, String> {
+        match index < pretended_gpus() {
+            true => Ok(Device::Cpu),
+            false => Err(NONE.to_owned()),
+        }
     }
 
     pub fn count() -> Result<usize, String> {
-        Err(NONE.to_owned())
+        match pretended_gpus() {
+            0 => Err(NONE.to_owned()),
+            count => Ok(count),
+        }
     }
 
     pub fn reset(_: usize) -> Result<(), String> {
-        Err(NONE.to_owned())
+        Ok(())
     }
 }
 

@@ -19,6 +19,8 @@ use crate::failpoint;
 pub(super) enum Command {
     Add {
         model: u64,
+        /// Of the device's opening that it was made under.
+        opening: u64,
         engine: Box<Engine>,
         decoder: Arc<Decoder>,
         config: EngineConfig,
@@ -36,8 +38,10 @@ pub(super) enum Command {
         model: u64,
         request: u64,
     },
-    /// Others found out that the device failed for good.
-    DeviceFailed,
+    /// Others found out that the device failed for good, under this opening.
+    DeviceFailed {
+        opening: u64,
+    },
     Stop,
 }
 
@@ -45,8 +49,8 @@ pub(super) enum Command {
 pub(super) trait Faults: std::fmt::Debug + Send + Sync {
     /// There is no memory left. Whether some is free now, or will be once [`Command::Remove`] was heeded.
     fn make_room(&self, device: DeviceChoice) -> bool;
-    /// The device failed for good, and all models that it had have gone.
-    fn lost(&self, device: DeviceChoice);
+    /// The device failed for good, under this opening: nothing that it had can be used any more.
+    fn lost(&self, device: DeviceChoice, opening: u64);
 }
 
 /// Handle of the thread. Dropping it ends the thread.
@@ -97,6 +101,7 @@ impl std::iter::Sum for Work {
 
 /// One model on the thread.
 struct Resident {
+    opening: u64,
     decoder: Arc<Decoder>,
     engine: Engine,
     listeners: HashMap<u64, UnboundedSender<Event>>,
@@ -113,6 +118,8 @@ struct Loop {
     counts: Arc<Counts>,
     device: DeviceChoice,
     faults: Arc<dyn Faults>,
+    /// The last opening under which the device failed.
+    lost: u64,
 }
 
 impl EngineThread {
@@ -126,6 +133,7 @@ impl EngineThread {
             counts: counts.clone(),
             device,
             faults,
+            lost: 0,
         };
         let thread = std::thread::Builder::new()
             .name("engine".into())
@@ -198,14 +206,18 @@ impl Loop {
 
     fn take(&mut self, command: Command) {
         match command {
+            // It came too late: its requests are told.
+            Command::Add { opening, .. } if opening <= self.lost => {}
             Command::Add {
                 model,
+                opening,
                 engine,
                 decoder,
                 config,
                 memory,
             } => {
                 let resident = Resident {
+                    opening,
                     decoder,
                     engine: *engine,
                     listeners: HashMap::new(),
@@ -236,7 +248,7 @@ impl Loop {
                     }
                 }
             }
-            Command::DeviceFailed => self.give_up(),
+            Command::DeviceFailed { opening } => self.give_up(opening),
             Command::Stop => {}
         }
     }
@@ -255,8 +267,9 @@ impl Loop {
             let is_lost = resident.engine.is_lost();
             if is_lost {
                 // Whoever hears of it and asks again is not to find the old model.
-                self.faults.lost(self.device);
+                self.faults.lost(self.device, resident.opening);
             }
+            let opening = resident.opening;
             match stepped {
                 Ok(events) => resident.deliver(events),
                 Err(_) => {
@@ -270,19 +283,20 @@ impl Loop {
             }
             self.models.insert(id, resident);
             if is_lost {
-                return self.give_up();
+                return self.give_up(opening);
             }
         }
     }
 
-    /// The device failed: so do the requests of all models.
-    fn give_up(&mut self) {
-        for resident in self.models.values_mut() {
+    /// The device failed: so do the requests of all models that were there.
+    fn give_up(&mut self, opening: u64) {
+        self.lost = self.lost.max(opening);
+        let lost = self.models.extract_if(|_, model| model.opening <= opening);
+        for (_, mut resident) in lost {
             for (id, listener) in resident.listeners.drain() {
                 let _ = listener.send(device_failed(id));
             }
         }
-        self.models.clear();
     }
 
     fn count(&self) {
@@ -307,8 +321,8 @@ struct Care<'a> {
 }
 
 impl DeviceCare for Care<'_> {
-    fn before(&mut self) -> Result<(), LmError> {
-        match failpoint::fault("compute") {
+    fn after(&mut self) -> Result<(), LmError> {
+        match failpoint::fault("compute", self.thread.device) {
             Some(text) => Err(LmError::of_device(text)),
             None => Ok(()),
         }

@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::ServingError;
+use super::load::LoadFailure;
 use super::parents::ParentWeights;
 use super::point::{PointWeights, Shapes};
 use super::resident::{self, OnGpu};
@@ -85,7 +86,35 @@ struct Ask {
     arithmetic: Arithmetic,
     fixed_shapes: bool,
     unwanted: Arc<AtomicBool>,
-    reply: SyncSender<Result<Made, String>>,
+    reply: SyncSender<Result<Made, LoadFailure>>,
+}
+
+/// Why a point was not made.
+#[derive(Debug)]
+enum Unmade {
+    Merge(MergeError),
+    Decoder(LmError),
+}
+
+impl From<MergeError> for Unmade {
+    fn from(error: MergeError) -> Self {
+        Self::Merge(error)
+    }
+}
+
+impl From<LmError> for Unmade {
+    fn from(error: LmError) -> Self {
+        Self::Decoder(error)
+    }
+}
+
+impl From<Unmade> for LoadFailure {
+    fn from(unmade: Unmade) -> Self {
+        match unmade {
+            Unmade::Merge(error) => Self::Broken(error.to_string()),
+            Unmade::Decoder(error) => error.into(),
+        }
+    }
 }
 
 /// A point.
@@ -170,7 +199,7 @@ impl Family {
         recipe: &Recipe,
         fixed_shapes: bool,
         is_wanted: &dyn Fn() -> bool,
-    ) -> Option<Result<Made, String>> {
+    ) -> Option<Result<Made, LoadFailure>> {
         let (reply, answer) = sync_channel(1);
         let unwanted = Arc::new(AtomicBool::new(false));
         let ask = Ask {
@@ -181,7 +210,7 @@ impl Family {
             unwanted: unwanted.clone(),
             reply,
         };
-        let gone = || Some(Err("the family has gone".to_owned()));
+        let gone = || Some(Err("the family has gone".to_owned().into()));
         if self
             .asks
             .lock()
@@ -280,10 +309,13 @@ impl Keeper {
             known.put(identity, digest);
         }
         parents.check_unchanged().map_err(|e| text(&e))?;
-        let mut failures = self.station.failures();
         let open =
             |device: &Device| resident::open(&prepared, &parents, device, &self.station.parents, &until);
-        let mut on_gpu = open(&self.station.device()?);
+        // A device that cannot be opened now may be when a point is asked for.
+        let (mut on_gpu, mut opening) = match self.station.device() {
+            Ok((device, opening)) => (open(&device), opening),
+            Err(_) => (None, 0),
+        };
         let held_bytes = on_gpu
             .as_ref()
             .map_or_else(|| parents.held_bytes(), |gpu| gpu.bytes());
@@ -297,19 +329,24 @@ impl Keeper {
             config: &facts.config,
         };
         let mut spare = Vec::new();
-        while let Some(ask) = self.next_ask(&mut on_gpu, failures) {
+        while let Some(ask) = self.next_ask(&mut on_gpu, opening) {
+            // What lies on a device that failed must be gone before it is opened anew.
+            if !self.station.is_open(opening) {
+                on_gpu = None;
+            }
             let device = match self.station.device() {
-                Ok(device) => device,
+                Ok((device, now)) => {
+                    if now != opening {
+                        (on_gpu, opening) = (open(&device), now);
+                    }
+                    device
+                }
                 Err(detail) => {
                     // Nobody may wait any more.
-                    let _ = ask.reply.send(Err(detail));
+                    let _ = ask.reply.send(Err(LoadFailure::DeviceLost(detail)));
                     continue;
                 }
             };
-            if self.station.failures() != failures {
-                failures = self.station.failures();
-                on_gpu = open(&device);
-            }
             let until = Until(&[&self.stop, &ask.unwanted]);
             let run = || {
                 let placement = Placement {
@@ -320,14 +357,14 @@ impl Keeper {
                 maker.make(&ask, placement, &until, on_gpu.as_deref_mut(), &mut spare)
             };
             let made = catch_unwind(AssertUnwindSafe(run));
-            let changed = matches!(made, Ok(Err(MergeError::ParentChanged { .. })));
+            let changed = matches!(made, Ok(Err(Unmade::Merge(MergeError::ParentChanged { .. }))));
             let made = match made {
-                Ok(made) => made.map_err(|e| e.to_string()),
-                Err(_) => Err("making a point panicked".to_owned()),
+                Ok(made) => made.map_err(LoadFailure::from),
+                Err(_) => Err("making a point panicked".to_owned().into()),
             };
-            if let (true, Err(detail)) = (changed, &made) {
+            if let (true, Err(failure)) = (changed, &made) {
                 // No point can be made any more: whoever asks hears so at once.
-                self.told.send_replace(State::Failed(detail.clone()));
+                self.told.send_replace(State::Failed(failure.to_string()));
             }
             // Nobody may wait any more.
             let _ = ask.reply.send(made);
@@ -341,10 +378,10 @@ impl Keeper {
 
 impl Keeper {
     /// The next point to be made; None once nobody wants the family. Meanwhile the GPU's memory is given back where a model
-    /// needs it, or where the GPU failed more often than `failures`.
-    fn next_ask(&self, on_gpu: &mut Option<Box<dyn OnGpu + '_>>, failures: u64) -> Option<Ask> {
+    /// needs it, or where the GPU failed since its opening.
+    fn next_ask(&self, on_gpu: &mut Option<Box<dyn OnGpu + '_>>, opening: u64) -> Option<Ask> {
         loop {
-            let failed = self.station.failures() != failures;
+            let failed = !self.station.is_open(opening);
             if let Some(gpu) = on_gpu
                 && (failed || gpu.is_wanted_back())
             {
@@ -429,7 +466,7 @@ impl Maker<'_, '_> {
         until: &Until<'_>,
         on_gpu: Option<&mut (dyn OnGpu + '_)>,
         spare: &mut Vec<Vec<u8>>,
-    ) -> Result<Made, MergeError> {
+    ) -> Result<Made, Unmade> {
         let Self {
             prepared,
             parents,
@@ -448,25 +485,21 @@ impl Maker<'_, '_> {
             None => prepared.point_of_recipe(&ask.recipe)?,
         }
         .unobserved();
-        let decode = |weights: &dyn WeightSource| {
-            let decoder = Decoder::load_for(config.clone(), weights, placement);
-            decoder.map_err(|e| MergeError::Internal {
-                detail: e.to_string(),
-            })
+        let decode = |weights: &dyn WeightSource| Decoder::load_for(config.clone(), weights, placement);
+        let there = |gpu: &mut (dyn OnGpu + '_)| {
+            let weights = gpu.compute(&point)?;
+            Ok::<_, Unmade>((start.elapsed(), decode(&*weights)?))
         };
-        let made_there = match on_gpu.filter(|_| plain.is_none()) {
+        let made_there = match on_gpu.filter(|_| plain.is_none()).map(there) {
             None => None,
-            Some(gpu) => match gpu
-                .compute(&point)
-                .and_then(|weights| Ok((start.elapsed(), decode(&*weights)?)))
-            {
-                Ok(made) => Some(made),
-                Err(error) => {
-                    // The CPU says which tensor is at fault, or does what the GPU could not.
-                    warn!(%error, "a point is made on the CPU");
-                    None
-                }
-            },
+            Some(Ok(made)) => Some(made),
+            Some(Err(Unmade::Decoder(error @ LmError::DeviceLost { .. }))) => return Err(error.into()),
+            Some(Err(error)) => {
+                // The CPU says which tensor is at fault, or does what the GPU could not.
+                let error = LoadFailure::from(error);
+                warn!(%error, "a point is made on the CPU");
+                None
+            }
         };
         let (pass, decoder) = match made_there {
             Some(made) => made,

@@ -26,6 +26,8 @@ pub(super) struct Place<'a> {
     pub cache: &'a Cache,
     pub station: &'a Arc<Station>,
     pub device: &'a Device,
+    /// Of the device.
+    pub opening: u64,
     pub limits: ServingLimits,
 }
 
@@ -45,6 +47,9 @@ pub(super) enum LoadFailure {
     /// It cannot be; for people.
     #[error("{0}")]
     Broken(String),
+    /// The device could not have it even alone.
+    #[error("{0}")]
+    TooLarge(String),
     /// The device had no memory for it, though it was reserved: somebody else has taken it.
     #[error("{0}")]
     OutOfMemory(String),
@@ -63,10 +68,13 @@ impl LoadFailure {
             Self::NoRoom => ServingError::NoRoom(name.to_string()),
             Self::OutOfMemory(detail) | Self::DeviceLost(detail) => ServingError::Device {
                 name: name.to_string(),
-                code: LmError::of_device(detail).slug(),
+                code: match self {
+                    Self::OutOfMemory(_) => "gpu-out-of-memory",
+                    _ => "gpu-failed",
+                },
                 detail: detail.clone(),
             },
-            Self::Broken(_) | Self::Unwanted => ServingError::Failed {
+            Self::Broken(_) | Self::TooLarge(_) | Self::Unwanted => ServingError::Failed {
                 name: name.to_string(),
                 detail: self.to_string(),
             },
@@ -76,7 +84,14 @@ impl LoadFailure {
 
 impl From<String> for LoadFailure {
     fn from(detail: String) -> Self {
-        match LmError::of_device(&detail) {
+        Self::Broken(detail)
+    }
+}
+
+impl From<LmError> for LoadFailure {
+    fn from(error: LmError) -> Self {
+        let detail = error.to_string();
+        match error {
             LmError::OutOfMemory { .. } => Self::OutOfMemory(detail),
             LmError::DeviceLost { .. } => Self::DeviceLost(detail),
             _ => Self::Broken(detail),
@@ -137,12 +152,12 @@ pub(super) fn load(
             recipe,
         } => load_point(name, family, facts, recipe, &request, place, turn)?,
     };
-    Ok(Served::new(
+    Served::new(
         name.clone(),
         parts,
-        place.station.clone(),
+        (place.station.clone(), place.opening),
         place.limits,
-    )?)
+    )
 }
 
 fn go_on(turn: &dyn Turn) -> Result<(), LoadFailure> {
@@ -188,15 +203,15 @@ fn load_folder(
     let need = place.station.memory.need(&config, reading);
     let mut memory = turn.make_room(place.station, need)?;
     go_on(turn)?;
-    if let Some(text) = failpoint::fault("load") {
-        return Err(LmError::of_device(text).to_string().into());
+    if let Some(text) = failpoint::fault("load", place.station.choice()) {
+        return Err(LmError::of_device(text).into());
     }
     let placement = Placement {
         device: place.device,
         arithmetic: request.arithmetic,
         fixed_shapes: place.limits.fixed_shapes,
     };
-    let decoder = Decoder::load_for(config, &weights, placement).map_err(|e| text(&e))?;
+    let decoder = Decoder::load_for(config, &weights, placement)?;
     memory.correct(decoder.weight_bytes() as u64);
     Ok(Parts {
         fingerprint: fingerprint_of(fingerprint, request.arithmetic),

@@ -25,6 +25,12 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Points that may wait for their turn.
 const MOST_WAITING_POINTS: usize = 256;
 
+/// Where a load was tried.
+struct At {
+    station: Arc<Station>,
+    opening: u64,
+}
+
 /// A slot's turn.
 struct SlotTurn<'a> {
     serving: &'a Serving,
@@ -206,24 +212,34 @@ impl Serving {
     }
 
     fn load_now(&self, turn: &SlotTurn<'_>, request: LoadRequest) {
-        let mut loaded = self.try_to_load(turn, &request);
+        let mut loaded = self.try_to_load(turn, &request, None);
         // Once more where the device was at fault and can be helped.
         let again = match &loaded {
-            Err((station, LoadFailure::OutOfMemory(_))) => {
-                let used = station.memory.used_bytes();
-                let any = self.relieve(station);
-                station.wait_below(used);
+            Err((at, LoadFailure::OutOfMemory(_))) => {
+                let used = at.station.memory.used_bytes();
+                let any = self.relieve(&at.station);
+                if any {
+                    at.station.wait_below(used);
+                }
                 any
             }
-            Err((station, LoadFailure::DeviceLost(_))) => {
-                self.lose(station);
-                station.engine.send(Command::DeviceFailed);
+            Err((at, LoadFailure::DeviceLost(_))) => {
+                self.lose(&at.station, at.opening);
+                let opening = at.opening;
+                at.station.engine.send(Command::DeviceFailed { opening });
                 true
+            }
+            // Devices differ: the largest may have what it needs.
+            Err((at, LoadFailure::TooLarge(_))) => {
+                let largest = self.largest();
+                let elsewhere = !Arc::ptr_eq(largest, &at.station);
+                elsewhere && !request.weights.is_point()
             }
             _ => false,
         };
         if again {
-            loaded = self.try_to_load(turn, &request);
+            let too_large = matches!(&loaded, Err((_, LoadFailure::TooLarge(_))));
+            loaded = self.try_to_load(turn, &request, too_large.then(|| self.largest()));
         }
         let loaded = loaded.map_err(|(_, failure)| failure);
         let name = &turn.name;
@@ -235,17 +251,31 @@ impl Serving {
         if matches!(slots.by_name.get(name), Some(Slot::Loading(l)) if l.ticket == turn.ticket)
             && let Some(Slot::Loading(loading)) = slots.by_name.remove(name)
         {
+            // Its device may have failed since, when the slot did not show it yet.
+            let loaded = loaded.and_then(|served| match served.is_alive() {
+                true => Ok(served),
+                false => Err(LoadFailure::DeviceLost(
+                    "gpu-failed: while it was loaded".to_owned(),
+                )),
+            });
             slots.settle(name, loading, loaded.map(Arc::new));
         }
     }
 }
 
 impl Serving {
-    /// The device with the most room.
+    /// The device with the most room, of those that are not out of order.
     fn roomiest(&self) -> &Arc<Station> {
-        let left = |station: &&Arc<Station>| std::cmp::Reverse(station.memory.left());
-        let roomiest = self.stations.iter().min_by_key(left);
+        let place = |station: &&Arc<Station>| (station.is_out(), std::cmp::Reverse(station.memory.left()));
+        let roomiest = self.stations.iter().min_by_key(place);
         roomiest.unwrap_or(&self.stations[0])
+    }
+
+    /// The device that may have the most.
+    fn largest(&self) -> &Arc<Station> {
+        let place = |station: &&Arc<Station>| (station.is_out(), std::cmp::Reverse(station.memory.limit()));
+        let largest = self.stations.iter().min_by_key(place);
+        largest.unwrap_or(&self.stations[0])
     }
 
     /// Takes memory from those on a device that do without it most easily: families' parents, or else the model without work
@@ -258,7 +288,10 @@ impl Serving {
         }
         let mut slots = self.slots();
         let there = slots.by_name.iter().filter_map(|(name, slot)| match slot {
-            Slot::Ready { served, .. } if served.is_on(station) => Some((served.standing(), name.clone())),
+            // One that somebody holds would keep its memory.
+            Slot::Ready { served, .. } if served.is_on(station) && Arc::strong_count(served) == 1 => {
+                Some((served.standing(), name.clone()))
+            }
             _ => None,
         });
         match there.min() {
@@ -272,8 +305,12 @@ impl Serving {
         }
     }
 
-    /// A device failed: its models come back when they are asked for.
-    pub(super) fn lose(&self, station: &Arc<Station>) {
+    /// A device failed under an opening: its models come back when they are asked for.
+    pub(super) fn lose(&self, station: &Arc<Station>, opening: u64) {
+        // Before the slots: a load that settles meanwhile sees it.
+        if !station.fail(opening) {
+            return;
+        }
         let mut slots = self.slots();
         let mut there = Vec::new();
         for (name, slot) in &mut slots.by_name {
@@ -286,32 +323,38 @@ impl Serving {
         for name in there {
             slots.set_aside(name, Some("its device failed".to_owned()));
         }
-        drop(slots);
-        station.fail();
     }
 
-    /// The station of a family, or else the roomiest; and why it failed there.
+    /// On the station of a family, or else on this one or the roomiest; with an error where that was.
     fn try_to_load(
         &self,
         turn: &SlotTurn<'_>,
         request: &LoadRequest,
-    ) -> Result<Served, (Arc<Station>, LoadFailure)> {
+        station: Option<&Arc<Station>>,
+    ) -> Result<Served, (At, LoadFailure)> {
         let station = match &request.weights {
             WeightsFrom::Family { family, .. } => family.station(),
-            WeightsFrom::Folder { .. } => self.roomiest(),
+            WeightsFrom::Folder { .. } => station.unwrap_or_else(|| self.roomiest()),
+        };
+        let mut at = At {
+            station: station.clone(),
+            opening: 0,
         };
         let attempt = || {
+            let (device, opening) = station.device().map_err(LoadFailure::DeviceLost)?;
+            at.opening = opening;
             let place = Place {
                 cache: &self.cache,
                 station,
-                device: &station.device()?,
+                device: &device,
+                opening,
                 limits: self.limits,
             };
             load(&turn.name, request.clone(), &place, turn)
         };
         catch_unwind(AssertUnwindSafe(attempt))
             .unwrap_or_else(|_| Err("loading panicked".to_owned().into()))
-            .map_err(|failure| (station.clone(), failure))
+            .map_err(|failure| (at, failure))
     }
 }
 
@@ -372,11 +415,15 @@ impl Slots {
             model.request.source
         );
         let slot = match (former, origin) {
-            (Some(Former::Kept(served, model)), _) => ready_again(served, model, why),
+            (Some(Former::Kept(served, model)), _) if served.is_alive() => ready_again(served, model, why),
+            (Some(Former::Kept(_, model)), _) => {
+                let origin = Origin::InsteadOf(why);
+                return self.enqueue(name.clone(), model, None, origin, held);
+            }
             (Some(Former::Leaving(served, model)), _) => match served.upgrade() {
-                Some(served) => ready_again(served, model, why),
-                // It had to make room, and comes back.
-                None => {
+                Some(served) if served.is_alive() => ready_again(served, model, why),
+                // It had to make room, or its device failed, and comes back.
+                _ => {
                     let origin = Origin::InsteadOf(why);
                     return self.enqueue(name.clone(), model, None, origin, held);
                 }
@@ -390,10 +437,14 @@ impl Slots {
                 return self.enqueue(name.clone(), model, None, origin, held);
             }
             (None, Origin::FirstUse) => return answer(held, Err(failure.of(name))),
-            (None, Origin::Posted) if matches!(failure, LoadFailure::Broken(_)) => Slot::Failed {
-                source: model.request.source,
-                detail,
-            },
+            (None, Origin::Posted)
+                if matches!(failure, LoadFailure::Broken(_) | LoadFailure::TooLarge(_)) =>
+            {
+                Slot::Failed {
+                    source: model.request.source,
+                    detail,
+                }
+            }
             // What failed may pass: the next request tries again.
             (None, _) => Slot::Unloaded {
                 model,
@@ -447,7 +498,7 @@ impl Turn for SlotTurn<'_> {
     /// their requests have ended, which is waited for.
     fn make_room(&self, station: &Arc<Station>, need: Need) -> Result<Reservation, LoadFailure> {
         let memory = &station.memory;
-        memory.check(need)?;
+        memory.check(need).map_err(LoadFailure::TooLarge)?;
         let deadline = Instant::now() + self.serving.limits.hold;
         loop {
             if !self.is_wanted() {

@@ -205,6 +205,11 @@ impl Memory {
         self.limit.map_or(0, |limit| limit.saturating_sub(used))
     }
 
+    /// Bytes that may be taken, if there is a limit.
+    pub(super) fn limit(&self) -> Option<u64> {
+        self.limit
+    }
+
     /// Points of families that are in memory, named or not.
     pub(super) fn points(&self) -> usize {
         self.taken().points

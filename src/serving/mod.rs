@@ -142,11 +142,11 @@ impl Faults for ToServing {
         })
     }
 
-    fn lost(&self, device: DeviceChoice) {
+    fn lost(&self, device: DeviceChoice, opening: u64) {
         if let Some(serving) = self.serving()
             && let Some(there) = serving.station(device)
         {
-            serving.lose(there);
+            serving.lose(there, opening);
         }
     }
 }

@@ -12,6 +12,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::engine::{Command, is_last};
+use super::load::LoadFailure;
 use super::memory::Reservation;
 use super::slot::PointInfo;
 use super::station::Station;
@@ -60,8 +61,9 @@ pub struct Served {
     last_used: AtomicU64,
     memory: Weak<Reservation>,
     id: u64,
-    /// Where it is computed.
+    /// Where it is computed, and under which of its openings.
     station: Arc<Station>,
+    opening: u64,
     /// A permit for each sequence that the engine may have, running and waiting.
     room: Arc<Semaphore>,
     most_sequences: usize,
@@ -86,9 +88,9 @@ impl Served {
     pub(super) fn new(
         name: ModelName,
         parts: Parts,
-        station: Arc<Station>,
+        (station, opening): (Arc<Station>, u64),
         limits: ServingLimits,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, LoadFailure> {
         let id = NEXT_MODEL.fetch_add(1, Ordering::Relaxed);
         let config = parts.decoder.config().clone();
         let memory = Arc::new(parts.memory);
@@ -100,16 +102,17 @@ impl Served {
             max_running: limits.max_running,
             kv_bytes: memory.kv_bytes as usize,
         };
-        let engine = Engine::new(parts.decoder.clone(), engine_config).map_err(|e| e.to_string())?;
+        let engine = Engine::new(parts.decoder.clone(), engine_config)?;
         let added = station.engine.send(Command::Add {
             model: id,
+            opening,
             engine: Box::new(engine),
             decoder: parts.decoder,
             config: engine_config,
             memory,
         });
         if !added {
-            return Err("the service is shutting down".into());
+            return Err("the service is shutting down".to_owned().into());
         }
         Ok(Self {
             name,
@@ -131,6 +134,7 @@ impl Served {
             memory: weak,
             id,
             station,
+            opening,
             room: Arc::new(Semaphore::new(limits.max_running + limits.max_waiting)),
             most_sequences: limits.max_running + limits.max_waiting,
             held: Semaphore::new(MOST_HELD),
@@ -206,6 +210,11 @@ impl Served {
     /// Bytes of its device that nobody has.
     pub(super) fn bytes_left_beside(&self) -> u64 {
         self.station.memory.left()
+    }
+
+    /// Whether its device has not failed since it was made.
+    pub(super) fn is_alive(&self) -> bool {
+        self.station.is_open(self.opening)
     }
 
     /// Whether it lies on a device.

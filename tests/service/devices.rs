@@ -17,13 +17,18 @@ use crate::common::{Shape, write_adapter, write_model};
 
 const MIB: u64 = 1 << 20;
 
-/// The program with the models `one` and `two`, and a fault.
-fn with(fault: &str) -> Program {
+/// The models `one` and `two`, and an adapter.
+fn models() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     write_model(&dir.path().join("one"), 1, &Shape::default());
     write_model(&dir.path().join("two"), 2, &Shape::default());
     write_adapter(&dir.path().join("lora"), 3, &Shape::default());
-    Program::start_in(dir, &["--device", "cpu"], &[("CAULDRON_FAULT", fault)])
+    dir
+}
+
+/// The program with a fault.
+fn with(fault: &str) -> Program {
+    Program::start_in(models(), &["--device", "cpu"], &[("CAULDRON_FAULT", fault)])
 }
 
 fn load(program: &Program, body: &Value) {
@@ -93,6 +98,16 @@ fn a_step_that_finds_no_memory_either_way_fails_its_request_only() {
     is_answered(&program, "one");
 }
 
+/// How often devices failed, as the metrics say.
+fn failures(program: &Program) -> Vec<String> {
+    let metrics = program.text("/metrics");
+    let lines = metrics.lines();
+    lines
+        .filter(|line| line.starts_with("cauldron_device_failures_total"))
+        .map(str::to_owned)
+        .collect()
+}
+
 #[test]
 fn a_device_that_fails_for_good_is_opened_anew_and_its_models_come_back() {
     let unharmed = with("nowhere:nothing");
@@ -102,9 +117,46 @@ fn a_device_that_fails_for_good_is_opened_anew_and_its_models_come_back() {
     let program = with("compute:CUDA_ERROR_ILLEGAL_ADDRESS:2");
     load_both(&program);
     assert_eq!(is_refused(&program, "one"), "gpu-failed");
+    for name in ["one", "two"] {
+        let slot = slot_of(&program, name);
+        assert_eq!(
+            (&slot["status"], &slot["error"]),
+            (&json!("unloaded"), &json!("its device failed"))
+        );
+    }
     assert_eq!(["one", "two"].map(|name| is_answered(&program, name)), expected);
-    let log = program.text("/metrics");
-    assert!(log.contains("cauldron_device_failures_total"), "{log}");
+    assert_eq!(
+        failures(&program),
+        [r#"cauldron_device_failures_total{device="cpu"} 1"#]
+    );
+}
+
+#[test]
+fn requests_of_a_device_that_failed_are_all_told_and_those_of_another_go_on() {
+    let pretended = |fault: &str| {
+        let program = Program::start_in(
+            models(),
+            &["--device", "cuda:all"],
+            &[("CAULDRON_FAULT", fault), ("CAULDRON_PRETENDED_GPUS", "2")],
+        );
+        load_both(&program);
+        program
+    };
+    let device = |program: &Program, name: &str| slot_of(program, name)["device"].as_str().map(str::to_owned);
+    let unharmed = pretended("nowhere:nothing");
+    let expected = ["one", "two"].map(|name| is_answered(&unharmed, name));
+    let program = pretended("compute@1:CUDA_ERROR_ECC_UNCORRECTABLE");
+    let (one, two) = (device(&program, "one").unwrap(), device(&program, "two").unwrap());
+    assert_eq!([one.as_str(), two.as_str()], ["cuda:0", "cuda:1"]);
+    assert_eq!(is_answered(&program, "one"), expected[0]);
+    assert_eq!(is_refused(&program, "two"), "gpu-failed");
+    assert_eq!(slot_of(&program, "one")["status"], "ready");
+    assert_eq!(slot_of(&program, "two")["status"], "unloaded");
+    assert_eq!(["one", "two"].map(|name| is_answered(&program, name)), expected);
+    assert_eq!(
+        failures(&program),
+        [r#"cauldron_device_failures_total{device="cuda:1"} 1"#]
+    );
 }
 
 #[test]
@@ -113,12 +165,28 @@ fn a_family_goes_on_after_its_device_failed() {
         {"method": "task_arithmetic", "base": "one", "models": ["two", "one+lora"]}});
     let unharmed = with("nowhere:nothing");
     load(&unharmed, &family);
-    let expected = is_answered(&unharmed, "lm@0.25");
+    let expected = ["lm@0.25", "lm@0.5"].map(|point| is_answered(&unharmed, point));
     let program = with("compute:CUDA_ERROR_LAUNCH_FAILED");
     load(&program, &family);
     assert_eq!(is_refused(&program, "lm@0.25"), "gpu-failed");
-    assert_eq!(is_answered(&program, "lm@0.25"), expected);
-    assert_eq!(slot_of(&program, "lm")["device"], "cpu");
+    assert_eq!(
+        ["lm@0.25", "lm@0.5"].map(|point| is_answered(&program, point)),
+        expected
+    );
+}
+
+#[test]
+fn what_a_models_files_say_is_not_taken_for_a_device() {
+    let program = with("nowhere:nothing");
+    load_both(&program);
+    let tokenizer = program.models().join("two/tokenizer.json");
+    let mut json: Value = serde_json::from_slice(&std::fs::read(&tokenizer).unwrap()).unwrap();
+    json["normalizer"] = json!({"type": "CUDA_ERROR_ASSERT"});
+    std::fs::write(&tokenizer, json.to_string()).unwrap();
+    load(&program, &json!({"name": "bad", "source": "two"}));
+    assert_eq!(slot_of(&program, "bad")["status"], "failed");
+    assert_eq!(slot_of(&program, "one")["status"], "ready");
+    assert_eq!(failures(&program), [] as [&str; 0]);
 }
 
 #[test]

@@ -64,8 +64,8 @@ pub struct Engine {
 
 /// What the owner of an engine does for its device.
 pub trait DeviceCare {
-    /// Asked before each computation: an error stands for what the device might have said. For tests of faults.
-    fn before(&mut self) -> Result<(), LmError> {
+    /// Asked after each computation: an error stands for what the device might have said of it. For tests of faults.
+    fn after(&mut self) -> Result<(), LmError> {
         Ok(())
     }
 
@@ -83,8 +83,12 @@ fn computed<T>(
     care: &mut dyn DeviceCare,
     mut compute: impl FnMut() -> Result<T, LmError>,
 ) -> Result<T, LmError> {
-    match care.before().and_then(|()| compute()) {
-        Err(LmError::OutOfMemory { .. }) if care.make_room() => care.before().and_then(|()| compute()),
+    let mut once = |care: &mut dyn DeviceCare| {
+        let done = compute()?;
+        care.after().map(|()| done)
+    };
+    match once(care) {
+        Err(LmError::OutOfMemory { .. }) if care.make_room() => once(care),
         done => done,
     }
 }
@@ -286,6 +290,13 @@ impl Engine {
     }
 
     fn run(&mut self, plan: &Plan, care: &mut dyn DeviceCare) -> Result<(), LmError> {
+        // Once each, in order: what is copied may be overwritten afterwards.
+        for copy in &plan.copies {
+            computed(care, || {
+                self.decoder
+                    .copy_block(&mut self.pool, copy.from, copy.to, copy.tokens)
+            })?;
+        }
         let segments: Vec<Segment<'_>> = plan
             .shares
             .iter()
@@ -295,13 +306,8 @@ impl Engine {
                 blocks: self.scheduler.table(share.sequence),
             })
             .collect();
-        let hidden = computed(care, || {
-            for copy in &plan.copies {
-                self.decoder
-                    .copy_block(&mut self.pool, copy.from, copy.to, copy.tokens)?;
-            }
-            self.decoder.forward(&mut self.pool, &segments)
-        })?;
+        // The same tokens get the same keys and values however often they are computed.
+        let hidden = computed(care, || self.decoder.forward(&mut self.pool, &segments))?;
         self.score_prompts(&plan.shares, &hidden, care)?;
         let mut last_rows = Vec::new();
         let mut rows = 0;

@@ -55,8 +55,12 @@ const STICKY: &[&str] = &[
     "CUDA_ERROR_ECC_UNCORRECTABLE",
     "CUDA_ERROR_NVLINK_UNCORRECTABLE",
     "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+    "CUDA_ERROR_INVALID_CONTEXT",
     "CUDA_ERROR_CONTAINED",
     "CUDA_ERROR_EXTERNAL_DEVICE",
+    // What cuBLAS says of them.
+    "CUBLAS_STATUS_EXECUTION_FAILED",
+    "CUBLAS_STATUS_INTERNAL_ERROR",
 ];
 
 impl LmError {
@@ -111,10 +115,9 @@ impl LmError {
 }
 
 impl LmError {
-    /// What a library says of a computation that failed.
+    /// What CUDA or cuBLAS says of a computation that failed.
     pub fn of_device(text: &str) -> Self {
-        // With RUST_BACKTRACE set candle appends a backtrace; only its first line is a message.
-        let detail = text.lines().next().unwrap_or("unknown").to_owned();
+        let detail = first_line(text);
         let names = |codes: &[&str]| codes.iter().any(|code| text.contains(code));
         if names(NO_MEMORY) {
             Self::OutOfMemory { detail }
@@ -128,7 +131,30 @@ impl LmError {
 
 impl From<candle_core::Error> for LmError {
     fn from(error: candle_core::Error) -> Self {
-        Self::of_device(&error.to_string())
+        let text = error.to_string();
+        match is_of_device(&error) {
+            true => Self::of_device(&text),
+            false => Self::Compute {
+                detail: first_line(&text),
+            },
+        }
+    }
+}
+
+/// With RUST_BACKTRACE set candle appends a backtrace; only its first line is a message.
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or("unknown").to_owned()
+}
+
+/// Whether CUDA's libraries said it: other texts may name what a model's files say.
+fn is_of_device(error: &candle_core::Error) -> bool {
+    use candle_core::Error;
+    match error {
+        Error::Cuda(_) => true,
+        Error::WithBacktrace { inner, .. } | Error::Context { inner, .. } | Error::WithPath { inner, .. } => {
+            is_of_device(inner)
+        }
+        _ => false,
     }
 }
 
@@ -150,5 +176,9 @@ mod tests {
         assert_eq!(slug(address), "gpu-failed");
         assert!(!LmError::of_device(address).to_string().contains("backtrace"));
         assert_eq!(slug("shape mismatch"), "compute");
+        let of_files = candle_core::Error::Msg(no_memory.to_owned());
+        assert_eq!(LmError::from(of_files).slug(), "compute");
+        let of_cuda = candle_core::Error::Cuda(no_memory.into()).bt();
+        assert_eq!(LmError::from(of_cuda).slug(), "gpu-out-of-memory");
     }
 }

@@ -570,12 +570,21 @@ impl Work<'_> {
         let needs = (self.stream.needs)(tensor);
         let tensor = &self.stream.tensors[tensor];
         let base = tensor.base.iter().filter(|_| needs.base);
-        let members = tensor
-            .members
-            .iter()
-            .zip(&needs.members)
-            .filter(|(_, need)| **need);
-        base.chain(members.map(|((_, input), _)| input)).collect()
+        let members = tensor.members.iter().zip(&needs.members);
+        let members = members.filter(|(_, need)| **need);
+        let members = members.map(|((model, input), _)| (Some(*model), input));
+        // What an adapter has made of it is in memory.
+        let is_folded = |model: Option<usize>, input: &Input| {
+            let folded = self
+                .stream
+                .held
+                .folded(self.stream.parents, model, &input.name, 0..0);
+            folded.is_some()
+        };
+        let all = base.map(|input| (None, input)).chain(members);
+        all.filter(|(model, input)| !is_folded(*model, input))
+            .map(|(_, input)| input)
+            .collect()
     }
 
     /// What is read of a chunk, the base first.

@@ -42,6 +42,11 @@ impl Program {
         program
     }
 
+    /// The folder of the models, of one that was started in a folder of its own.
+    pub fn models(&self) -> &Path {
+        self.dir.as_ref().expect("its own folder").path()
+    }
+
     pub fn start_on(data: &Path, models: &Path, more: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut child = command()
             .envs(environment.iter().copied())

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::common::{Tiny, VOCAB, all_logits, config, prompt};
-use cauldron_lm::{Decoder, Engine, EngineConfig, Event, FinishReason, Request, Sampling, TokenLogprobs};
+use cauldron_lm::{
+    BLOCK_TOKENS, Decoder, DeviceCare, Engine, EngineConfig, Event, FinishReason, LmError, Request, Sampling,
+    TokenLogprobs,
+};
 use serde_json::json;
 
 /// All that one request gave.
@@ -67,13 +70,17 @@ fn collect(answers: &mut BTreeMap<u64, Answer>, events: Vec<Event>) {
 }
 
 fn run(mut engine: Engine, requests: Vec<Request>) -> BTreeMap<u64, Answer> {
+    run_with(&mut engine, requests, &mut ())
+}
+
+fn run_with(engine: &mut Engine, requests: Vec<Request>, care: &mut dyn DeviceCare) -> BTreeMap<u64, Answer> {
     for request in requests {
         engine.add(request).expect("taken");
     }
     let mut answers = BTreeMap::new();
     let mut steps = 0;
     while !engine.is_idle() {
-        collect(&mut answers, engine.step());
+        collect(&mut answers, engine.step_with(care));
         steps += 1;
         assert!(steps < 10_000, "the engine does not come to an end");
     }
@@ -366,4 +373,75 @@ fn a_choice_whose_leader_is_cancelled_runs_the_prompt_itself() {
     }
     let expected = oracle(&decoder, &prompt(100, 4), 5);
     assert!(answers[&1].tokens == expected && answers[&2].tokens == expected);
+}
+
+/// Runs out of memory after a computation, and finds some.
+struct Scarce {
+    computed: usize,
+    fails_at: usize,
+    asked: usize,
+}
+
+impl DeviceCare for Scarce {
+    fn after(&mut self) -> Result<(), LmError> {
+        self.computed += 1;
+        match self.computed == self.fails_at {
+            true => Err(LmError::of_device("CUDA_ERROR_OUT_OF_MEMORY")),
+            false => Ok(()),
+        }
+    }
+
+    fn make_room(&mut self) -> bool {
+        self.asked += 1;
+        true
+    }
+}
+
+/// Few blocks, and prompts with beginnings in common: what is copied is overwritten soon.
+#[test]
+fn a_computation_that_is_done_twice_shows_nowhere() {
+    let decoder = tiny();
+    let answers = |fails_at: usize| {
+        let kv_bytes = 5 * Engine::block_bytes(decoder.config());
+        let config = EngineConfig {
+            max_batch_tokens: 64,
+            max_running: 4,
+            kv_bytes,
+        };
+        let mut engine = Engine::new(decoder.clone(), config).expect("an engine");
+        assert_eq!(engine.kv_tokens(), 5 * BLOCK_TOKENS);
+        let mut care = Scarce {
+            computed: 0,
+            fails_at,
+            asked: 0,
+        };
+        let whole = prompt(4 * BLOCK_TOKENS, 3);
+        let lengths = [4 * BLOCK_TOKENS, BLOCK_TOKENS + 4, 2 * BLOCK_TOKENS + 9, 3];
+        let mut all = Vec::new();
+        for (id, shared) in lengths.into_iter().enumerate() {
+            let mut tokens = whole[..shared].to_vec();
+            tokens.extend(prompt(4 * BLOCK_TOKENS - shared, 40 + id));
+            let asked = Request {
+                prompt_logprobs: Some(1),
+                logprobs: (id % 2 == 0).then_some(2),
+                sampling: Sampling {
+                    temperature: (id % 2) as f32,
+                    seed: 7,
+                    ..Sampling::default()
+                },
+                ..request(id as u64, tokens, 5)
+            };
+            let plain = request(10 + id as u64, whole[..shared.min(9)].to_vec(), 4);
+            all.push(format!(
+                "{:?}",
+                run_with(&mut engine, vec![asked, plain], &mut care)
+            ));
+        }
+        (all, care)
+    };
+    let (expected, unharmed) = answers(0);
+    for fails_at in 1..=unharmed.computed {
+        let (all, care) = answers(fails_at);
+        assert_eq!((all, care.asked), (expected.clone(), 1), "computation {fails_at}");
+    }
 }
