@@ -9,6 +9,7 @@
 #   scripts/oracles.sh clients         alpaca_eval, evalplus, promptbench and LiveBench's request, on small local data
 #   scripts/oracles.sh mergekit        bytes of average and linear merges of the real models
 #   scripts/oracles.sh methods         every method against mergekit, and the M3 formulas against numpy, on tiny models
+#   scripts/oracles.sh install         only installs what `fast` and scripts/oracle_mergekit.sh need
 #   scripts/oracles.sh lm-eval [N]     the real client against the service and lm-eval's own hf backend (N items a task)
 #
 # Their packages go into environments under target/oracle, with pinned versions.
@@ -17,7 +18,7 @@ cd "$(dirname "$0")/.."
 . scripts/lib.sh
 
 which=${1:-all}
-case $which in all | fast | transformers | openai | clients | mergekit | methods | lm-eval) ;; *) sed -n 2,15p "$0" >&2; exit 2 ;; esac
+case $which in all | fast | install | transformers | openai | clients | mergekit | methods | lm-eval) ;; *) sed -n 2,16p "$0" >&2; exit 2 ;; esac
 wanted() {
     case $which in
     all | "$1") true ;;
@@ -26,6 +27,13 @@ wanted() {
     esac
 }
 
+if [ "$which" = install ]; then
+    mkdir -p "$oracle"
+    environment mergekit scripts/requirements-mergekit.txt
+    environment transformers scripts/requirements-oracles.txt
+    environment openai scripts/requirements-openai.txt
+    exit
+fi
 serve
 if wanted mergekit; then
     environment mergekit scripts/requirements-mergekit.txt

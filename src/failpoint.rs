@@ -67,6 +67,7 @@ pub fn fault(_place: &str, _device: DeviceChoice) -> Option<&'static str> {
 }
 
 /// How many GPUs a build without CUDA is to have, for tests of several: the CPU stands for each.
+#[cfg(not(feature = "cuda"))]
 pub fn pretended_gpus() -> usize {
     let told = || std::env::var("CAULDRON_PRETENDED_GPUS").ok()?.parse().ok();
     match cfg!(debug_assertions) {

@@ -15,10 +15,16 @@ fn main() {
     for variable in ["NVCC", "CUDA_PATH", "CUDA_HOME", "CUDA_COMPUTE_CAP"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
-    if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
+    let has = |feature: &str| std::env::var_os(format!("CARGO_FEATURE_{feature}")).is_some();
+    if !has("CUDA") {
+        if has("EMULATED")
+            && let Err(error) = emulate(&out)
+        {
+            println!("cargo::error={error}");
+        }
         return;
     }
-    let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
     for (name, flags) in KERNELS {
         if let Err(error) = compile(name, flags, &out) {
             println!("cargo::error={error}");
@@ -29,7 +35,7 @@ fn main() {
 fn compile(name: &str, flags: &[&str], out: &Path) -> Result<(), String> {
     let nvcc = nvcc();
     let cap = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "90".to_owned());
-    let run = Command::new(&nvcc)
+    run(Command::new(&nvcc)
         .args(["--fatbin", "-O3"])
         .arg(format!(
             "-gencode=arch=compute_{cap},code=[sm_{cap},compute_{cap}]"
@@ -37,14 +43,52 @@ fn compile(name: &str, flags: &[&str], out: &Path) -> Result<(), String> {
         .args(flags)
         .arg("-o")
         .arg(out.join(format!("{name}.fatbin")))
-        .arg(format!("kernels/{name}.cu"))
+        .arg(format!("kernels/{name}.cu")))
+    .map_err(|error| format!("{error} (NVCC or CUDA_PATH names nvcc)"))
+}
+
+/// Compiles the kernels of the merge for the CPU, as a library that the crate is linked with.
+fn emulate(out: &Path) -> Result<(), String> {
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+    let object = out.join("merge.o");
+    // Products and sums stay apart here too.
+    let flags = [
+        "-x",
+        "c++",
+        "-std=c++17",
+        "-O2",
+        "-fPIC",
+        "-ffp-contract=off",
+        "-fno-exceptions",
+        "-fno-rtti",
+    ];
+    let mut compile = Command::new(&compiler);
+    compile.args(flags).args([
+        "-Wno-unknown-pragmas",
+        "-Ikernels/emulated",
+        "-c",
+        "kernels/merge.cu",
+        "-o",
+    ]);
+    run(compile.arg(&object))?;
+    let mut archive = Command::new(std::env::var("AR").unwrap_or_else(|_| "ar".to_owned()));
+    let library = out.join("libcauldron_emulated.a");
+    run(archive.arg("crs").arg(library).arg(&object))?;
+    println!("cargo::rustc-link-search=native={}", out.display());
+    println!("cargo::rustc-link-lib=static=cauldron_emulated");
+    Ok(())
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    let done = command
         .output()
-        .map_err(|e| format!("{} cannot be run ({e}); set NVCC or CUDA_PATH", nvcc.display()))?;
-    match run.status.success() {
+        .map_err(|e| format!("{} cannot be run: {e}", command.get_program().display()))?;
+    match done.status.success() {
         true => Ok(()),
         false => Err(format!(
-            "nvcc failed on kernels/{name}.cu: {}",
-            String::from_utf8_lossy(&run.stderr).replace('\n', " ")
+            "{} failed: {}",
+            command.get_program().display(),
+            String::from_utf8_lossy(&done.stderr).replace('\n', " ")
         )),
     }
 }

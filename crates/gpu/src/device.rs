@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
+use candle_core::cuda_backend::cudarc::driver::result::memcpy_dtod_async;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaStream, DevicePtr, LaunchArgs, LaunchConfig,
+    CudaFunction, CudaStream, DevicePtr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
@@ -186,6 +187,58 @@ impl Gpu {
         // SAFETY: the caller's.
         unsafe { builder.launch(config) }.w()?;
         Ok(())
+    }
+}
+
+impl Gpu {
+    /// # Safety
+    /// Both have as many bytes.
+    pub(crate) unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's; everything runs on one stream.
+        unsafe { memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }.w()
+    }
+
+    /// # Safety
+    /// `at` are passes whose pointers reach as far as the tiles say.
+    pub(crate) unsafe fn launch_passes(
+        &self,
+        name: &str,
+        blocks: usize,
+        threads: usize,
+        at: u64,
+        tiles: u64,
+        count: i32,
+    ) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe {
+            self.launch(name, (blocks, 1), threads, |launch| {
+                launch.arg(&at).arg(&tiles).arg(&count);
+            })
+        }
+    }
+
+    /// # Safety
+    /// There is room for a bit an element.
+    pub(crate) unsafe fn launch_keep_bits(
+        &self,
+        blocks: usize,
+        threads: usize,
+        bits: u64,
+        elements: u64,
+        key: [u32; 2],
+        threshold: u32,
+    ) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe {
+            self.launch("keep_bits", (blocks, 1), threads, |launch| {
+                launch
+                    .arg(&bits)
+                    .arg(&elements)
+                    .arg(&key[0])
+                    .arg(&key[1])
+                    .arg(&threshold);
+            })
+        }
     }
 }
 

@@ -3,14 +3,24 @@
 //!
 //! All work of one `Gpu` runs on one stream, in the order of the calls; what a call returns may still be computed.
 
-#![cfg(feature = "cuda")]
+#![cfg(any(feature = "cuda", feature = "emulated"))]
 
+#[cfg(feature = "cuda")]
 mod attention;
+#[cfg(feature = "cuda")]
 mod decoder;
+#[cfg(feature = "cuda")]
+mod device;
+#[cfg(not(feature = "cuda"))]
+#[path = "emulated.rs"]
 mod device;
 mod merge;
 
+#[cfg(feature = "cuda")]
 pub use attention::{Attention, Heads, Pages, Rotation, Span};
+#[cfg(feature = "cuda")]
 pub use decoder::{Gate, Rows, Summary};
-pub use device::{Gpu, count, free_bytes, is_available, reset};
+pub use device::Gpu;
+#[cfg(feature = "cuda")]
+pub use device::{count, free_bytes, is_available, reset};
 pub use merge::{Bytes, Change, Edge, Mean, Member, Number, Operation, Pass, Plan, Survivors};

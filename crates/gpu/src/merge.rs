@@ -1,8 +1,5 @@
 //! The tensors of a merge: for each the operation, its parents' bytes, and the bytes that come of them (`kernels/merge.cu`).
 
-use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-use candle_core::cuda_backend::cudarc::driver::result::memcpy_dtod_async;
 use candle_core::{DType, Result, Tensor, bail};
 
 use crate::device::{Gpu, pointer};
@@ -298,8 +295,8 @@ impl Gpu {
     pub fn tensor(&self, bytes: &Bytes, number: Number, shape: &[usize]) -> Result<Tensor> {
         let from = bytes.holds(shape.iter().product(), number)?;
         let copy = self.empty(shape, number.dtype())?;
-        // SAFETY: both have as many bytes, and everything runs on one stream.
-        unsafe { memcpy_dtod_async(pointer(&copy)?, from, bytes.len, self.stream.cu_stream()) }.w()?;
+        // SAFETY: both have as many bytes.
+        unsafe { self.copy(pointer(&copy)?, from, bytes.len)? };
         Ok(copy)
     }
 
@@ -313,16 +310,7 @@ impl Gpu {
         let (at, length) = (pointer(&bits.tensor)?, elements as u64);
         let blocks = elements.div_ceil(32).div_ceil(THREADS);
         // SAFETY: the kernel writes one word for 32 elements, and there is room for them.
-        unsafe {
-            self.launch("keep_bits", (blocks, 1), THREADS, |launch| {
-                launch
-                    .arg(&at)
-                    .arg(&length)
-                    .arg(&key[0])
-                    .arg(&key[1])
-                    .arg(&threshold);
-            })?;
-        }
+        unsafe { self.launch_keep_bits(blocks, THREADS, at, length, key, threshold)? };
         Ok(bits)
     }
 
@@ -394,14 +382,8 @@ impl Gpu {
             // SAFETY: every tensor was found to hold its elements, and has room up to a whole run; the tiles are those of the
             // passes.
             unsafe {
-                self.launch(
-                    &group.kernel,
-                    (group.count.min(MOST_BLOCKS), 1),
-                    THREADS,
-                    |launch| {
-                        launch.arg(&at).arg(&tiles).arg(&count);
-                    },
-                )?;
+                let blocks = group.count.min(MOST_BLOCKS);
+                self.launch_passes(&group.kernel, blocks, THREADS, at, tiles, count)?;
             }
         }
         Ok(())

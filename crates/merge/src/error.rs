@@ -46,7 +46,7 @@ pub enum MergeError {
     /// The machine's fault of the moment, not the checkpoint's: nothing is known of its bytes.
     #[error("the checkpoint cannot be read now: {file}: {source}")]
     Unreadable { file: String, source: std::io::Error },
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     #[error("{detail}")]
     Gpu { detail: String },
     #[error("the merge was stopped by a fault of its own: {detail}")]
@@ -69,7 +69,7 @@ impl MergeError {
             Self::ParentChanged { .. } => "parent-changed",
             Self::Corrupt { .. } => "corrupt-checkpoint",
             Self::Unreadable { .. } => "checkpoint-io",
-            #[cfg(feature = "cuda")]
+            #[cfg(feature = "gpu")]
             Self::Gpu { .. } => "gpu",
             Self::Internal { .. } => "internal",
         }

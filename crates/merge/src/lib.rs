@@ -26,7 +26,7 @@ mod parents;
 mod point;
 mod recipe;
 mod relatives;
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 mod resident;
 mod rng;
 mod select;
@@ -52,7 +52,7 @@ pub use output::{ARITHMETIC_VERSION, MergeOptions, Observer, merge_digest, merge
 pub use parents::{HoldWeights, ParentResolver, Parents};
 pub use point::{Part, Point};
 pub use recipe::{MAX_MODELS, Method, Mixup, ModelRef, Recipe};
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 pub use resident::{Resident, Written};
 pub use setting::{Place, Setting};
 pub use spec::{

@@ -434,7 +434,7 @@ impl Point<'_, '_> {
         }
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     pub(crate) fn ties_rules(
         &self,
         combination: &Combination,
@@ -445,7 +445,7 @@ impl Point<'_, '_> {
         mean.rules(combination.weights.len(), majority)
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     pub(crate) fn combination_of(&self, tensor: usize) -> &Combination {
         &self.tensors[tensor]
     }

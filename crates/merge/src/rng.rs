@@ -23,7 +23,7 @@ impl MaskWords {
         }
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     pub fn key(&self) -> [u32; 2] {
         self.key
     }

@@ -12,7 +12,7 @@ mod ties;
 
 pub(crate) use fused::{Input, Joined, Thinned, fused};
 
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 pub(crate) use ties::TiesRules;
 pub(crate) use ties::{TiesMean, TiesScratch, elected_signs, ties};
 

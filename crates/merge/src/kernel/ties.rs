@@ -38,7 +38,7 @@ pub(crate) struct TiesScratch {
 }
 
 /// The same for kernels elsewhere.
-#[cfg(feature = "cuda")]
+#[cfg(feature = "gpu")]
 #[derive(Debug, Clone)]
 pub(crate) struct TiesRules {
     /// By parent: what it is multiplied by before the election, what after it, and its share of the divisor.
@@ -49,7 +49,7 @@ pub(crate) struct TiesRules {
 }
 
 impl TiesMean<'_> {
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "gpu")]
     pub fn rules(&self, parents: usize, majority: i8) -> TiesRules {
         TiesRules {
             factors: (0..parents).map(|k| self.factors(k)).collect(),

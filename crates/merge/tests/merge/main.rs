@@ -7,6 +7,8 @@ mod edges;
 mod fixture;
 mod golden;
 mod memory;
+#[cfg(feature = "emulated")]
+mod on_gpu;
 mod properties;
 mod recipes;
 mod refusals;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use cauldron_checkpoint::{Checkpoint, CheckpointError, Dtype, Hold};
+use cauldron_checkpoint::{CheckpointError, Dtype, Hold};
 use cauldron_merge::{Family, HoldWeights, MergeOptions, Parents, merge_digest};
 use proptest::prelude::*;
 use proptest::sample::select;
