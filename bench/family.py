@@ -16,6 +16,8 @@ RECIPES = {
     "ties": {"method": "ties", "base": "base", "models": EXPERTS},
     "dare": {"method": "task_arithmetic", "base": "base", "models": EXPERTS,
              "sparsify": {"kind": "dare", "drop_rate": 0.2, "seed": 1}},
+    "della": {"method": "task_arithmetic", "base": "base", "models": EXPERTS,
+              "sparsify": {"kind": "della", "drop_rate": 0.4, "epsilon": 0.2}},
     "slerp": {"method": "slerp", "base": "base", "models": EXPERTS},
     "adapters": {"method": "task_arithmetic", "base": "base", "models": ["base+math-lora", "base+sentiment-lora"]},
 }
@@ -81,8 +83,8 @@ def main():
         own = [sample for sample in samples if sample["method"] == name]
         middle = lambda field: statistics.median(sample[field] for sample in own)
         share = statistics.median(sample["bytes_per_second"] / sample["copy_bytes_per_second"] for sample in own)
-        # What adapters make of the base is read too, and is not among the bytes of checkpoints.
-        comparable = not any("+" in model for model in RECIPES[name]["models"])
+        # What adapters make of the base, and what DELLA leaves, is read too and is not among the bytes of checkpoints.
+        comparable = name not in ("adapters", "della")
         mark = lambda kept: "" if kept else " (!)"
         print(f"| {name} | {middle('first_token_seconds'):.3f} s{mark(middle('first_token_seconds') <= FIRST_TOKEN_BAR)} "
               f"| {middle('seconds'):.3f} s | {middle('pass_seconds') * 1000:.0f} ms "

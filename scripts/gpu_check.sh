@@ -3,7 +3,9 @@
 #
 #   1. the tests of crates/lm on the GPU, with products of fixed shapes: logits of transformers, any company, seeds, ...
 #   2. families in the GPU's memory: the CPU's bytes for every method the kernels know, and the speed of a point
-#   3. scoring and generation beside transformers on the same GPU
+#   3. the service over HTTP: families in the GPU's memory, saved and loaded again; more models than there is memory for
+#   4. a GPU that was reset and opened anew
+#   5. scoring and generation beside transformers on the same GPU
 #
 # Needs a machine with an NVIDIA GPU and python3 with torch, transformers, numpy; nothing from a network. The programs are
 # built elsewhere by scripts/gpu_build.sh (default: target/gpu). Random checkpoints are made in /dev/shm. Prints
@@ -34,6 +36,16 @@ check python3 bench/random_llama.py "$models/small" 60000000 base a b c
 timed=$(python3 scripts/gpu_recipes.py "$models/recipes")
 "$programs/resident" "$models/small" CHECK "$models"/recipes/*.json | tee "$out/bytes.jsonl"
 [ "${PIPESTATUS[0]}" = 0 ] || { failed=1; echo "FAILED: bytes"; }
+
+step "a GPU that was reset"
+"$programs/resident" "$models/small" RESET "$models"/recipes/{task-mixed,dare-ties}.json | tee "$out/reset.jsonl"
+[ "${PIPESTATUS[0]}" = 0 ] || { failed=1; echo "FAILED: reset"; }
+
+step "the service over HTTP"
+python3 -c 'import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], "wb"))' \
+    "$programs/cauldron.xz" "$models/cauldron" && chmod +x "$models/cauldron"
+python3 scripts/gpu_service.py "$models/cauldron" "$models/small" cuda:0 | tee "$out/service.txt"
+[ "${PIPESTATUS[0]}" = 0 ] || { failed=1; echo "FAILED: service"; }
 
 step "families of 1.1 billion parameters: time of a point"
 check python3 bench/random_llama.py "$models/large" 1100000000 base a b c

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
-use cauldron_checkpoint::{CheckpointError, Digest, Dtype, Hold};
+use cauldron_checkpoint::{self as checkpoint, CheckpointError, Digest, Dtype, Hold, Place};
 use cauldron_lm::{Arithmetic, Decoder, LmError, ModelConfig, Placement, TextTokenizer, WeightSource};
 use cauldron_merge::{
     Family as Prepared, HoldWeights, MergeError, Observer, Parents, Recipe, merge_digest, sidecars,
@@ -272,6 +272,15 @@ impl HoldWeights for Holding<'_> {
     fn hold(&self, identity: Option<&str>, owner: Arc<dyn Hold>) -> Result<(), CheckpointError> {
         self.weights.hold(identity, owner, &|| !self.until.cancelled())
     }
+
+    fn room(&self, bytes: u64) -> Option<Box<dyn checkpoint::Keeper>> {
+        let room = self.weights.room(bytes)?;
+        Some(Box::new(room))
+    }
+
+    fn is_held(&self, place: &Arc<Place>) {
+        self.weights.is_held(place);
+    }
 }
 
 impl Keeper {
@@ -302,7 +311,8 @@ impl Keeper {
             until: &until,
         };
         parents.hold_weights(&hold).map_err(|e| text(&e))?;
-        let prepared = Prepared::prepare_for_points(&middle, &parents, &until).map_err(|e| text(&e))?;
+        let prepared =
+            Prepared::prepare_for_points(&middle, &parents, &hold, &until).map_err(|e| text(&e))?;
         // With them the digest of every point is known at once.
         merge_digest(&middle, &parents, &until).map_err(|e| text(&e))?;
         for (identity, digest) in parents.contents_to_keep() {
@@ -318,7 +328,7 @@ impl Keeper {
         };
         let held_bytes = on_gpu
             .as_ref()
-            .map_or_else(|| parents.held_bytes(), |gpu| gpu.bytes());
+            .map_or_else(|| parents.held_bytes() + prepared.held_bytes(), |gpu| gpu.bytes());
         let facts = Facts::of(&middle, &parents, held_bytes, start).map_err(|e| text(&e))?;
         let facts = Arc::new(facts);
         info!(family = %self.name, seconds = start.elapsed().as_secs_f64(), "a family is ready");

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
-use cauldron_checkpoint::{CheckpointError, HeldWeights, Hold};
+use cauldron_checkpoint::{CheckpointError, HeldWeights, Hold, LetGo, Place};
 use tracing::info;
 
 use super::memory::{Ample, Memory, Reservation};
@@ -28,7 +28,7 @@ struct Known {
     /// By the identity of a checkpoint's files, or of an expert's with its adapter. Locked while they are read.
     weights: HashMap<String, Arc<Mutex<Weak<HeldWeights>>>>,
     /// Those that hold weights, or did.
-    holders: Vec<Weak<dyn Hold>>,
+    holders: Vec<Weak<dyn LetGo>>,
     /// Those of families whose parents lie on the GPU.
     rooms: Vec<Weak<Room>>,
 }
@@ -89,12 +89,25 @@ impl ParentWeights {
         };
         let mut known = self.known();
         known.holders.retain(|holder| holder.strong_count() > 0);
-        known.holders.push(Arc::downgrade(&owner));
+        let holder: Arc<dyn LetGo> = owner.clone();
+        known.holders.push(Arc::downgrade(&holder));
         known.weights.retain(|_, place| {
             Arc::strong_count(place) > 1 || place.try_lock().is_ok_and(|w| w.strong_count() > 0)
         });
         owner.hold(weights);
         Ok(())
+    }
+
+    /// Room for what one family forms of its parents, if it is ample.
+    pub(super) fn room(&self, bytes: u64) -> Option<Reservation> {
+        let memory = self.on_cpu.then_some(&self.memory)?;
+        memory.reserve_for_parents(bytes, Ample::ON_CPU)
+    }
+
+    /// Weights are held in a place from now on, until a model needs their room.
+    pub(super) fn is_held(&self, place: &Arc<Place>) {
+        let holder: Arc<dyn LetGo> = place.clone();
+        self.known().holders.push(Arc::downgrade(&holder));
     }
 
     /// Room on the GPU for one family's parents, if it is ample.

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use crate::files::{identity, is_cached, is_settled, open_regular, read_exact_at, read_small};
 use crate::header::read_header;
-use crate::held::{HeldWeights, Hold, Keeper, Place, buffer};
+use crate::held::{HeldWeights, Hold, Keeper, LetGo, Place, buffer};
 use crate::{CheckpointError, Chunks, Digest, dtype_size, is_float, widen};
 
 /// The files beside the weights that a checkpoint may carry; nothing else is read or copied.
@@ -319,6 +319,12 @@ impl Checkpoint {
     }
 }
 
+impl LetGo for Checkpoint {
+    fn place(&self) -> &Place {
+        &self.held
+    }
+}
+
 impl Hold for Checkpoint {
     fn identity(&self) -> Result<String, CheckpointError> {
         self.identity()
@@ -344,10 +350,6 @@ impl Hold for Checkpoint {
             files.push(bytes);
         }
         Ok(HeldWeights::new(files, keeper))
-    }
-
-    fn place(&self) -> &Place {
-        &self.held
     }
 }
 

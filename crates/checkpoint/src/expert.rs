@@ -11,8 +11,8 @@ use safetensors::Dtype;
 
 use crate::held::buffer;
 use crate::{
-    Adapter, Checkpoint, CheckpointError, Digest, HeldWeights, Hold, Keeper, LoraFactors, Place, dtype_size,
-    narrow, widen,
+    Adapter, Checkpoint, CheckpointError, Digest, HeldWeights, Hold, Keeper, LetGo, LoraFactors, Place,
+    dtype_size, narrow, widen,
 };
 
 /// Elements that are folded together, by one thread.
@@ -159,6 +159,12 @@ impl Expert {
     }
 }
 
+impl LetGo for Expert {
+    fn place(&self) -> &Place {
+        &self.folded
+    }
+}
+
 /// Of an expert with an adapter: the tensors that the adapter changes, as the f32 numbers that it makes of them.
 impl Hold for Expert {
     fn identity(&self) -> Result<String, CheckpointError> {
@@ -187,9 +193,5 @@ impl Hold for Expert {
                 .collect()
         });
         Ok(HeldWeights::new(folded.transpose()?.unwrap_or_default(), keeper))
-    }
-
-    fn place(&self) -> &Place {
-        &self.folded
     }
 }

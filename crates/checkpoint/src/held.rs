@@ -1,4 +1,6 @@
 //! Weights that lie in memory, and what they are the weights of.
+//!
+//! A [`Place`] has them as long as there is room: whoever needs the room has it let go, and its owner goes on with the files.
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -6,7 +8,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::CheckpointError;
 
-/// The bytes of a checkpoint's weight files, or the f32 numbers that an adapter makes of the tensors it changes.
+/// The bytes of a checkpoint's weight files, or numbers that follow from them: f32 that an adapter makes of the tensors it changes,
+/// or deltas that a sparsifier has thinned.
 #[derive(Debug)]
 pub struct HeldWeights {
     buffers: Vec<Vec<u8>>,
@@ -20,7 +23,7 @@ pub trait Keeper: Debug + Send + Sync {}
 impl<T: Debug + Send + Sync> Keeper for T {}
 
 impl HeldWeights {
-    pub(crate) fn new(buffers: Vec<Vec<u8>>, keeper: Box<dyn Keeper>) -> Self {
+    pub fn new(buffers: Vec<Vec<u8>>, keeper: Box<dyn Keeper>) -> Self {
         Self {
             buffers,
             _keeper: keeper,
@@ -31,7 +34,8 @@ impl HeldWeights {
         self.buffers.iter().map(|buffer| buffer.len() as u64).sum()
     }
 
-    pub(crate) fn bytes(&self, buffer: usize, range: Range<usize>) -> Option<&[u8]> {
+    /// Some bytes of a buffer.
+    pub fn bytes(&self, buffer: usize, range: Range<usize>) -> Option<&[u8]> {
         self.buffers.get(buffer)?.get(range)
     }
 }
@@ -40,21 +44,8 @@ impl HeldWeights {
 #[derive(Debug, Default)]
 pub struct Place(RwLock<Option<Arc<HeldWeights>>>);
 
-/// What can have its weights in memory. All that is read of it is read from there then.
-pub trait Hold: Debug + Send + Sync {
-    /// A cheap fingerprint of the files: equal while nothing was written to them.
-    fn identity(&self) -> Result<String, CheckpointError>;
-
-    /// What [`Self::read_all`] takes of memory.
-    fn bytes_to_hold(&self) -> u64;
-
-    /// Brings all weights into memory, on all threads. `go_on` returns false to cancel; `keeper` lives as long as they do.
-    fn read_all(
-        &self,
-        go_on: &(dyn Fn() -> bool + Sync),
-        keeper: Box<dyn Keeper>,
-    ) -> Result<HeldWeights, CheckpointError>;
-
+/// What can have weights in memory. All that is read of it is read from there then.
+pub trait LetGo: Debug + Send + Sync {
     fn place(&self) -> &Place;
 
     /// From now on all reads are of these weights, which must be those of the same files.
@@ -75,6 +66,28 @@ pub trait Hold: Debug + Send + Sync {
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
     }
+}
+
+impl LetGo for Place {
+    fn place(&self) -> &Place {
+        self
+    }
+}
+
+/// What can bring its weights into memory.
+pub trait Hold: LetGo {
+    /// A cheap fingerprint of the files: equal while nothing was written to them.
+    fn identity(&self) -> Result<String, CheckpointError>;
+
+    /// What [`Self::read_all`] takes of memory.
+    fn bytes_to_hold(&self) -> u64;
+
+    /// Brings all weights into memory, on all threads. `go_on` returns false to cancel; `keeper` lives as long as they do.
+    fn read_all(
+        &self,
+        go_on: &(dyn Fn() -> bool + Sync),
+        keeper: Box<dyn Keeper>,
+    ) -> Result<HeldWeights, CheckpointError>;
 }
 
 /// `len` zeros, or an error where there is no memory for them.

@@ -24,7 +24,7 @@ pub use digest::{Digest, ParseDigestError};
 pub use error::CheckpointError;
 pub use expert::Expert;
 pub use header::{MAX_HEADER_BYTES, dtype_size, is_float};
-pub use held::{HeldWeights, Hold, Keeper, Place};
+pub use held::{HeldWeights, Hold, Keeper, LetGo, Place};
 pub use lora::LoraFactors;
 pub use safetensors::Dtype;
 pub use widen::{Bf16, F16, F32, Stored, narrow, narrow_one_is_finite, widen, widen_difference};

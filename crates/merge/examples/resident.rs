@@ -1,7 +1,8 @@
 //! Families in a GPU's memory: whether their points have the CPU's bytes, and how fast they are.
 //!
-//! `resident MODELS_FOLDER CHECK|TIME RECIPE.json...`: every recipe's models are folders of MODELS_FOLDER. CHECK compares all
-//! tensors of some points with those of the CPU; TIME runs the pass again and again. Prints a line of JSON a recipe.
+//! `resident MODELS_FOLDER CHECK|TIME|RESET RECIPE.json...`: every recipe's models are folders of MODELS_FOLDER. CHECK compares all
+//! tensors of some points with those of the CPU; TIME runs the pass again and again; RESET does as CHECK after the GPU was used,
+//! reset and opened anew, as a service does where it failed. Prints a line of JSON a recipe.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -31,8 +32,18 @@ impl ParentResolver for Folder {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);
     let (Some(models), Some(mode)) = (args.next(), args.next()) else {
-        return Err("usage: resident MODELS_FOLDER CHECK|TIME RECIPE.json...".into());
+        return Err("usage: resident MODELS_FOLDER CHECK|TIME|RESET RECIPE.json...".into());
     };
+    if mode == "RESET" {
+        let device = Device::new_cuda_with_stream(0)?;
+        let gpu = Gpu::new(&device)?;
+        drop(gpu.upload(&[1; 1 << 20])?);
+        gpu.synchronize()?;
+        drop(gpu);
+        // As a station does: the last copy would close libraries whose context has gone.
+        std::mem::forget(device);
+        cauldron_gpu::reset(0)?;
+    }
     let gpu = Gpu::new(&Device::new_cuda_with_stream(0)?)?;
     let mut all_equal = true;
     for path in args {
@@ -45,7 +56,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .into_owned();
         let start = Instant::now();
         // As the service does.
-        let family = Family::prepare_for_points(&recipe, &parents, &Quiet)?;
+        let family = Family::prepare_for_points(&recipe, &parents, &(), &Quiet)?;
         let prepared = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let resident = match Resident::load(&family, gpu.clone(), &Quiet) {

@@ -1,6 +1,8 @@
 //! Prepare: what the sparsifier does to every tensor of every parent. The rules themselves are in `sparsify.rs`.
 
-use cauldron_checkpoint::row_len;
+use std::sync::Arc;
+
+use cauldron_checkpoint::{Dtype, HeldWeights, LetGo, narrow, row_len};
 
 use crate::family::Family;
 use crate::kernel;
@@ -13,7 +15,7 @@ use crate::setting::Place;
 use crate::sparsify::{Drop, Edge, Survivors};
 use crate::stream::Tile;
 use crate::thresholds::{TENSOR_SAMPLE, by_member};
-use crate::{MergeError, Observer};
+use crate::{HoldWeights, MergeError, Observer};
 
 /// Most bytes of masks that are held at a time.
 const MASK_BYTES: usize = 128 << 20;
@@ -206,6 +208,70 @@ impl Family<'_> {
         for t in merged {
             self.prepared[t].masks = std::mem::take(&mut masks[t]);
         }
+        Ok(())
+    }
+
+    /// DELLA with its own rescaling ranks each row and divides each survivor by another number: what becomes of the deltas is
+    /// held, if there is room for 4 bytes an element and parent. One more pass.
+    pub(crate) fn hold_thinned(
+        &mut self,
+        hold: &dyn HoldWeights,
+        obs: &dyn Observer,
+    ) -> Result<(), MergeError> {
+        let divides = |drop: &Drop| matches!(drop, Drop::Della { divide: true, .. });
+        let mut which = self.merged();
+        which.retain(|t| self.prepared[*t].drops.iter().any(divides));
+        let bytes = |t: &usize| 4 * self.tensors()[*t].plan.numel() * self.tensors()[*t].members.len();
+        let all: usize = which.iter().map(bytes).sum();
+        if all == 0 {
+            return Ok(());
+        }
+        let Some(keeper) = hold.room(all as u64) else {
+            return Ok(());
+        };
+        let mut buffers: Vec<Vec<u8>> = Vec::new();
+        let mut first = vec![None; self.tensors().len()];
+        for &t in &which {
+            first[t] = Some(buffers.len());
+            for _ in &self.tensors()[t].members {
+                let mut buffer = Vec::new();
+                if buffer
+                    .try_reserve_exact(4 * self.tensors()[t].plan.numel())
+                    .is_err()
+                {
+                    return Ok(());
+                }
+                buffers.push(buffer);
+            }
+        }
+        self.stream(|stream| {
+            stream.for_each(
+                &which,
+                obs,
+                |work, scratch, chunk| {
+                    let mut parts = vec![Vec::new(); self.tensors()[chunk.tensor].members.len()];
+                    work.tiles(scratch, chunk, |tile| {
+                        self.form(chunk.tensor, tile);
+                        for (part, delta) in parts.iter_mut().zip(&tile.deltas) {
+                            let at = part.len();
+                            part.resize(at + 4 * tile.len, 0);
+                            narrow(Dtype::F32, &delta[..tile.len], &mut part[at..]);
+                        }
+                        Ok(())
+                    })?;
+                    Ok(parts)
+                },
+                |chunk, parts| {
+                    let members = first[chunk.tensor].into_iter().flat_map(|first| first..);
+                    for (member, part) in members.zip(parts) {
+                        buffers[member].extend(part);
+                    }
+                },
+            )
+        })?;
+        self.first_thinned = first;
+        self.thinned.hold(Arc::new(HeldWeights::new(buffers, keeper)));
+        hold.is_held(&self.thinned);
         Ok(())
     }
 

@@ -3,16 +3,17 @@
 //! Source of global TIES: yule-BUAA/MergeLM and prateeky2806/ties-merging; of the rest: docs/METHODS.md.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use cauldron_checkpoint::{TensorInfo, dtype_size, row_len, widen};
+use cauldron_checkpoint::{LetGo, Place, TensorInfo, dtype_size, row_len, widen};
 
 use crate::geometry::Gram;
 use crate::layout::{OutTensor, Role};
 use crate::masks::{self, Mask};
 use crate::recipe::{Method, Recipe, Rescale, Trim};
 use crate::sparsify::{Drop, Edge, Survivors};
-use crate::stream::{Cut, Needs, Pool, RowMeans, Scratch, Stream, Tile, WINDOW};
-use crate::{MergeError, Observer, Parents};
+use crate::stream::{Cut, Needs, Pool, RowMeans, Scratch, Stream, Thinned, Tile, WINDOW};
+use crate::{HoldWeights, MergeError, Observer, Parents};
 
 /// What a method knows of one tensor before any weight.
 #[derive(Debug, Clone, Default)]
@@ -46,6 +47,10 @@ pub struct Family<'a> {
     /// The tensors that are being prepared.
     scope: Range<usize>,
     pub(crate) scratches: Pool<Scratch>,
+    /// Deltas that a sparsifier has thinned, where they are held: f32, by tensor and member.
+    pub(crate) thinned: Arc<Place>,
+    /// By tensor, which of them is its first member's.
+    pub(crate) first_thinned: Vec<Option<usize>>,
 }
 
 /// Bytes that are read at once for a mean of rows.
@@ -87,15 +92,29 @@ impl<'a> Family<'a> {
         Ok(family)
     }
 
-    /// As [`Self::prepare`], for many points: what random drops decide is decided once, where there is room to remember it.
+    /// As [`Self::prepare`], for many points: what random drops decide is decided once, where there is room to remember it, and
+    /// what costs much to form is formed once, where `hold` has room for it.
     pub fn prepare_for_points(
         recipe: &'a Recipe,
         parents: &'a Parents,
+        hold: &dyn HoldWeights,
         obs: &dyn Observer,
     ) -> Result<Self, MergeError> {
         let mut family = Self::prepare(recipe, parents, obs)?;
         family.remember_drops(obs)?;
+        family.hold_thinned(hold, obs)?;
         Ok(family)
+    }
+
+    /// Bytes of what was formed once and is held.
+    pub fn held_bytes(&self) -> u64 {
+        self.thinned.held().map_or(0, |held| held.byte_len())
+    }
+
+    pub(crate) fn thinned(&self) -> Option<Thinned<'_>> {
+        let held = self.thinned.held()?;
+        let first = &self.first_thinned;
+        Some(Thinned { held, first })
     }
 
     /// A family of which no tensor is prepared yet.
@@ -118,6 +137,8 @@ impl<'a> Family<'a> {
             window,
             scope: 0..0,
             scratches: Pool::default(),
+            thinned: Arc::default(),
+            first_thinned: Vec::new(),
         };
         family.find_row_means(obs)?;
         Ok(family)
@@ -224,6 +245,7 @@ impl<'a> Family<'a> {
             deltas: self.recipe.on_deltas(),
             scratches: &self.scratches,
             held: self.parents.held(),
+            thinned: self.thinned(),
             observes: false,
             needs: &|tensor| Needs::all(&tensors[tensor]),
         })
@@ -236,6 +258,9 @@ impl<'a> Family<'a> {
         }
         let prepared = &self.prepared[tensor];
         for (member, drop) in prepared.drops.iter().enumerate() {
+            if tile.is_formed(member) {
+                continue;
+            }
             let known = prepared.masks.get(member).and_then(|mask| mask.of(tile));
             let delta = &mut tile.deltas[member];
             match known {

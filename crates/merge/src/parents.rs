@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use cauldron_checkpoint::{
-    Checkpoint, CheckpointError, Digest, Dtype, Expert, HeldWeights, Hold, dtype_size, is_float,
+    Checkpoint, CheckpointError, Digest, Dtype, Expert, HeldWeights, Hold, Keeper, LetGo, Place, dtype_size,
+    is_float,
 };
 use serde_json::{Map, Value};
 
@@ -28,6 +29,21 @@ pub trait HoldWeights {
     /// May have a checkpoint hold its weights, or an expert what its adapter makes of them. The identity is that of the files,
     /// where it may be kept.
     fn hold(&self, identity: Option<&str>, weights: Arc<dyn Hold>) -> Result<(), CheckpointError>;
+
+    /// Room for so many bytes that follow from the parents, if there is ample.
+    fn room(&self, _bytes: u64) -> Option<Box<dyn Keeper>> {
+        None
+    }
+
+    /// What [`HoldWeights::room`] was given for is in this place now, where it may be let go.
+    fn is_held(&self, _place: &Arc<Place>) {}
+}
+
+/// Nobody's.
+impl HoldWeights for () {
+    fn hold(&self, _: Option<&str>, _: Arc<dyn Hold>) -> Result<(), CheckpointError> {
+        Ok(())
+    }
 }
 
 /// What of the parents' weights is in memory.

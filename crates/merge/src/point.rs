@@ -226,6 +226,7 @@ impl Point<'_, '_> {
             deltas: self.family.recipe.on_deltas(),
             scratches: &self.family.scratches,
             held: self.family.parents.held(),
+            thinned: self.family.thinned(),
             observes: self.observes,
             needs: &|tensor| self.needs(tensor),
         })

@@ -43,6 +43,7 @@ impl Family<'_> {
             deltas: false,
             scratches: &self.scratches,
             held: self.parents.held(),
+            thinned: None,
             observes: false,
             needs: &|tensor| Needs::all(&tensors[tensor]),
         };

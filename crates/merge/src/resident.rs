@@ -137,6 +137,7 @@ impl<'f, 'a> Resident<'f, 'a> {
             deltas: false,
             scratches: &family.scratches,
             held: family.parents.held(),
+            thinned: None,
             observes: false,
             needs: &|_| needs.clone(),
         };

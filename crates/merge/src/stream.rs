@@ -5,10 +5,11 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cauldron_checkpoint::{
-    CheckpointError, Chunks, Digest, Dtype, LoraFactors, dtype_size, row_len, widen, widen_difference,
+    CheckpointError, Chunks, Digest, Dtype, HeldWeights, LoraFactors, dtype_size, row_len, widen,
+    widen_difference,
 };
 use rayon::prelude::*;
 
@@ -84,6 +85,8 @@ pub(crate) struct Tile {
     pub theta0: Vec<f32>,
     pub thetas: Vec<Vec<f32>>,
     pub deltas: Vec<Vec<f32>>,
+    /// Whether a member's delta came with what the sparsifier did to it.
+    formed: Vec<bool>,
     pub merged: Vec<f32>,
     pub extra: Vec<f32>,
     pub ties: TiesScratch,
@@ -91,6 +94,13 @@ pub(crate) struct Tile {
     /// Buffers of one loop from bytes to bytes: words that random drops are decided by, and by member what stays.
     pub words: Vec<u32>,
     pub stays: Vec<Vec<u8>>,
+}
+
+impl Tile {
+    /// Whether nothing is left to be dropped of a member's delta.
+    pub fn is_formed(&self, member: usize) -> bool {
+        self.formed.get(member) == Some(&true)
+    }
 }
 
 /// What one thread holds of one chunk.
@@ -135,10 +145,26 @@ pub(crate) struct Stream<'a> {
     pub deltas: bool,
     pub scratches: &'a Pool<Scratch>,
     pub held: InMemory,
+    /// Deltas that are formed already.
+    pub thinned: Option<Thinned<'a>>,
     /// Whether some tiles count in statistics.
     pub observes: bool,
     /// Which members and whether the base are read, by tensor.
     pub needs: &'a (dyn Fn(usize) -> Needs + Sync),
+}
+
+/// Deltas of a family that a sparsifier has thinned, as little-endian f32.
+pub(crate) struct Thinned<'a> {
+    pub held: Arc<HeldWeights>,
+    /// By tensor, the buffer of its first member.
+    pub first: &'a [Option<usize>],
+}
+
+impl Thinned<'_> {
+    fn of(&self, tensor: usize, member: usize, range: Range<usize>) -> Option<&[u8]> {
+        let first = (*self.first.get(tensor)?)?;
+        self.held.bytes(first + member, 4 * range.start..4 * range.end)
+    }
 }
 
 /// Which values a pass reads of one tensor.
@@ -410,6 +436,8 @@ struct Read<'a> {
     /// The chunk, where the parent's weights are held in memory.
     held: Option<(Dtype, &'a [u8])>,
     factors: Option<&'a LoraFactors>,
+    /// Whether these are the values of the delta, thinned.
+    is_formed: bool,
 }
 
 impl Read<'_> {
@@ -455,7 +483,7 @@ impl<'a> Unread<'a> {
         let mut found = [(Dtype::F32, [].as_slice()); K];
         for (found, member) in found.iter_mut().zip(members) {
             let read = reads.iter().find(|read| read.member == member)?;
-            if read.factors.is_some() {
+            if read.factors.is_some() || read.is_formed {
                 return None;
             }
             *found = read.elements(raw, *from, tile.len);
@@ -566,13 +594,14 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn needed(&self, tensor: usize) -> Vec<&Input> {
-        let needs = (self.stream.needs)(tensor);
-        let tensor = &self.stream.tensors[tensor];
+    fn needed(&self, index: usize) -> Vec<&Input> {
+        let needs = (self.stream.needs)(index);
+        let tensor = &self.stream.tensors[index];
         let base = tensor.base.iter().filter(|_| needs.base);
-        let members = tensor.members.iter().zip(&needs.members);
-        let members = members.filter(|(_, need)| **need);
-        let members = members.map(|((model, input), _)| (Some(*model), input));
+        let members = tensor.members.iter().zip(&needs.members).enumerate();
+        let members =
+            members.filter(|(k, (_, need))| **need && self.stream.formed(index, *k, 0..0).is_none());
+        let members = members.map(|(_, ((model, input), _))| (Some(*model), input));
         // What an adapter has made of it is in memory.
         let is_folded = |model: Option<usize>, input: &Input| {
             let folded = self
@@ -605,6 +634,7 @@ impl Work<'_> {
         let range = chunk.start..chunk.start + chunk.len;
         let all = base.chain(members).map(|(member, model, parent, input)| {
             let folded = held.folded(parents, model, &input.name, range.clone());
+            let formed = member.and_then(|k| self.stream.formed(tensor, k, range.clone()));
             Read {
                 member,
                 parent,
@@ -613,7 +643,11 @@ impl Work<'_> {
                     .iter()
                     .position(|known| *known == input)
                     .unwrap_or_default(),
-                held: folded.or_else(|| self.stream.held(out, input, chunk)),
+                held: formed
+                    .map(|bytes| (Dtype::F32, bytes))
+                    .or(folded)
+                    .or_else(|| self.stream.held(out, input, chunk)),
+                is_formed: formed.is_some(),
                 factors: self.factors.get(&(tensor, member.unwrap_or(out.members.len()))),
             }
         });
@@ -636,8 +670,18 @@ impl Work<'_> {
         tile.len = len;
         tile.thetas.resize_with(members, Vec::new);
         tile.deltas.resize_with(members, Vec::new);
+        tile.formed.clear();
+        tile.formed.resize(members, false);
         for read in reads {
             let (dtype, bytes) = read.elements(raw, from, len);
+            if let (true, Some(k)) = (read.is_formed, read.member) {
+                tile.formed[k] = true;
+                let delta = &mut tile.deltas[k];
+                delta.resize(len, 0.0);
+                // They were found finite when they were formed.
+                widen(dtype, bytes, delta);
+                continue;
+            }
             let Tile {
                 theta0,
                 thetas,
@@ -694,6 +738,12 @@ impl Stream<'_> {
                 .is_none_or(|_| !tensor.is_vocabulary)
             && Chunks::of(&info.shape) == self.chunks_of(tensor);
         canonical && parents.log.wants(input.source, &input.name, chunk.index)
+    }
+
+    /// Elements of a member's thinned delta, in a pass over deltas.
+    fn formed(&self, tensor: usize, member: usize, range: Range<usize>) -> Option<&[u8]> {
+        let thinned = self.thinned.as_ref().filter(|_| self.deltas)?;
+        thinned.of(tensor, member, range)
     }
 
     fn label(&self, input: &Input) -> String {

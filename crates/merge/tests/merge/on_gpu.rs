@@ -92,7 +92,7 @@ fn points_in_a_gpus_memory_have_the_bytes_of_the_cpu() {
             let recipe = checked(recipe).unwrap();
             let parents = Parents::open(&recipe, &models).unwrap();
             let quiet = Counter::default();
-            let family = Family::prepare_for_points(&recipe, &parents, &quiet).unwrap();
+            let family = Family::prepare_for_points(&recipe, &parents, &(), &quiet).unwrap();
             let gpu = Gpu::new(&Device::Cpu).unwrap();
             let resident = Resident::load(&family, gpu, &quiet).unwrap();
             let mut written = resident.room().unwrap();

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use cauldron_checkpoint::{CheckpointError, Dtype, Hold};
+use cauldron_checkpoint::{CheckpointError, Dtype, Hold, Keeper};
 use cauldron_merge::{Family, HoldWeights, MergeOptions, Parents, merge_digest};
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -261,6 +261,10 @@ impl HoldWeights for InMemory {
         weights.hold(Arc::new(weights.read_all(&|| true, Box::new(()))?));
         Ok(())
     }
+
+    fn room(&self, _: u64) -> Option<Box<dyn Keeper>> {
+        Some(Box::new(()))
+    }
 }
 
 proptest! {
@@ -297,7 +301,7 @@ proptest! {
         let parents = Parents::open(&recipe, &models).unwrap();
         parents.hold_weights(&InMemory).unwrap();
         let obs = Counter::default();
-        for family in [Family::prepare(&recipe, &parents, &obs), Family::prepare_for_points(&recipe, &parents, &obs)] {
+        for family in [Family::prepare(&recipe, &parents, &obs), Family::prepare_for_points(&recipe, &parents, &InMemory, &obs)] {
             let family = family.unwrap();
             let point = family.point(None).unwrap().unobserved();
             let names: Vec<String> = point.tensor_names().map(str::to_owned).collect();
