@@ -10,9 +10,9 @@ if [ $# -gt 0 ]; then
     exec cargo test --workspace --locked "$@"
 fi
 # Meanwhile: what fails here is tried again when it is needed.
-nice scripts/oracles.sh install &
+setsid nice scripts/oracles.sh install &
 install=$!
-trap 'kill "$install" 2>/dev/null || true' EXIT
+trap 'kill -- "-$install" 2>/dev/null || true' EXIT
 cargo test --workspace --locked
 cargo test --workspace --locked --features cauldron-merge/emulated --test merge -- on_gpu
 wait "$install" || true

@@ -4,7 +4,7 @@ bench/random_llama.py); DEVICE is that of --device (cuda:0; on the CPU this show
 
 Points of families that are made in the GPU's memory must have the weights of the merges on disk: the same digest, and the same
 scores as those files when they are loaded. Then more models than the GPU has memory for. Prints a table and a line of JSON.
-Standard library only."""
+The standard library; torch to fill the GPU."""
 import json
 import pathlib
 import socket
@@ -134,13 +134,26 @@ def families(service, device):
 
 
 def out_of_memory(program, models, data, device):
-    """Three models of which a GPU's memory has room for two: the one not asked for longest goes. None where there is no GPU."""
+    """Three models of which a GPU's memory has room for two: the one not asked for longest goes. None where there is no GPU.
+    Most of the memory is somebody else's meanwhile."""
     if device == "cpu":
         return None
-    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={device.split(':')[1]}"]
+    index = device.split(":")[1]
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={index}"]
     free = int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20
+    left, keys_and_values = 16 << 30, 6 << 30
+    ballast = f"import torch, sys; x = torch.empty({free - left}, dtype=torch.uint8, device='cuda:{index}'); print('there', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", ballast], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    try:
+        return crowd(program, models, data, device, 16 * free, keys_and_values)
+    finally:
+        holder.communicate()
+
+
+def crowd(program, models, data, device, told, keys_and_values):
     # The service is told of more memory than there is: only the GPU says when it is full.
-    more = ["--device", device, "--model-memory-bytes", str(16 * free), "--kv-cache-bytes", str(int(free * 0.4))]
+    more = ["--device", device, "--model-memory-bytes", str(told), "--kv-cache-bytes", str(keys_and_values)]
     with Service(program, models, data, *more) as service:
         before = service.load("base", "base") and service.scores("base")
         service.load("a", "a")

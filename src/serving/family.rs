@@ -84,6 +84,8 @@ struct Ask {
     recipe: Box<Recipe>,
     is_plain: bool,
     arithmetic: Arithmetic,
+    /// Of the device: what was reserved is of this one.
+    opening: u64,
     fixed_shapes: bool,
     unwanted: Arc<AtomicBool>,
     reply: SyncSender<Result<Made, LoadFailure>>,
@@ -197,6 +199,7 @@ impl Family {
     pub(super) fn make(
         &self,
         recipe: &Recipe,
+        opening: u64,
         fixed_shapes: bool,
         is_wanted: &dyn Fn() -> bool,
     ) -> Option<Result<Made, LoadFailure>> {
@@ -206,6 +209,7 @@ impl Family {
             is_plain: !recipe.is_mixed(),
             recipe: Box::new(recipe.clone()),
             arithmetic: self.arithmetic,
+            opening,
             fixed_shapes,
             unwanted: unwanted.clone(),
             reply,
@@ -226,6 +230,8 @@ impl Family {
                 Err(RecvTimeoutError::Disconnected) => return gone(),
                 Err(RecvTimeoutError::Timeout) if !is_wanted() => {
                     unwanted.store(true, Ordering::Relaxed);
+                    // It ends soon, and what is reserved for it must last as long.
+                    let _ = answer.recv();
                     return None;
                 }
                 Err(RecvTimeoutError::Timeout) => {}
@@ -278,8 +284,8 @@ impl HoldWeights for Holding<'_> {
         Some(Box::new(room))
     }
 
-    fn is_held(&self, place: &Arc<Place>) {
-        self.weights.is_held(place);
+    fn is_for(&self, place: &Arc<Place>) {
+        self.weights.is_for(place);
     }
 }
 
@@ -319,11 +325,20 @@ impl Keeper {
             known.put(identity, digest);
         }
         parents.check_unchanged().map_err(|e| text(&e))?;
-        let open =
-            |device: &Device| resident::open(&prepared, &parents, device, &self.station.parents, &until);
+        let open = |device: &Device, opening: u64| {
+            let is_open = || self.station.is_open(opening);
+            resident::open(
+                &prepared,
+                &parents,
+                device,
+                &self.station.parents,
+                &is_open,
+                &until,
+            )
+        };
         // A device that cannot be opened now may be when a point is asked for.
         let (mut on_gpu, mut opening) = match self.station.device() {
-            Ok((device, opening)) => (open(&device), opening),
+            Ok((device, opening)) => (open(&device, opening), opening),
             Err(_) => (None, 0),
         };
         let held_bytes = on_gpu
@@ -344,10 +359,15 @@ impl Keeper {
             if !self.station.is_open(opening) {
                 on_gpu = None;
             }
+            if !self.station.is_open(ask.opening) {
+                // What is reserved for the point would be in the way of opening it.
+                let _ = ask.reply.send(Err(LoadFailure::device_failed()));
+                continue;
+            }
             let device = match self.station.device() {
                 Ok((device, now)) => {
                     if now != opening {
-                        (on_gpu, opening) = (open(&device), now);
+                        (on_gpu, opening) = (open(&device, now), now);
                     }
                     device
                 }
@@ -372,6 +392,9 @@ impl Keeper {
                 Ok(made) => made.map_err(LoadFailure::from),
                 Err(_) => Err("making a point panicked".to_owned().into()),
             };
+            if let Err(LoadFailure::DeviceLost(_)) = &made {
+                self.station.fail(opening);
+            }
             if let (true, Err(failure)) = (changed, &made) {
                 // No point can be made any more: whoever asks hears so at once.
                 self.told.send_replace(State::Failed(failure.to_string()));

@@ -31,6 +31,15 @@ pub(super) struct Place<'a> {
     pub limits: ServingLimits,
 }
 
+impl Place<'_> {
+    fn check_open(&self) -> Result<(), LoadFailure> {
+        match self.station.is_open(self.opening) {
+            true => Ok(()),
+            false => Err(LoadFailure::device_failed()),
+        }
+    }
+}
+
 /// What the loader does for a load.
 pub(super) trait Turn: Sync {
     /// Whether somebody still waits for it: a later load of the name, or its unloading, makes it pointless.
@@ -63,6 +72,11 @@ pub(super) enum LoadFailure {
 }
 
 impl LoadFailure {
+    /// Found out by others meanwhile.
+    pub(super) fn device_failed() -> Self {
+        Self::DeviceLost("gpu-failed: the device failed meanwhile".to_owned())
+    }
+
     pub(super) fn of(&self, name: &ModelName) -> ServingError {
         match self {
             Self::NoRoom => ServingError::NoRoom(name.to_string()),
@@ -203,6 +217,8 @@ fn load_folder(
     let need = place.station.memory.need(&config, reading);
     let mut memory = turn.make_room(place.station, need)?;
     go_on(turn)?;
+    // From here on what is reserved keeps the device from being opened anew.
+    place.check_open()?;
     if let Some(text) = failpoint::fault("load", place.station.choice()) {
         return Err(LmError::of_device(text).into());
     }
@@ -241,8 +257,11 @@ fn load_point(
     let need = place.station.memory.need_of_point(&facts.config, reading);
     let mut memory = turn.make_room(place.station, need)?;
     go_on(turn)?;
+    place.check_open()?;
     turn.commit();
-    let made = family.make(recipe, place.limits.fixed_shapes, &|| turn.is_wanted());
+    let made = family.make(recipe, place.opening, place.limits.fixed_shapes, &|| {
+        turn.is_wanted()
+    });
     let made = made.ok_or(LoadFailure::Unwanted)??;
     memory.correct(made.decoder.weight_bytes() as u64);
     let point = PointInfo {

@@ -212,34 +212,15 @@ impl Serving {
     }
 
     fn load_now(&self, turn: &SlotTurn<'_>, request: LoadRequest) {
-        let mut loaded = self.try_to_load(turn, &request, None);
-        // Once more where the device was at fault and can be helped.
-        let again = match &loaded {
-            Err((at, LoadFailure::OutOfMemory(_))) => {
-                let used = at.station.memory.used_bytes();
-                let any = self.relieve(&at.station);
-                if any {
-                    at.station.wait_below(used);
-                }
-                any
+        let mut loaded = self.try_to_load(turn, &request, self.roomiest());
+        if let Err((at, failure)) = &loaded
+            && let Some(station) = self.help(at, failure, &request)
+        {
+            loaded = self.try_to_load(turn, &request, station);
+            // That a device failed is told again.
+            if let Err((at, failure @ LoadFailure::DeviceLost(_))) = &loaded {
+                self.help(at, failure, &request);
             }
-            Err((at, LoadFailure::DeviceLost(_))) => {
-                self.lose(&at.station, at.opening);
-                let opening = at.opening;
-                at.station.engine.send(Command::DeviceFailed { opening });
-                true
-            }
-            // Devices differ: the largest may have what it needs.
-            Err((at, LoadFailure::TooLarge(_))) => {
-                let largest = self.largest();
-                let elsewhere = !Arc::ptr_eq(largest, &at.station);
-                elsewhere && !request.weights.is_point()
-            }
-            _ => false,
-        };
-        if again {
-            let too_large = matches!(&loaded, Err((_, LoadFailure::TooLarge(_))));
-            loaded = self.try_to_load(turn, &request, too_large.then(|| self.largest()));
         }
         let loaded = loaded.map_err(|(_, failure)| failure);
         let name = &turn.name;
@@ -254,9 +235,7 @@ impl Serving {
             // Its device may have failed since, when the slot did not show it yet.
             let loaded = loaded.and_then(|served| match served.is_alive() {
                 true => Ok(served),
-                false => Err(LoadFailure::DeviceLost(
-                    "gpu-failed: while it was loaded".to_owned(),
-                )),
+                false => Err(LoadFailure::device_failed()),
             });
             slots.settle(name, loading, loaded.map(Arc::new));
         }
@@ -273,7 +252,8 @@ impl Serving {
 
     /// The device that may have the most.
     fn largest(&self) -> &Arc<Station> {
-        let place = |station: &&Arc<Station>| (station.is_out(), std::cmp::Reverse(station.memory.limit()));
+        let limit = |station: &Station| station.memory.limit().unwrap_or(u64::MAX);
+        let place = |station: &&Arc<Station>| (station.is_out(), std::cmp::Reverse(limit(station)));
         let largest = self.stations.iter().min_by_key(place);
         largest.unwrap_or(&self.stations[0])
     }
@@ -305,18 +285,49 @@ impl Serving {
         }
     }
 
+    /// Does what can be done about a load's failure. Where it may be tried once more, if that is of use.
+    fn help(&self, at: &At, failure: &LoadFailure, request: &LoadRequest) -> Option<&Arc<Station>> {
+        match failure {
+            LoadFailure::OutOfMemory(_) => {
+                let used = at.station.memory.used_bytes();
+                let any = self.relieve(&at.station);
+                if any {
+                    at.station.wait_below(used);
+                }
+                any.then(|| self.roomiest())
+            }
+            LoadFailure::DeviceLost(_) => {
+                self.lose(&at.station, at.opening);
+                let opening = at.opening;
+                at.station.engine.send(Command::DeviceFailed { opening });
+                Some(self.roomiest())
+            }
+            // Devices differ: the largest may have what it needs.
+            LoadFailure::TooLarge(_) => {
+                let limit = |station: &Station| station.memory.limit().unwrap_or(u64::MAX);
+                let largest = self.largest();
+                let is_larger = limit(largest) > limit(&at.station);
+                (is_larger && !request.weights.is_point()).then_some(largest)
+            }
+            _ => None,
+        }
+    }
+
     /// A device failed under an opening: its models come back when they are asked for.
     pub(super) fn lose(&self, station: &Arc<Station>, opening: u64) {
         // Before the slots: a load that settles meanwhile sees it.
-        if !station.fail(opening) {
-            return;
-        }
+        station.fail(opening);
+        let is_lost = |served: &Served| served.is_on(station) && !served.is_alive();
         let mut slots = self.slots();
         let mut there = Vec::new();
         for (name, slot) in &mut slots.by_name {
             match slot {
-                Slot::Ready { served, .. } if served.is_on(station) => there.push(name.clone()),
-                Slot::Loading(loading) if loading.has_former_on(station) => drop(loading.give_up_former()),
+                Slot::Ready { served, .. } if is_lost(served) => there.push(name.clone()),
+                Slot::Loading(loading) => {
+                    if matches!(&loading.former, Some(Former::Kept(served, _)) if is_lost(served)) {
+                        loading.give_up_former();
+                    }
+                }
                 _ => {}
             }
         }
@@ -325,16 +336,16 @@ impl Serving {
         }
     }
 
-    /// On the station of a family, or else on this one or the roomiest; with an error where that was.
+    /// On the station of a family, or else on this one; with an error where that was.
     fn try_to_load(
         &self,
         turn: &SlotTurn<'_>,
         request: &LoadRequest,
-        station: Option<&Arc<Station>>,
+        station: &Arc<Station>,
     ) -> Result<Served, (At, LoadFailure)> {
         let station = match &request.weights {
             WeightsFrom::Family { family, .. } => family.station(),
-            WeightsFrom::Folder { .. } => station.unwrap_or_else(|| self.roomiest()),
+            WeightsFrom::Folder { .. } => station,
         };
         let mut at = At {
             station: station.clone(),

@@ -104,8 +104,8 @@ impl ParentWeights {
         memory.reserve_for_parents(bytes, Ample::ON_CPU)
     }
 
-    /// Weights are held in a place from now on, until a model needs their room.
-    pub(super) fn is_held(&self, place: &Arc<Place>) {
+    /// Weights will be held in a place until a model needs their room.
+    pub(super) fn is_for(&self, place: &Arc<Place>) {
         let holder: Arc<dyn LetGo> = place.clone();
         self.known().holders.push(Arc::downgrade(&holder));
     }

@@ -24,6 +24,7 @@ pub(super) fn open<'f>(
     _: &'f Parents,
     _: &Device,
     _: &ParentWeights,
+    _: &dyn Fn() -> bool,
     _: &dyn Observer,
 ) -> Option<Box<dyn OnGpu + 'f>> {
     None
@@ -57,6 +58,7 @@ mod cuda {
         parents: &'f Parents,
         device: &Device,
         weights: &ParentWeights,
+        is_open: &dyn Fn() -> bool,
         obs: &dyn Observer,
     ) -> Option<Box<dyn OnGpu + 'f>> {
         if matches!(device, Device::Cpu) {
@@ -67,6 +69,10 @@ mod cuda {
             info!("a family's parents find no ample room on the GPU: its points are made on the CPU");
             return None;
         };
+        // From here on the room keeps the device from being opened anew.
+        if !is_open() {
+            return None;
+        }
         let load = || {
             let until = WhileRoom { obs, room: &room };
             let resident = Resident::load(family, Gpu::new(device).map_err(failed)?, &until)?;

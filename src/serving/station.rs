@@ -21,7 +21,7 @@ use crate::telemetry;
 /// How long what is to go from a device may take.
 const LEAVE: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(20);
-/// How long a device that could not be opened is left alone if there are others.
+/// How long a device that failed or could not be opened is left alone if there are others.
 const ALONE: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
@@ -42,8 +42,8 @@ struct State {
     device: Option<Device>,
     /// Of the last opening.
     number: u64,
-    /// When it could not be opened, if that was the last try.
-    refused: Option<Instant>,
+    /// When it last failed, or could not be opened.
+    out_since: Option<Instant>,
 }
 
 impl Station {
@@ -61,7 +61,7 @@ impl Station {
             state: Mutex::new(State {
                 device: Some(device),
                 number: 1,
-                refused: None,
+                out_since: None,
             }),
             opening: Mutex::default(),
             engine: EngineThread::start(choice, faults)?,
@@ -80,9 +80,9 @@ impl Station {
         state.number == number && state.device.is_some()
     }
 
-    /// Whether it could not be opened lately.
+    /// Whether it failed or could not be opened lately.
     pub fn is_out(&self) -> bool {
-        self.state().refused.is_some_and(|when| when.elapsed() < ALONE)
+        self.state().out_since.is_some_and(|when| when.elapsed() < ALONE)
     }
 
     /// The device with the number of its opening; opened anew if it failed. Blocks. An error may pass.
@@ -104,13 +104,12 @@ impl Station {
         match opened {
             Ok(device) => {
                 info!(device = %self.choice, "a device that failed is open again");
-                state.refused = None;
                 state.number += 1;
                 Ok((state.device.insert(device).clone(), state.number))
             }
             Err(detail) => {
                 warn!(device = %self.choice, detail, "a device that failed cannot be opened");
-                state.refused = Some(Instant::now());
+                state.out_since = Some(Instant::now());
                 Err(format!("{} failed and cannot be opened: {detail}", self.choice))
             }
         }
@@ -130,6 +129,7 @@ impl Station {
         let Some(device) = state.device.take() else {
             return false;
         };
+        state.out_since = Some(Instant::now());
         drop(state);
         // The last copy would close libraries whose context is broken, which panics.
         std::mem::forget(device);

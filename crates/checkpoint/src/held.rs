@@ -4,6 +4,7 @@
 
 use std::fmt::Debug;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::CheckpointError;
@@ -42,7 +43,17 @@ impl HeldWeights {
 
 /// Where an owner of weights has them while they are in memory.
 #[derive(Debug, Default)]
-pub struct Place(RwLock<Option<Arc<HeldWeights>>>);
+pub struct Place {
+    held: RwLock<Option<Arc<HeldWeights>>>,
+    was_let_go: AtomicBool,
+}
+
+impl Place {
+    /// Whether anybody has wanted the room back.
+    pub fn was_let_go(&self) -> bool {
+        self.was_let_go.load(Ordering::Relaxed)
+    }
+}
 
 /// What can have weights in memory. All that is read of it is read from there then.
 pub trait LetGo: Debug + Send + Sync {
@@ -50,21 +61,21 @@ pub trait LetGo: Debug + Send + Sync {
 
     /// From now on all reads are of these weights, which must be those of the same files.
     fn hold(&self, weights: Arc<HeldWeights>) {
-        *self.place().0.write().unwrap_or_else(PoisonError::into_inner) = Some(weights);
+        let place = &self.place().held;
+        *place.write().unwrap_or_else(PoisonError::into_inner) = Some(weights);
     }
 
     /// From now on reads are of the files again.
     fn let_go(&self) {
-        *self.place().0.write().unwrap_or_else(PoisonError::into_inner) = None;
+        let place = self.place();
+        place.was_let_go.store(true, Ordering::Relaxed);
+        *place.held.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// The weights that are in memory.
     fn held(&self) -> Option<Arc<HeldWeights>> {
-        self.place()
-            .0
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        let place = &self.place().held;
+        place.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cauldron_checkpoint::{Dtype, HeldWeights, LetGo, narrow, row_len};
+use cauldron_checkpoint::{self as checkpoint, Dtype, HeldWeights, LetGo, narrow, row_len};
 
 use crate::family::Family;
 use crate::kernel;
@@ -229,6 +229,11 @@ impl Family<'_> {
         let Some(keeper) = hold.room(all as u64) else {
             return Ok(());
         };
+        hold.is_for(&self.thinned);
+        let while_wanted = WhileWanted {
+            obs,
+            place: &self.thinned,
+        };
         let mut buffers: Vec<Vec<u8>> = Vec::new();
         let mut first = vec![None; self.tensors().len()];
         for &t in &which {
@@ -244,10 +249,10 @@ impl Family<'_> {
                 buffers.push(buffer);
             }
         }
-        self.stream(|stream| {
+        let formed = self.stream(|stream| {
             stream.for_each(
                 &which,
-                obs,
+                &while_wanted,
                 |work, scratch, chunk| {
                     let mut parts = vec![Vec::new(); self.tensors()[chunk.tensor].members.len()];
                     work.tiles(scratch, chunk, |tile| {
@@ -268,10 +273,17 @@ impl Family<'_> {
                     }
                 },
             )
-        })?;
+        });
+        match formed {
+            // A model needs the room: points form them each for itself.
+            Err(MergeError::Cancelled) if !obs.cancelled() => return Ok(()),
+            formed => formed?,
+        }
         self.first_thinned = first;
         self.thinned.hold(Arc::new(HeldWeights::new(buffers, keeper)));
-        hold.is_held(&self.thinned);
+        if self.thinned.was_let_go() {
+            self.thinned.let_go();
+        }
         Ok(())
     }
 
@@ -329,6 +341,22 @@ impl Family<'_> {
         self.advance(merged, obs);
         self.advance_rest(obs);
         Ok(())
+    }
+}
+
+/// Ends a pass whose room is wanted back.
+struct WhileWanted<'a> {
+    obs: &'a dyn Observer,
+    place: &'a checkpoint::Place,
+}
+
+impl Observer for WhileWanted<'_> {
+    fn advance(&self, bytes: u64) {
+        self.obs.advance(bytes);
+    }
+
+    fn cancelled(&self) -> bool {
+        self.obs.cancelled() || self.place.was_let_go()
     }
 }
 

@@ -35,8 +35,8 @@ pub trait HoldWeights {
         None
     }
 
-    /// What [`HoldWeights::room`] was given for is in this place now, where it may be let go.
-    fn is_held(&self, _place: &Arc<Place>) {}
+    /// What [`HoldWeights::room`] was given for will be in this place, where it may be let go, before it is there too.
+    fn is_for(&self, _place: &Arc<Place>) {}
 }
 
 /// Nobody's.
