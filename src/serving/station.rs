@@ -132,7 +132,7 @@ impl Station {
         state.out_since = Some(Instant::now());
         drop(state);
         // The last copy would close libraries whose context is broken, which panics.
-        std::mem::forget(device);
+        Box::leak(Box::new(device));
         warn!(device = %self.choice, "a device failed; it is opened anew when it is next needed");
         metrics::counter!(telemetry::DEVICE_FAILURES, "device" => self.choice.to_string()).increment(1);
         self.parents.let_go();

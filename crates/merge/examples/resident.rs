@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         gpu.synchronize()?;
         drop(gpu);
         // As a station does: the last copy would close libraries whose context has gone.
-        std::mem::forget(device);
+        Box::leak(Box::new(device));
         cauldron_gpu::reset(0)?;
     }
     let gpu = Gpu::new(&Device::new_cuda_with_stream(0)?)?;

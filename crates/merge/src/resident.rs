@@ -355,31 +355,6 @@ impl BitRun {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_of_bits_are_joined_without_gaps() {
-        let mut run = BitRun::default();
-        let mut expected = Vec::new();
-        for (at, len) in [32usize, 5, 64, 1, 30, 33, 0, 100, 28].into_iter().enumerate() {
-            let bits: Vec<bool> = (0..len).map(|i| (i * i + at) % 3 == 0).collect();
-            let words: Vec<u32> = bits
-                .chunks(32)
-                .map(|bits| bits.iter().enumerate().map(|(i, bit)| u32::from(*bit) << i).sum())
-                .collect();
-            run.extend(&words, len);
-            expected.extend(bits);
-        }
-        assert_eq!(run.len, expected.len());
-        assert_eq!(run.words.len(), expected.len().div_ceil(32));
-        for (i, bit) in expected.iter().enumerate() {
-            assert_eq!(run.words[i / 32] >> (i % 32) & 1 == 1, *bit, "{i}");
-        }
-    }
-}
-
 /// The type in which a parent's values lie on the GPU: that of its file, unless they are no file's.
 fn type_of(family: &Family<'_>, tensor: &OutTensor, member: Option<usize>) -> Dtype {
     let parents = family.parents;
@@ -503,5 +478,30 @@ fn survivors(drop: &Drop) -> Gone {
         Survivors::Keep => Gone::Keep,
         Survivors::Divide(by) => Gone::Divide(by),
         Survivors::Multiply(by) => Gone::Multiply(by),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_bits_are_joined_without_gaps() {
+        let mut run = BitRun::default();
+        let mut expected = Vec::new();
+        for (at, len) in [32usize, 5, 64, 1, 30, 33, 0, 100, 28].into_iter().enumerate() {
+            let bits: Vec<bool> = (0..len).map(|i| (i * i + at) % 3 == 0).collect();
+            let words: Vec<u32> = bits
+                .chunks(32)
+                .map(|bits| bits.iter().enumerate().map(|(i, bit)| u32::from(*bit) << i).sum())
+                .collect();
+            run.extend(&words, len);
+            expected.extend(bits);
+        }
+        assert_eq!(run.len, expected.len());
+        assert_eq!(run.words.len(), expected.len().div_ceil(32));
+        for (i, bit) in expected.iter().enumerate() {
+            assert_eq!(run.words[i / 32] >> (i % 32) & 1 == 1, *bit, "{i}");
+        }
     }
 }
