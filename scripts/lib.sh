@@ -10,7 +10,7 @@ environment() {
     if ! cmp -s "$2" "$environment/requirements.txt"; then
         echo "oracles: installing $2" >&2
         rm -rf "$environment" && "$python" -m venv "$environment"
-        "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$2"
+        "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -r "$2"
         cp "$2" "$environment/requirements.txt"
     fi
 }
