@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
+
+from service import Service
 
 MIX = {"lambda": 0.5}
 DARE = {"kind": "dare", "drop_rate": 0.2, "seed": 3}
@@ -51,20 +52,16 @@ def tokenizer():
                       "vocab": vocab | {"<|end|>": 256}, "merges": []}}
 
 
-class Service:
+class Started(Service):
+    """The service as a process of its own, as long as the block lasts."""
+
     def __init__(self, program, models, data, *more):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
         listen = ["--listen", f"127.0.0.1:{port}", "--data-dir", data, "--models-dir", models, "--log", "warn"]
         self.process = subprocess.Popen([program, "serve", *listen, *more])
-        for _ in range(600):
-            try:
-                return urllib.request.urlopen(self.url + "/readyz").close()
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.1)
-        raise SystemExit("the service does not answer")
+        super().__init__(f"http://127.0.0.1:{port}")
 
     def __enter__(self):
         return self
@@ -76,21 +73,6 @@ class Service:
     def text(self, path):
         with urllib.request.urlopen(self.url + path) as answer:
             return answer.read().decode()
-
-    def ask(self, method, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise SystemExit(f"{method} {path}: {error.code} {error.read().decode()}")
-
-    def load(self, name, source):
-        self.ask("POST", "/models", {"name": name, "source": source})
-        while (slot := self.ask("GET", f"/models/{name}"))["status"] == "loading":
-            time.sleep(0.05)
-        return slot
 
     def scores(self, model):
         body = {"model": model, "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
@@ -115,14 +97,12 @@ def families(service, device):
     print("| --- | --- | ---: | ---: | ---: | ---: | --- | --- |")
     for name, of in FAMILIES.items():
         slot = service.load(name, of)
-        if slot["status"] != "ready":
-            raise SystemExit(f"{name}: {slot['error']}")
         digests, scores = [], []
         for lam in (0.25, 0.6):
             made, digest = service.saved(name, lam)
             digests.append(made["system_fingerprint"] == digest)
-            loaded = service.load("loaded", f"checkpoint:{digest}")
-            scores.append(service.scores(made["model"]) == service.scores("loaded") and loaded["status"] == "ready")
+            service.load("loaded", f"checkpoint:{digest}")
+            scores.append(service.scores(made["model"]) == service.scores("loaded"))
         point = made["point"]
         there = device == "cpu" or slot["device"] == device and slot["family"]["held_bytes"] > 0
         right &= all(digests) and all(scores) and there
@@ -154,7 +134,7 @@ def out_of_memory(program, models, data, device):
 def crowd(program, models, data, device, told, keys_and_values):
     # The service is told of more memory than there is: only the GPU says when it is full.
     more = ["--device", device, "--model-memory-bytes", str(told), "--kv-cache-bytes", str(keys_and_values)]
-    with Service(program, models, data, *more) as service:
+    with Started(program, models, data, *more) as service:
         before = service.load("base", "base") and service.scores("base")
         service.load("a", "a")
         third = service.load("b", "b")["status"]
@@ -171,7 +151,7 @@ def main():
         (models / name / "tokenizer.json").write_text(json.dumps(tokenizer()))
         (models / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     with tempfile.TemporaryDirectory(dir=models) as data:
-        with Service(program, models, f"{data}/one", "--device", device, "--deterministic") as service:
+        with Started(program, models, f"{data}/one", "--device", device, "--deterministic") as service:
             rows, right = families(service, device)
         crowded = out_of_memory(program, models, f"{data}/two", device)
     if crowded:
