@@ -11,6 +11,7 @@ mod loader;
 mod memory;
 mod parents;
 mod point;
+mod rescue;
 mod resident;
 mod served;
 mod shares;
