@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::cuda_backend::cudarc::driver::result::memcpy_dtod_async;
+use candle_core::cuda_backend::cudarc::driver::result::{
+    memcpy_dtod_async, memcpy_dtoh_async, memcpy_htod_async,
+};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaStream, DevicePtr, LaunchArgs, LaunchConfig, PushKernelArg,
+    CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchArgs, LaunchConfig, PinnedHostSlice, PushKernelArg,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
@@ -16,15 +18,23 @@ const MERGE: (&[u8], &[&str]) = (
     include_bytes!(concat!(env!("OUT_DIR"), "/merge.fatbin")),
     &[
         "weighted_sum_fast_2",
-        "weighted_sum_fast_3",
         "deltas_fast_2",
-        "deltas_fast_3",
         "deltas_fast_sparse_2",
+        "ties_sum_fast_2",
+        "ties_sum_fast_sparse_2",
+        "ties_mean_fast_2",
+        "ties_mean_fast_sparse_2",
+        "ties_mixup_fast_2",
+        "ties_mixup_fast_sparse_2",
+        "weighted_sum_fast_3",
+        "deltas_fast_3",
         "deltas_fast_sparse_3",
-        "ties_fast_2",
-        "ties_fast_3",
-        "ties_fast_sparse_2",
-        "ties_fast_sparse_3",
+        "ties_sum_fast_3",
+        "ties_sum_fast_sparse_3",
+        "ties_mean_fast_3",
+        "ties_mean_fast_sparse_3",
+        "ties_mixup_fast_3",
+        "ties_mixup_fast_sparse_3",
         "weighted_sum",
         "deltas",
         "ties",
@@ -198,6 +208,48 @@ impl Gpu {
         unsafe { memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }.w()
     }
 
+    /// The same kernels on a stream of its own. Only what is said of a [`Lane`](crate::Lane) may run there: candle's tensors belong
+    /// to the device's stream.
+    pub(crate) fn fork(&self) -> Result<Self> {
+        Ok(Self {
+            stream: self.stream.context().new_stream().w()?,
+            ..self.clone()
+        })
+    }
+
+    /// Memory that the device reads and writes by itself.
+    pub(crate) fn host_bytes(&self, len: usize) -> Result<HostBytes> {
+        // The processor reads it too, so it is not write-combined.
+        // SAFETY: it is filled below.
+        let mut pinned = unsafe { self.stream.context().alloc_pinned_with_flags::<u8>(len, 0) }.w()?;
+        let at = pinned.as_mut_ptr().w()?;
+        // SAFETY: there are as many bytes.
+        unsafe { at.write_bytes(0, len) };
+        Ok(HostBytes { pinned, at })
+    }
+
+    pub(crate) fn device_bytes(&self, len: usize) -> Result<DeviceBytes> {
+        let slice = self.stream.alloc_zeros::<u8>(len).w()?;
+        let address = slice.device_ptr(&self.stream).0;
+        Ok(DeviceBytes { slice, address })
+    }
+
+    /// # Safety
+    /// There is room for as many bytes, and nobody writes `from` before the stream has done it.
+    pub(crate) unsafe fn copy_to_device(&self, to: u64, from: &[u8]) -> Result<()> {
+        self.stream.context().bind_to_thread().w()?;
+        // SAFETY: the caller's.
+        unsafe { memcpy_htod_async(to, from, self.stream.cu_stream()) }.w()
+    }
+
+    /// # Safety
+    /// There are as many bytes, and nobody uses `to` before the stream has done it.
+    pub(crate) unsafe fn copy_to_host(&self, to: &mut [u8], from: u64) -> Result<()> {
+        self.stream.context().bind_to_thread().w()?;
+        // SAFETY: the caller's.
+        unsafe { memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.w()
+    }
+
     /// # Safety
     /// `at` are passes whose pointers reach as far as the tiles say.
     pub(crate) unsafe fn launch_passes(
@@ -224,7 +276,7 @@ impl Gpu {
         blocks: usize,
         threads: usize,
         bits: u64,
-        elements: u64,
+        [first, elements]: [u64; 2],
         key: [u32; 2],
         threshold: u32,
     ) -> Result<()> {
@@ -233,12 +285,53 @@ impl Gpu {
             self.launch("keep_bits", (blocks, 1), threads, |launch| {
                 launch
                     .arg(&bits)
+                    .arg(&first)
                     .arg(&elements)
                     .arg(&key[0])
                     .arg(&key[1])
                     .arg(&threshold);
             })
         }
+    }
+}
+
+/// Page-locked memory of the host.
+#[derive(Debug)]
+pub(crate) struct HostBytes {
+    pinned: PinnedHostSlice<u8>,
+    at: *mut u8,
+}
+
+// SAFETY: it is memory that belongs to nobody else.
+unsafe impl Send for HostBytes {}
+// SAFETY: as above.
+unsafe impl Sync for HostBytes {}
+
+impl HostBytes {
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: the memory lives as long as this, and a lane looks at it when the stream is done.
+        unsafe { std::slice::from_raw_parts(self.at, self.pinned.len()) }
+    }
+
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.at, self.pinned.len()) }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct DeviceBytes {
+    slice: CudaSlice<u8>,
+    address: u64,
+}
+
+impl DeviceBytes {
+    pub fn len(&self) -> usize {
+        self.slice.len()
+    }
+
+    pub fn address(&self) -> u64 {
+        self.address
     }
 }
 

@@ -1,5 +1,8 @@
 //! In place of a GPU the CPU, which runs the kernels of the merge one thread after the other: for tests of what they compute.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, Tensor, bail};
 
 /// `kernels/emulated/cuda_fp16.h`.
@@ -8,7 +11,7 @@ mod kernels {
 
     unsafe extern "C" {
         pub fn emulated_place(block: u32, thread: u32, blocks: u32, threads: u32);
-        pub fn keep_bits(bits: u64, length: u64, key0: u32, key1: u32, threshold: u32);
+        pub fn keep_bits(bits: u64, first: u64, length: u64, key0: u32, key1: u32, threshold: u32);
     }
 
     macro_rules! passes {
@@ -27,8 +30,11 @@ mod kernels {
         };
     }
     passes! {
-        weighted_sum_fast_2 weighted_sum_fast_3 deltas_fast_2 deltas_fast_3 deltas_fast_sparse_2 deltas_fast_sparse_3
-        ties_fast_2 ties_fast_3 ties_fast_sparse_2 ties_fast_sparse_3 weighted_sum deltas ties sparse_sum
+        weighted_sum_fast_2 deltas_fast_2 deltas_fast_sparse_2 ties_sum_fast_2
+        ties_sum_fast_sparse_2 ties_mean_fast_2 ties_mean_fast_sparse_2 ties_mixup_fast_2
+        ties_mixup_fast_sparse_2 weighted_sum_fast_3 deltas_fast_3 deltas_fast_sparse_3
+        ties_sum_fast_3 ties_sum_fast_sparse_3 ties_mean_fast_3 ties_mean_fast_sparse_3
+        ties_mixup_fast_3 ties_mixup_fast_sparse_3 weighted_sum deltas ties sparse_sum
     }
 }
 
@@ -36,6 +42,9 @@ mod kernels {
 #[derive(Debug, Clone)]
 pub struct Gpu {
     pub(crate) device: Device,
+    /// That its lanes have begun, and may begin; after them all fail.
+    copies: Arc<AtomicUsize>,
+    most_copies: usize,
 }
 
 impl Gpu {
@@ -43,8 +52,28 @@ impl Gpu {
         match device {
             Device::Cpu => Ok(Self {
                 device: device.clone(),
+                copies: Arc::default(),
+                most_copies: usize::MAX,
             }),
             _ => bail!("the kernels are compiled for the CPU"),
+        }
+    }
+
+    /// One that breaks when its lanes have begun so many copies.
+    pub fn breaking_after(mut self, copies: usize) -> Self {
+        self.most_copies = copies;
+        self
+    }
+
+    /// Whether its lanes have begun any.
+    pub fn has_copied(&self) -> bool {
+        self.copies.load(Ordering::Relaxed) > 0
+    }
+
+    fn begin_copy(&self) -> Result<()> {
+        match self.copies.fetch_add(1, Ordering::Relaxed) < self.most_copies {
+            true => Ok(()),
+            false => bail!("the device is broken"),
         }
     }
 
@@ -66,6 +95,36 @@ impl Gpu {
         // SAFETY: the caller's.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
         Ok(())
+    }
+
+    pub(crate) fn fork(&self) -> Result<Self> {
+        Ok(self.clone())
+    }
+
+    pub(crate) fn host_bytes(&self, len: usize) -> Result<HostBytes> {
+        Ok(HostBytes(vec![0; len]))
+    }
+
+    pub(crate) fn device_bytes(&self, len: usize) -> Result<DeviceBytes> {
+        let tensor = self.empty(len, DType::U8)?;
+        let address = pointer(&tensor)?;
+        Ok(DeviceBytes { tensor, address })
+    }
+
+    /// # Safety
+    /// There is room for as many bytes.
+    pub(crate) unsafe fn copy_to_device(&self, to: u64, from: &[u8]) -> Result<()> {
+        self.begin_copy()?;
+        // SAFETY: the caller's.
+        unsafe { self.copy(to, from.as_ptr() as u64, from.len()) }
+    }
+
+    /// # Safety
+    /// There are as many bytes.
+    pub(crate) unsafe fn copy_to_host(&self, to: &mut [u8], from: u64) -> Result<()> {
+        self.begin_copy()?;
+        // SAFETY: the caller's.
+        unsafe { self.copy(to.as_mut_ptr() as u64, from, to.len()) }
     }
 
     /// # Safety
@@ -94,15 +153,44 @@ impl Gpu {
         blocks: usize,
         threads: usize,
         bits: u64,
-        elements: u64,
+        [first, elements]: [u64; 2],
         key: [u32; 2],
         threshold: u32,
     ) -> Result<()> {
         // SAFETY: the caller's.
         each_thread(blocks, threads, || unsafe {
-            kernels::keep_bits(bits, elements, key[0], key[1], threshold);
+            kernels::keep_bits(bits, first, elements, key[0], key[1], threshold);
         });
         Ok(())
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct HostBytes(Vec<u8>);
+
+impl HostBytes {
+    pub fn as_slice(&self) -> &[u8] {
+        &self.0
+    }
+
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct DeviceBytes {
+    tensor: Tensor,
+    address: u64,
+}
+
+impl DeviceBytes {
+    pub fn len(&self) -> usize {
+        self.tensor.elem_count()
+    }
+
+    pub fn address(&self) -> u64 {
+        self.address
     }
 }
 

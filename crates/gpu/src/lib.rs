@@ -1,7 +1,8 @@
 //! The GPU's side: CUDA kernels (`kernels/*.cu`), and calls of them that check what they are given. It knows tensors on a
 //! device, but neither recipes nor models: crates/merge and crates/lm say what to compute.
 //!
-//! All work of one `Gpu` runs on one stream, in the order of the calls; what a call returns may still be computed.
+//! All work of one `Gpu` runs on one stream, in the order of the calls; what a call returns may still be computed. A [`Lane`] has
+//! a stream of its own.
 
 #![cfg(any(feature = "cuda", feature = "emulated"))]
 
@@ -14,6 +15,7 @@ mod device;
 #[cfg(not(feature = "cuda"))]
 #[path = "emulated.rs"]
 mod device;
+mod lane;
 mod merge;
 
 #[cfg(feature = "cuda")]
@@ -23,4 +25,8 @@ pub use decoder::{Gate, Rows, Summary};
 pub use device::Gpu;
 #[cfg(feature = "cuda")]
 pub use device::{count, free_bytes, is_available, reset};
-pub use merge::{Bytes, Change, Edge, Mean, Member, Number, Operation, Pass, Plan, Survivors};
+pub use lane::Lane;
+pub use merge::{
+    ALIGNMENT, Bytes, Change, Draw, Edge, MOST_MEMBERS, Mean, Member, Number, Operation, Pass, Plan,
+    Survivors,
+};

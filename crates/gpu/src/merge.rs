@@ -1,24 +1,33 @@
 //! The tensors of a merge: for each the operation, its parents' bytes, and the bytes that come of them (`kernels/merge.cu`).
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor, bail};
 
-use crate::device::{Gpu, pointer};
+use crate::device::{DeviceBytes, Gpu, pointer};
 
 /// Parents that the kernels take.
-const MOST_MEMBERS: usize = 8;
-/// Elements of one thread; bytes of tensors are padded for whole runs of the widest type.
-const RUN: usize = 8;
+pub const MOST_MEMBERS: usize = 8;
+/// Bytes at whose multiples the elements of a tensor may begin.
+pub const ALIGNMENT: usize = 16;
 const THREADS: usize = 256;
 /// Elements that a block takes at a time.
 const TILE: usize = 8192;
 /// Blocks of one launch: more than run at once; each takes tiles until none is left.
 const MOST_BLOCKS: usize = 132 * 16;
 
-/// Bytes of a tensor on the device, with room up to a whole run of elements.
+/// Bytes of a tensor on the device.
 #[derive(Debug, Clone)]
 pub struct Bytes {
-    tensor: Tensor,
+    place: Place,
     len: usize,
+}
+
+#[derive(Debug, Clone)]
+enum Place {
+    Own(Tensor),
+    Part { of: Arc<DeviceBytes>, from: usize },
 }
 
 /// The type of elements.
@@ -122,7 +131,7 @@ pub enum Survivors {
 /// What a parent's delta goes through before the operation.
 #[derive(Debug, Clone, Copy)]
 pub struct Change<'a> {
-    /// Bit i: whether element i stays ([`Gpu::keep_bits`]).
+    /// Bit i: whether element i stays ([`Gpu::keep_bits`]). None of these where the values are formed.
     pub kept: Option<&'a Bytes>,
     /// Only what lies above the first edge and not above the second stays.
     pub between: Option<(Edge, Edge)>,
@@ -136,6 +145,8 @@ pub struct Change<'a> {
 pub struct Member<'a> {
     pub values: &'a Bytes,
     pub number: Number,
+    /// Whether the values are deltas, of which a sparsifier has left what it leaves.
+    pub formed: bool,
     pub change: Change<'a>,
     /// TIES: before the election.
     pub before: f32,
@@ -144,7 +155,17 @@ pub struct Member<'a> {
     pub share: f32,
 }
 
-/// One tensor.
+/// Bits that are drawn: which of the elements of a tensor from `first` on a random sparsifier keeps.
+#[derive(Debug)]
+pub struct Draw<'a> {
+    pub bits: &'a Bytes,
+    pub first: usize,
+    pub elements: usize,
+    pub key: [u32; 2],
+    pub threshold: u32,
+}
+
+/// One tensor, or a run of its elements: edges and bits count from the first of these.
 #[derive(Debug)]
 pub struct Pass<'a> {
     pub operation: Operation,
@@ -175,11 +196,13 @@ struct RawMember {
     factor: f32,
     share: f32,
     reciprocal: f32,
+    formed: u32,
+    unused: u32,
 }
 
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct RawPass {
+pub(crate) struct RawPass {
     length: u64,
     base: u64,
     out: u64,
@@ -191,7 +214,7 @@ struct RawPass {
     divisor: f32,
     scaling: f32,
     majority: f32,
-    unused: u32,
+    reciprocal: f32,
     member: [RawMember; MOST_MEMBERS],
 }
 
@@ -225,7 +248,28 @@ impl Bytes {
         if self.len != elements * number.bytes() {
             bail!("{} bytes are not {elements} elements of {number:?}", self.len);
         }
-        pointer(&self.tensor)
+        self.address()
+    }
+
+    fn address(&self) -> Result<u64> {
+        match &self.place {
+            Place::Own(tensor) => pointer(tensor),
+            Place::Part { of, from } => Ok(of.address() + *from as u64),
+        }
+    }
+
+    /// A part of what a lane has on the device, which begins where a run of elements may.
+    pub(crate) fn part(of: &Arc<DeviceBytes>, range: Range<usize>) -> Result<Self> {
+        if range.start > range.end || range.end > of.len() || !range.start.is_multiple_of(ALIGNMENT) {
+            bail!("bytes {range:?} of {}", of.len());
+        }
+        Ok(Self {
+            len: range.len(),
+            place: Place::Part {
+                of: of.clone(),
+                from: range.start,
+            },
+        })
     }
 }
 
@@ -240,7 +284,7 @@ impl Member<'_> {
         };
         let kept = match change.kept {
             None => 0,
-            Some(bits) if bits.len() >= elements.div_ceil(32) * 4 => pointer(&bits.tensor)?,
+            Some(bits) if bits.len() >= elements.div_ceil(32) * 4 => bits.address()?,
             Some(bits) => bail!("{} bytes of bits for {elements} elements", bits.len()),
         };
         Ok(RawMember {
@@ -257,6 +301,8 @@ impl Member<'_> {
             factor: self.factor,
             share: self.share,
             reciprocal: reciprocal(by),
+            formed: u32::from(self.formed),
+            unused: 0,
         })
     }
 }
@@ -273,20 +319,19 @@ fn reciprocal(by: f32) -> f32 {
 impl Gpu {
     /// Room for bytes.
     pub fn bytes(&self, len: usize) -> Result<Bytes> {
-        // A run of 16-bit elements may lie where the last elements of a wider type would end.
-        let room = len.next_multiple_of(RUN * 4);
         Ok(Bytes {
-            tensor: Tensor::zeros(room.max(1), DType::U8, &self.device)?,
+            place: Place::Own(Tensor::zeros(len.max(1), DType::U8, &self.device)?),
             len,
         })
     }
 
     pub fn upload(&self, bytes: &[u8]) -> Result<Bytes> {
-        let mut padded = bytes.to_vec();
-        let room = bytes.len().next_multiple_of(RUN * 4).max(1);
-        padded.resize(room, 0);
+        let place = match bytes {
+            [] => Tensor::zeros(1, DType::U8, &self.device)?,
+            bytes => Tensor::from_slice(bytes, bytes.len(), &self.device)?,
+        };
         Ok(Bytes {
-            tensor: Tensor::from_vec(padded, room, &self.device)?,
+            place: Place::Own(place),
             len: bytes.len(),
         })
     }
@@ -301,36 +346,55 @@ impl Gpu {
     }
 
     pub fn download(&self, bytes: &Bytes) -> Result<Vec<u8>> {
-        bytes.tensor.narrow(0, 0, bytes.len)?.to_vec1()
+        match &bytes.place {
+            Place::Own(tensor) => tensor.narrow(0, 0, bytes.len)?.to_vec1(),
+            Place::Part { .. } => bail!("a lane's bytes come back with it"),
+        }
     }
 
     /// Which of `elements` elements a random sparsifier keeps, as bits: those whose Philox word is not below the threshold.
     pub fn keep_bits(&self, elements: usize, key: [u32; 2], threshold: u32) -> Result<Bytes> {
         let bits = self.bytes(elements.div_ceil(32) * 4)?;
-        let (at, length) = (pointer(&bits.tensor)?, elements as u64);
+        self.draw(&Draw {
+            bits: &bits,
+            first: 0,
+            elements,
+            key,
+            threshold,
+        })?;
+        Ok(bits)
+    }
+
+    pub(crate) fn draw(&self, draw: &Draw<'_>) -> Result<()> {
+        let Draw {
+            bits,
+            first,
+            elements,
+            key,
+            threshold,
+        } = *draw;
+        if bits.len < elements.div_ceil(32) * 4 {
+            bail!("{} bytes of bits for {elements} elements", bits.len);
+        }
         let blocks = elements.div_ceil(32).div_ceil(THREADS);
         // SAFETY: the kernel writes one word for 32 elements, and there is room for them.
-        unsafe { self.launch_keep_bits(blocks, THREADS, at, length, key, threshold)? };
-        Ok(bits)
+        unsafe {
+            let at = bits.address()?;
+            self.launch_keep_bits(
+                blocks,
+                THREADS,
+                at,
+                [first as u64, elements as u64],
+                key,
+                threshold,
+            )
+        }
     }
 
     /// Which kernels merge these passes, and which block takes what. It holds for other factors too.
     pub fn plan(&self, passes: &[Pass<'_>]) -> Result<Plan> {
-        let mut groups: Vec<(String, Vec<u32>)> = Vec::new();
-        for (index, pass) in passes.iter().enumerate() {
-            let kernel = pass.kernel()?;
-            let at = match groups.iter().position(|(known, _)| *known == kernel) {
-                Some(at) => at,
-                None => {
-                    groups.push((kernel, Vec::new()));
-                    groups.len() - 1
-                }
-            };
-            let tiles = (0..pass.elements.div_ceil(TILE)).flat_map(|tile| [index as u32, tile as u32]);
-            groups[at].1.extend(tiles);
-        }
-        let groups = groups.into_iter().filter(|(_, tiles)| !tiles.is_empty());
-        let groups = groups.map(|(kernel, tiles)| {
+        let groups = groups(&passes.iter().collect::<Vec<_>>())?;
+        let groups = groups.into_iter().map(|(kernel, tiles)| {
             let count = tiles.len() / 2;
             Ok(Group {
                 kernel,
@@ -372,25 +436,67 @@ impl Gpu {
             }
             raw.push(pass.raw(out, flag)?);
         }
-        // SAFETY: plain numbers without padding, looked at as bytes.
-        let bytes =
-            unsafe { std::slice::from_raw_parts(raw.as_ptr().cast::<u8>(), size_of_val(raw.as_slice())) };
+        let bytes = as_bytes(&raw);
         let there = Tensor::from_slice(bytes, bytes.len(), &self.device)?;
         let at = pointer(&there)?;
         for group in &plan.groups {
             let (tiles, count) = (pointer(&group.tiles)?, group.count as i32);
             // SAFETY: every tensor was found to hold its elements, and has room up to a whole run; the tiles are those of the
             // passes.
-            unsafe {
-                let blocks = group.count.min(MOST_BLOCKS);
-                self.launch_passes(&group.kernel, blocks, THREADS, at, tiles, count)?;
-            }
+            unsafe { self.launch_tiles(&group.kernel, at, tiles, count)? };
         }
         Ok(())
     }
 }
 
+impl Gpu {
+    /// # Safety
+    /// As [`Gpu::launch_passes`].
+    pub(crate) unsafe fn launch_tiles(
+        &self,
+        kernel: &str,
+        passes: u64,
+        tiles: u64,
+        count: i32,
+    ) -> Result<()> {
+        let blocks = usize::try_from(count).unwrap_or(0).min(MOST_BLOCKS);
+        // SAFETY: the caller's.
+        unsafe { self.launch_passes(kernel, blocks, THREADS, passes, tiles, count) }
+    }
+}
+
+/// By kernel, pass and place of each tile.
+pub(crate) fn groups(passes: &[&Pass<'_>]) -> Result<Vec<(String, Vec<u32>)>> {
+    let mut groups: Vec<(String, Vec<u32>)> = Vec::new();
+    for (index, pass) in passes.iter().enumerate() {
+        let kernel = pass.kernel()?;
+        let at = match groups.iter().position(|(known, _)| *known == kernel) {
+            Some(at) => at,
+            None => {
+                groups.push((kernel, Vec::new()));
+                groups.len() - 1
+            }
+        };
+        let tiles = (0..pass.elements.div_ceil(TILE)).flat_map(|tile| [index as u32, tile as u32]);
+        groups[at].1.extend(tiles);
+    }
+    groups.retain(|(_, tiles)| !tiles.is_empty());
+    Ok(groups)
+}
+
+/// Plain numbers as they lie in memory.
+pub(crate) trait Plain: Copy {}
+impl Plain for u32 {}
+impl Plain for RawPass {}
+
+pub(crate) fn as_bytes<T: Plain>(values: &[T]) -> &[u8] {
+    // SAFETY: these types have no padding.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
+}
+
 impl Pass<'_> {
+    pub(crate) const RAW_BYTES: usize = size_of::<RawPass>();
+
     fn kernel(&self) -> Result<String> {
         let name = match self.operation {
             Operation::WeightedSum => "weighted_sum",
@@ -402,24 +508,27 @@ impl Pass<'_> {
         if count == 0 || count > MOST_MEMBERS {
             bail!("{count} parents; the kernels take up to {MOST_MEMBERS}");
         }
-        let is_bf16 = |number: Number| number == Number::Bf16;
-        let fast = (2..=3).contains(&count)
-            && self.operation != Operation::SparseSum
-            && is_bf16(self.out)
-            && self.base.is_none_or(|(_, number)| is_bf16(number))
-            && self.members.iter().all(|member| is_bf16(member.number));
+        if !(2..=3).contains(&count) || self.operation == Operation::SparseSum {
+            return Ok(name.to_owned());
+        }
+        let mean = match self.operation {
+            Operation::Ties(Mean::Sum) => "_sum",
+            Operation::Ties(Mean::Mean) => "_mean",
+            Operation::Ties(Mean::Mixup) => "_mixup",
+            _ => "",
+        };
         let is_sparse = |member: &Member<'_>| {
             let change = &member.change;
             change.kept.is_some() || change.between.is_some() || !matches!(change.survivors, Survivors::Keep)
         };
-        Ok(match (fast, self.members.iter().any(is_sparse)) {
-            (false, _) => name.to_owned(),
-            (true, false) => format!("{name}_fast_{count}"),
-            (true, true) => format!("{name}_fast_sparse_{count}"),
-        })
+        let sparse = match self.members.iter().any(is_sparse) {
+            true => "_sparse",
+            false => "",
+        };
+        Ok(format!("{name}{mean}_fast{sparse}_{count}"))
     }
 
-    fn raw(&self, out: &Bytes, not_finite: u64) -> Result<RawPass> {
+    pub(crate) fn raw(&self, out: &Bytes, not_finite: u64) -> Result<RawPass> {
         let elements = self.elements;
         let (base, base_number) = match self.base {
             Some((bytes, number)) => (bytes.holds(elements, number)?, number),
@@ -446,7 +555,7 @@ impl Pass<'_> {
             divisor: self.divisor,
             scaling: self.scaling,
             majority: self.majority,
-            unused: 0,
+            reciprocal: reciprocal(self.divisor),
             member,
         })
     }

@@ -12,6 +12,8 @@ mod error;
 mod family;
 mod fusion;
 mod geometry;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod journal;
 mod json;
 mod kernel;
@@ -26,8 +28,6 @@ mod parents;
 mod point;
 mod recipe;
 mod relatives;
-#[cfg(feature = "gpu")]
-mod resident;
 mod rng;
 mod select;
 mod selection;
@@ -41,6 +41,8 @@ mod vocab;
 
 pub use error::{MergeError, RecipeError};
 pub use family::Family;
+#[cfg(feature = "gpu")]
+pub use gpu::{Resident, Streamed, Written};
 pub use journal::{is_resumable, merge_key};
 pub use manifest::{
     MANIFEST_FILE, MANIFEST_FORMAT, MAX_MANIFEST_BYTES, Manifest, ParentEntry, Summary, TensorStats,
@@ -48,12 +50,12 @@ pub use manifest::{
 };
 pub use mergekit::parse_mergekit;
 pub use mixup::{draw_lambda, draw_shares};
+#[cfg(feature = "gpu")]
+pub use output::merge_to_folder_on_gpu;
 pub use output::{ARITHMETIC_VERSION, MergeOptions, Observer, merge_digest, merge_to_folder, sidecars};
 pub use parents::{HoldWeights, ParentResolver, Parents};
 pub use point::{Part, Point};
 pub use recipe::{MAX_MODELS, Method, Mixup, ModelRef, Recipe};
-#[cfg(feature = "gpu")]
-pub use resident::{Resident, Written};
 pub use setting::{Place, Setting};
 pub use spec::{
     MixupSpec, ModelEntry, RecipeSpec, SliceSource, SliceSpec, SparsifySpec, WeightedModel, parse_recipe,

@@ -19,7 +19,7 @@ use crate::journal::{FinishedShard, Journal, merge_key};
 use crate::layout::{OutTensor, Role};
 use crate::manifest::{MANIFEST_FILE, MANIFEST_FORMAT, Manifest, ParentEntry, Summary, TensorStats};
 use crate::parents::{PARSED_SIDECARS, read_sidecar};
-use crate::point::ChunkStats;
+use crate::point::{ChunkStats, Point};
 use crate::recipe::{Recipe, dtype_name};
 use crate::stream::{Chunk, WINDOW};
 use crate::{MergeError, Parents};
@@ -85,12 +85,79 @@ pub fn merge_to_folder(
     options: &MergeOptions,
     obs: &dyn Observer,
 ) -> Result<Manifest, MergeError> {
+    merge_with(&mut OnCpu, recipe, parents, out, options, obs)
+}
+
+/// As [`merge_to_folder`], with the arithmetic on a GPU; the same bytes. What its kernels do not compute, or all that is left
+/// when it fails, is computed on the CPU.
+#[cfg(feature = "gpu")]
+pub fn merge_to_folder_on_gpu(
+    streamed: &mut crate::Streamed,
+    recipe: &Recipe,
+    parents: &Parents,
+    out: &Path,
+    options: &MergeOptions,
+    obs: &dyn Observer,
+) -> Result<Manifest, MergeError> {
+    match crate::Streamed::computes(recipe) {
+        true => merge_with(streamed, recipe, parents, out, options, obs),
+        false => merge_to_folder(recipe, parents, out, options, obs),
+    }
+}
+
+/// Takes the windows of a point's tensors, in order.
+pub(crate) type Consume<'a> = dyn FnMut(&[Chunk], Vec<ChunkStats>, Vec<u8>) -> Result<(), MergeError> + 'a;
+
+/// Where a merge is computed.
+pub(crate) trait MergesWindows {
+    /// Merges some tensors and hands over whole windows, in buffers that `spare` gives.
+    fn write_each(
+        &mut self,
+        point: &Point<'_, '_>,
+        which: &[usize],
+        obs: &dyn Observer,
+        spare: &mut dyn FnMut() -> Vec<u8>,
+        consume: &mut Consume<'_>,
+    ) -> Result<(), MergeError>;
+}
+
+struct OnCpu;
+
+impl MergesWindows for OnCpu {
+    fn write_each(
+        &mut self,
+        point: &Point<'_, '_>,
+        which: &[usize],
+        obs: &dyn Observer,
+        spare: &mut dyn FnMut() -> Vec<u8>,
+        consume: &mut Consume<'_>,
+    ) -> Result<(), MergeError> {
+        point.stream(|stream| {
+            stream.write_each(
+                which,
+                obs,
+                spare,
+                |work, scratch, chunk, bytes| point.merge(work, scratch, chunk, bytes),
+                consume,
+            )
+        })
+    }
+}
+
+fn merge_with(
+    engine: &mut dyn MergesWindows,
+    recipe: &Recipe,
+    parents: &Parents,
+    out: &Path,
+    options: &MergeOptions,
+    obs: &dyn Observer,
+) -> Result<Manifest, MergeError> {
     let (mut journal, finished) = Journal::open(out, &merge_key(recipe, parents, options)?, obs)?;
     let family = Family::open(recipe, parents, options.window_elements, obs)?;
     let mut warnings = parents.warnings().to_vec();
     warnings.extend(family.unrelated(obs)?);
     let shards = ShardPlan::new(parents.layout.plans(), options.max_shard_bytes);
-    let (mut files, tensors) = write_weights(family, &shards, out, &mut journal, finished, obs)?;
+    let (mut files, tensors) = write_weights(engine, family, &shards, out, &mut journal, finished, obs)?;
     obs.reached("merge-weights-written");
     files.extend(write_sidecars(recipe, parents, out).map_err(MergeError::output)?);
 
@@ -155,6 +222,7 @@ fn metadata(recipe: &Recipe) -> BTreeMap<String, String> {
 
 /// Computes on all threads and writes on one more, so that hashing and the disk do not wait for arithmetic.
 fn write_weights(
+    engine: &mut dyn MergesWindows,
     mut family: Family<'_>,
     shards: &ShardPlan,
     out: &Path,
@@ -208,7 +276,7 @@ fn write_weights(
                 false => Ok(None),
             }
         });
-        let merged = merge_windows(&mut family, first, obs, spare, |chunks, parts, bytes| {
+        let consume = &mut |chunks: &[Chunk], parts: Vec<ChunkStats>, bytes: Vec<u8>| {
             let mut stats = stats.lock().unwrap_or_else(PoisonError::into_inner);
             chunks
                 .iter()
@@ -217,7 +285,8 @@ fn write_weights(
             drop(stats);
             // The writer hangs up only when it failed; its own error is reported below.
             sender.send(bytes).map_err(|_| MergeError::Cancelled)
-        });
+        };
+        let merged = merge_windows(engine, &mut family, first, obs, spare, consume);
         whole.store(merged.is_ok(), Ordering::Release);
         drop(sender);
         let written = writing.join().map_err(|_| MergeError::Internal {
@@ -241,11 +310,12 @@ fn write_weights(
 
 /// Merges the tensors from `first` on and hands over whole windows, in order; with a buffer from `spare` if there is one.
 fn merge_windows(
+    engine: &mut dyn MergesWindows,
     family: &mut Family<'_>,
     first: usize,
     obs: &dyn Observer,
     spare: Receiver<Vec<u8>>,
-    mut consume: impl FnMut(&[Chunk], Vec<ChunkStats>, Vec<u8>) -> Result<(), MergeError>,
+    consume: &mut Consume<'_>,
 ) -> Result<(), MergeError> {
     if family.is_global() {
         family.prepare_tensors(0..family.tensors().len(), obs)?;
@@ -261,15 +331,8 @@ fn merge_windows(
         }
         let point = family.point_of(None, group.clone())?;
         let which: Vec<usize> = group.clone().collect();
-        point.stream(|stream| {
-            stream.write_each(
-                &which,
-                obs,
-                || spare.try_recv().unwrap_or_default(),
-                |work, scratch, chunk, bytes| point.merge(work, scratch, chunk, bytes),
-                &mut consume,
-            )
-        })?;
+        let mut spare = || spare.try_recv().unwrap_or_default();
+        engine.write_each(&point, &which, obs, &mut spare, consume)?;
         family.forget(group);
     }
     Ok(())

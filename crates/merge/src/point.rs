@@ -333,7 +333,7 @@ impl Point<'_, '_> {
         Ok(stats)
     }
 
-    fn compute(&self, index: usize, tensor: &OutTensor, tile: &mut Tile, stats: &mut ChunkStats) {
+    pub(crate) fn compute(&self, index: usize, tensor: &OutTensor, tile: &mut Tile, stats: &mut ChunkStats) {
         let family = self.family;
         let combination = &self.tensors[index];
         tile.merged.resize(tile.len, 0.0);

@@ -194,10 +194,7 @@ impl Stream<'_> {
     ) -> Result<(), MergeError> {
         self.windows(which, |window, next| {
             let factors = self.factors(window)?;
-            let work = Work {
-                stream: self,
-                factors: &factors,
-            };
+            let work = self.work(&factors);
             let run = |chunk: Chunk| {
                 if obs.cancelled() {
                     return Err(MergeError::Cancelled);
@@ -234,38 +231,64 @@ impl Stream<'_> {
         mut consume: impl FnMut(&[Chunk], Vec<T>, Vec<u8>) -> Result<(), MergeError>,
     ) -> Result<(), MergeError> {
         self.windows(which, |window, next| {
-            let factors = self.factors(window)?;
-            let work = Work {
-                stream: self,
-                factors: &factors,
-            };
-            let size = |chunk: &Chunk| chunk.len * self.tensors[chunk.tensor].plan.item_bytes();
-            let mut bytes = spare();
-            bytes.resize(window.iter().map(size).sum(), 0);
-            let mut rest = bytes.as_mut_slice();
-            let mut jobs = Vec::with_capacity(window.len());
-            for chunk in window {
-                let (part, later) = rest.split_at_mut(size(chunk));
-                jobs.push((*chunk, part));
-                rest = later;
-            }
-            let run = |(chunk, out): (Chunk, &mut [u8])| {
-                if obs.cancelled() {
-                    return Err(MergeError::Cancelled);
-                }
-                let result = self.scratches.with(Scratch::default, |scratch| {
-                    if self.tensors[chunk.tensor].role != Role::Copied {
-                        work.load(scratch, chunk)?;
-                    }
-                    compute(&work, scratch, chunk, out)
-                })?;
-                obs.advance(self.parents.bytes_per_element(&self.tensors[chunk.tensor]) * chunk.len as u64);
-                Ok(result)
-            };
-            let computed = || jobs.into_par_iter().map(run).collect::<Result<_, _>>();
-            let ((), results) = rayon::join(|| self.prefetch(next), computed);
-            consume(window, results?, bytes)
+            let (results, bytes) = self.write_window(window, next, spare(), obs, &compute)?;
+            consume(window, results, bytes)
         })
+    }
+
+    /// One window of [`Self::write_each`]. The next is read by the kernel meanwhile.
+    pub fn write_window<T: Send>(
+        &self,
+        window: &[Chunk],
+        next: &[Chunk],
+        mut bytes: Vec<u8>,
+        obs: &dyn Observer,
+        compute: &(impl Fn(&Work<'_>, &mut Scratch, Chunk, &mut [u8]) -> Result<T, MergeError> + Sync),
+    ) -> Result<(Vec<T>, Vec<u8>), MergeError> {
+        let factors = self.factors(window)?;
+        let work = self.work(&factors);
+        bytes.resize(window.iter().map(|chunk| self.out_bytes(chunk)).sum(), 0);
+        let mut rest = bytes.as_mut_slice();
+        let mut jobs = Vec::with_capacity(window.len());
+        for chunk in window {
+            let (part, later) = rest.split_at_mut(self.out_bytes(chunk));
+            jobs.push((*chunk, part));
+            rest = later;
+        }
+        let run = |(chunk, out): (Chunk, &mut [u8])| {
+            if obs.cancelled() {
+                return Err(MergeError::Cancelled);
+            }
+            let result = self.scratches.with(Scratch::default, |scratch| {
+                if self.tensors[chunk.tensor].role != Role::Copied {
+                    work.load(scratch, chunk)?;
+                }
+                compute(&work, scratch, chunk, out)
+            })?;
+            self.advance(&chunk, obs);
+            Ok(result)
+        };
+        let computed = || jobs.into_par_iter().map(run).collect::<Result<_, _>>();
+        let ((), results) = rayon::join(|| self.prefetch(next), computed);
+        Ok((results?, bytes))
+    }
+
+    /// What a chunk takes of the output.
+    pub fn out_bytes(&self, chunk: &Chunk) -> usize {
+        chunk.len * self.tensors[chunk.tensor].plan.item_bytes()
+    }
+
+    /// Tells of a chunk that is dealt with.
+    pub fn advance(&self, chunk: &Chunk, obs: &dyn Observer) {
+        obs.advance(self.parents.bytes_per_element(&self.tensors[chunk.tensor]) * chunk.len as u64);
+    }
+
+    /// The view of a window whose factors are known.
+    pub fn work<'w>(&'w self, factors: &'w Factors) -> Work<'w> {
+        Work {
+            stream: self,
+            factors,
+        }
     }
 
     fn chunks_of(&self, tensor: &OutTensor) -> Chunks {
@@ -277,7 +300,7 @@ impl Stream<'_> {
     }
 
     /// Calls `run` with each window and the one after it.
-    fn windows(
+    pub fn windows(
         &self,
         which: &[usize],
         mut run: impl FnMut(&[Chunk], &[Chunk]) -> Result<(), MergeError>,
@@ -315,7 +338,7 @@ impl Stream<'_> {
     }
 
     /// Runs of the next window are read by the kernel while this one is computed.
-    fn prefetch(&self, window: &[Chunk]) {
+    pub fn prefetch(&self, window: &[Chunk]) {
         let mut at = 0;
         while at < window.len() {
             let tensor = window[at].tensor;
@@ -334,7 +357,7 @@ impl Stream<'_> {
         }
     }
 
-    fn factors(&self, window: &[Chunk]) -> Result<Factors, MergeError> {
+    pub fn factors(&self, window: &[Chunk]) -> Result<Factors, MergeError> {
         let mut factors = Factors::new();
         let mut last = None;
         for chunk in window {
@@ -389,10 +412,7 @@ impl Stream<'_> {
             len: range.len(),
         };
         let factors = self.factors(&[chunk])?;
-        let work = Work {
-            stream: self,
-            factors: &factors,
-        };
+        let work = self.work(&factors);
         self.scratches.with(Scratch::default, |scratch| {
             work.load(scratch, chunk)?;
             compute(&work, scratch, chunk)
@@ -414,10 +434,7 @@ impl Stream<'_> {
             start: range.start,
             len: range.len(),
         };
-        let work = Work {
-            stream: self,
-            factors,
-        };
+        let work = self.work(factors);
         work.load(scratch, chunk)?;
         scratch.tile.chunk = chunk.index;
         work.fill_tile(scratch, &work.reads(chunk), chunk, 0, chunk.len)?;
@@ -563,7 +580,7 @@ impl Work<'_> {
     }
 
     /// Reads the chunk of every input that is needed; each once.
-    fn load(&self, scratch: &mut Scratch, chunk: Chunk) -> Result<(), MergeError> {
+    pub fn load(&self, scratch: &mut Scratch, chunk: Chunk) -> Result<(), MergeError> {
         let stream = self.stream;
         let tensor = &stream.tensors[chunk.tensor];
         let inputs = tensor.inputs();
@@ -592,6 +609,28 @@ impl Work<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The bytes of a loaded chunk as they lie, by member (None: the base); none of what an adapter changes.
+    #[cfg(feature = "gpu")]
+    pub fn each_input(
+        &self,
+        scratch: &Scratch,
+        chunk: Chunk,
+        mut run: impl FnMut(Option<usize>, (Dtype, &[u8])),
+    ) {
+        for read in self.reads(chunk) {
+            if read.factors.is_none() && !read.is_formed {
+                run(read.member, read.elements(&scratch.raw, 0, chunk.len));
+            }
+        }
+    }
+
+    /// Whether an adapter changes what a member's file has of a tensor, or the base's.
+    #[cfg(feature = "gpu")]
+    pub fn is_changed(&self, tensor: usize, member: Option<usize>) -> bool {
+        let last = self.stream.tensors[tensor].members.len();
+        self.factors.contains_key(&(tensor, member.unwrap_or(last)))
     }
 
     fn needed(&self, index: usize) -> Vec<&Input> {

@@ -10,6 +10,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(threads)
 
 struct uint2 {
@@ -67,6 +68,16 @@ static inline T max(T a, T b) {
     return a < b ? b : a;
 }
 
+// Of the two halves of words the larger.
+static inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
+    return max(a & 0xffff0000, b & 0xffff0000) | max(a & 0xffff, b & 0xffff);
+}
+
+template <typename T>
+static inline T __ldg(const T* at) {
+    return *at;
+}
+
 static inline void atomicOr(uint32_t* at, uint32_t bits) { __atomic_fetch_or(at, bits, __ATOMIC_RELAXED); }
 
 struct half {
@@ -97,3 +108,9 @@ static inline half __float2half_rn(float value) {
     const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000;
     return half{static_cast<uint16_t>(sign | rounded >> 13)};
 }
+
+struct __half2 {
+    half x, y;
+};
+
+static inline __half2 __floats2half2_rn(float x, float y) { return __half2{__float2half_rn(x), __float2half_rn(y)}; }

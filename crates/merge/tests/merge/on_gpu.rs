@@ -3,15 +3,24 @@
 use candle_core::Device;
 use cauldron_checkpoint::Dtype;
 use cauldron_gpu::Gpu;
-use cauldron_merge::{Family, Parents, Resident};
+use cauldron_merge::{
+    Family, Manifest, MergeError, MergeOptions, Parents, Resident, Streamed, merge_to_folder,
+    merge_to_folder_on_gpu,
+};
 use serde_json::{Value, json};
 
 use crate::fixture::{Counter, Models, checked, noise};
 
-/// A base and three models of a type: a matrix of more than one tile, one of odd sizes, a vector.
 fn models(dtypes: [Dtype; 4]) -> Models {
+    models_of(dtypes, [("model.norm.weight", vec![5])])
+}
+
+/// A base and three models of a type: a matrix of more than one tile, one of odd sizes, vectors, and one more tensor.
+fn models_of(dtypes: [Dtype; 4], more: [(&'static str, Vec<usize>); 1]) -> Models {
     let models = Models::new();
+    let [more] = more;
     let shapes = [
+        more,
         ("model.layers.0.mlp.up_proj.weight", vec![93, 101]),
         ("model.layers.1.mlp.up_proj.weight", vec![7, 13]),
         ("model.layers.1.norm.weight", vec![37]),
@@ -46,6 +55,7 @@ fn recipes() -> Vec<Value> {
     let dare = json!({"kind": "dare", "drop_rate": 0.3, "seed": 3});
     let dare_l1 = json!({"kind": "dare", "drop_rate": 0.3, "rescale": "l1"});
     let della = json!({"kind": "della", "retain": 0.6, "epsilon": 0.2, "rescale": false});
+    let della_own = json!({"kind": "della", "retain": 0.6, "epsilon": 0.2, "seed": 5});
     let weighted = json!([{"model": "a", "weight": 0.5}, {"model": "b", "weight": -0.25}, {"model": "c", "weight": 1.5}]);
     vec![
         json!({"method": "average", "models": two}),
@@ -59,6 +69,9 @@ fn recipes() -> Vec<Value> {
         json!({"method": "task_arithmetic", "base": "base", "models": two, "mixup": mix, "sparsify": dare}),
         json!({"method": "task_arithmetic", "base": "base", "models": three, "sparsify": dare_l1}),
         json!({"method": "task_arithmetic", "base": "base", "models": two, "sparsify": della}),
+        json!({"method": "task_arithmetic", "base": "base", "models": two, "sparsify": della_own, "mixup": mix}),
+        json!({"method": "ties", "base": "base", "models": three, "retain": 0.6, "sparsify": della_own}),
+        json!({"method": "average", "base": "base", "models": two, "sparsify": della_own}),
         json!({"method": "task_arithmetic", "base": "base", "models": two, "sparsify": {"kind": "magnitude", "retain": 0.4}}),
         json!({"method": "ties", "base": "base", "models": two, "retain": 0.6}),
         json!({"method": "ties", "base": "base", "models": two, "retain": 0.6, "mixup": mix}),
@@ -114,5 +127,143 @@ fn points_in_a_gpus_memory_have_the_bytes_of_the_cpu() {
                 }
             }
         }
+    }
+}
+
+/// Merges on the CPU and on the GPU: what is in the folder, and how far the progress came.
+fn both(
+    models: &Models,
+    recipe: &Value,
+    options: &MergeOptions,
+    gpu: Gpu,
+) -> [Result<Manifest, MergeError>; 2] {
+    let recipe = checked(recipe.clone()).unwrap_or_else(|e| panic!("{recipe}: {e}"));
+    let merge = |streamed: Option<&mut Streamed>| {
+        let parents = Parents::open(&recipe, models).unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let counter = Counter::default();
+        let merged = match streamed {
+            None => merge_to_folder(&recipe, &parents, out.path(), options, &counter),
+            Some(gpu) => merge_to_folder_on_gpu(gpu, &recipe, &parents, out.path(), options, &counter),
+        };
+        if merged.is_ok() {
+            assert_eq!(
+                *counter.seen.lock().unwrap(),
+                parents.bytes_total(&recipe),
+                "progress"
+            );
+        }
+        merged
+    };
+    let mut streamed = Streamed::new(&gpu).unwrap();
+    [merge(None), merge(Some(&mut streamed))]
+}
+
+fn assert_same(models: &Models, recipe: &Value, options: &MergeOptions, gpu: Gpu) {
+    // The manifest has the digests of all files.
+    let [cpu, gpu] =
+        both(models, recipe, options, gpu).map(|merged| merged.unwrap_or_else(|e| panic!("{recipe}: {e}")));
+    let json = |manifest: &Manifest| serde_json::to_string_pretty(manifest).unwrap();
+    assert_eq!(json(&gpu), json(&cpu), "{recipe}");
+}
+
+fn gpu() -> Gpu {
+    Gpu::new(&Device::Cpu).unwrap()
+}
+
+/// Windows of one chunk and of several; chunks that begin at no multiple of 4.
+fn windows() -> [MergeOptions; 2] {
+    [1, 150_000].map(|window_elements| MergeOptions {
+        window_elements,
+        ..MergeOptions::default()
+    })
+}
+
+#[test]
+fn merges_through_a_gpu_have_the_bytes_and_the_statistics_of_the_cpu() {
+    let large = [("model.layers.2.mlp.up_proj.weight", vec![500, 401])];
+    let mixed = [Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F32];
+    // What the kernels do not compute.
+    let others = [
+        json!({"method": "sce", "base": "base", "models": ["a", "b"], "select": 0.5}),
+        json!({"method": "arcee_fusion", "base": "base", "models": ["a"]}),
+    ];
+    for (dtypes, out, options) in [
+        ([Dtype::BF16; 4], "bfloat16", windows()[1]),
+        (mixed, "float16", windows()[0]),
+    ] {
+        let models = models_of(dtypes, large.clone());
+        for mut recipe in recipes().into_iter().chain(others.clone()) {
+            recipe["dtype"] = json!(out);
+            let gpu = gpu();
+            assert_same(&models, &recipe, &options, gpu.clone());
+            // DELLA is drawn by ranks.
+            let is_computed = !others.iter().any(|other| other["method"] == recipe["method"])
+                && (recipe["sparsify"]["kind"] != "della");
+            assert_eq!(gpu.has_copied(), is_computed, "{recipe}");
+        }
+    }
+}
+
+#[test]
+fn a_gpu_that_breaks_in_a_merge_leaves_the_rest_to_the_cpu() {
+    let models = models([Dtype::BF16; 4]);
+    let recipe = json!({"method": "ties", "base": "base", "models": ["a", "b"], "retain": 0.6, "mixup": {"lambda": 0.35}});
+    // A window takes four copies.
+    for copies in 0..14 {
+        assert_same(&models, &recipe, &windows()[0], gpu().breaking_after(copies));
+    }
+}
+
+#[test]
+fn adapters_and_rows_that_moved_pass_through_a_gpu() {
+    let models = Models::new();
+    let name = "model.layers.0.mlp.up_proj";
+    let weight = format!("{name}.weight");
+    let embed = "model.embed_tokens.weight";
+    let (rows, width) = (300, 33);
+    for (k, (model, tokens)) in [("base", rows), ("a", rows + 2), ("b", rows)]
+        .into_iter()
+        .enumerate()
+    {
+        let tensors = [
+            (embed, vec![tokens, width], noise(k as u32, tokens * width)),
+            (weight.as_str(), vec![90, 101], noise(7, 90 * 101)),
+        ];
+        models.add(model, Dtype::BF16, &tensors);
+    }
+    let side = |seed, shape: [usize; 2]| (shape.to_vec(), noise(seed, shape[0] * shape[1]));
+    models.lora("own", &[(name, side(50, [4, 101]), side(51, [90, 4]))], 8.0);
+    for recipe in [
+        json!({"method": "average", "models": ["a", "b"], "vocab": "pad_mean"}),
+        json!({"method": "task_arithmetic", "base": "base", "models": ["a", "b+own"], "vocab": "base",
+            "sparsify": {"kind": "dare", "drop_rate": 0.3, "seed": 3}}),
+        json!({"method": "ties", "base": "base+own", "models": ["a", "b"], "vocab": "base", "retain": 0.5}),
+        json!({"method": "average", "models": ["a+own", "b+own"], "vocab": "pad_mean", "mixup": {"lambda": 0.25}}),
+    ] {
+        for options in windows() {
+            let gpu = gpu();
+            assert_same(&models, &recipe, &options, gpu.clone());
+            assert!(gpu.has_copied());
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_refused_as_on_the_cpu() {
+    let name = "model.layers.0.mlp.up_proj.weight";
+    let models = Models::new();
+    let mut values = noise(1, 700);
+    models.add("base", Dtype::F32, &[(name, vec![7, 100], values.clone())]);
+    models.add("large", Dtype::F32, &[(name, vec![7, 100], vec![60_000.0; 700])]);
+    values[333] = f32::NAN;
+    models.add("nan", Dtype::F32, &[(name, vec![7, 100], values)]);
+    let too_large = json!({"method": "task_arithmetic", "base": "base", "models": ["large"], "scaling": 2.0, "dtype": "float16"});
+    // TIES trims what is not a number, and it must be found all the same.
+    let not_a_number = json!({"method": "ties", "base": "base", "models": ["large", "nan"], "retain": 0.5, "variant": "tensor"});
+    for (recipe, slug) in [(too_large, "non-finite"), (not_a_number, "non-finite-input")] {
+        let [cpu, gpu] = both(&models, &recipe, &MergeOptions::default(), gpu()).map(Result::unwrap_err);
+        assert_eq!(gpu.to_string(), cpu.to_string());
+        assert_eq!(gpu.slug(), slug);
     }
 }

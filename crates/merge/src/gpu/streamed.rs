@@ -1,0 +1,576 @@
+//! Merges that stream through a GPU: models larger than its memory, and results that go to a folder. While the GPU takes one window
+//! over, merges it and gives it back, the CPU reads the next one and hashes it.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use cauldron_checkpoint::{Dtype, narrow, widen};
+use cauldron_gpu::{ALIGNMENT, Bytes, Draw, Gpu, Lane, Pass};
+use rayon::prelude::*;
+
+use super::{BitRun, Inputs, check, is_formed, number, pass, reads_base, size, threshold_of, type_of};
+use crate::family::Family;
+use crate::layout::Role;
+use crate::output::{Consume, MergesWindows};
+use crate::point::{ChunkStats, Point};
+use crate::recipe::Recipe;
+use crate::sparsify::Drop;
+use crate::stream::{Chunk, Scratch, Stream, TILE, Work};
+use crate::{MergeError, Observer, Parents};
+
+/// A GPU that merges what passes through it.
+#[derive(Debug)]
+pub struct Streamed {
+    /// One is filled while the other one's work goes on.
+    lanes: [Lane; 2],
+    /// Why the rest is computed on the CPU.
+    failure: Option<String>,
+}
+
+/// A chunk of a window.
+struct Placed {
+    chunk: Chunk,
+    /// Its bytes among those that the host fills, all of its inputs.
+    span: Range<usize>,
+    /// None: the CPU computes it.
+    on_gpu: Option<OnGpu>,
+}
+
+/// Where a chunk's values lie in a lane.
+struct OnGpu {
+    /// The members', then the base's.
+    inputs: Vec<(Range<usize>, Dtype)>,
+    has_base: bool,
+    /// By member, whether an adapter changes it: its values are made tile by tile, deltas where the method works on deltas.
+    changed: Vec<bool>,
+    base_changed: bool,
+    /// By member, what a random sparsifier keeps.
+    kept: Vec<Option<Kept>>,
+    out: Range<usize>,
+}
+
+#[derive(Clone)]
+enum Kept {
+    /// It was noted.
+    Noted(Range<usize>),
+    Drawn {
+        bits: Range<usize>,
+        key: [u32; 2],
+        threshold: u32,
+    },
+}
+
+/// How a window lies in a lane.
+struct Placement {
+    chunks: Vec<Placed>,
+    /// Bytes that the host fills, all of the way there, and of the way back.
+    filled: usize,
+    inputs: usize,
+    outs: usize,
+}
+
+/// A window whose results may still be on their way.
+struct Begun {
+    window: Vec<Chunk>,
+    stats: Vec<ChunkStats>,
+    bytes: Vec<u8>,
+    /// None: they are there.
+    on_gpu: Option<(usize, Placement)>,
+}
+
+/// What became of a window that a lane was filled with.
+enum Filled {
+    Stats(Vec<ChunkStats>),
+    /// A parent has a value that is not finite: the CPU says which.
+    Doubtful,
+}
+
+impl Streamed {
+    pub fn new(gpu: &Gpu) -> Result<Self, MergeError> {
+        let lane = || gpu.lane().map_err(super::failed);
+        Ok(Self {
+            lanes: [lane()?, lane()?],
+            failure: None,
+        })
+    }
+
+    /// Whether the kernels compute what a recipe asks for.
+    pub fn computes(recipe: &Recipe) -> bool {
+        check(&recipe.method).is_ok()
+    }
+
+    /// What a merge takes of the GPU's memory, at most: `window` output elements (or one chunk) at a time, twice.
+    pub fn bytes_needed(parents: &Parents, window: usize) -> u64 {
+        let of = |tensor: &crate::layout::OutTensor| {
+            let inputs = tensor.members.len() + usize::from(tensor.base.is_some());
+            // f32 and a bit, where a value is wider than in its file.
+            (inputs * 4 + tensor.members.len() / 8 + 1 + tensor.plan.item_bytes()) as u64
+        };
+        let element = parents.layout.tensors.iter().map(of).max().unwrap_or(0);
+        let largest = parents
+            .layout
+            .tensors
+            .iter()
+            .map(|tensor| cauldron_checkpoint::Chunks::of(&tensor.plan.shape).range(0).len());
+        let elements = largest.max().unwrap_or(0).max(window) as u64;
+        // Parts begin at multiples of a few bytes, and there are orders.
+        2 * (elements * element + (8 << 20))
+    }
+
+    /// Why the GPU was given up, if it was.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+
+    /// Fills a lane and starts it, or computes the window on the CPU.
+    fn begin(
+        &mut self,
+        turn: usize,
+        to: &To<'_>,
+        window: &[Chunk],
+        next: &[Chunk],
+        mut bytes: Vec<u8>,
+    ) -> Result<Begun, MergeError> {
+        let To { point, stream, obs } = to;
+        let begun = |stats, bytes, on_gpu| Begun {
+            window: window.to_vec(),
+            stats,
+            bytes,
+            on_gpu,
+        };
+        let factors = stream.factors(window)?;
+        let work = stream.work(&factors);
+        let placement = Placement::of(point, stream, &work, window);
+        if self.failure.is_some() || placement.outs == 0 {
+            let merge = |work: &Work<'_>, scratch: &mut Scratch, chunk: Chunk, out: &mut [u8]| {
+                point.merge(work, scratch, chunk, out)
+            };
+            let (stats, bytes) = stream.write_window(window, next, bytes, *obs, &merge)?;
+            return Ok(begun(stats, bytes, None));
+        }
+        bytes.resize(window.iter().map(|chunk| stream.out_bytes(chunk)).sum(), 0);
+        let lane = &mut self.lanes[turn];
+        let reserved = lane.reserve(placement.inputs, placement.outs);
+        let filled = match reserved.and_then(|()| lane.host()) {
+            Ok(host) => {
+                let fill = || to.fill(&work, &placement, host, &mut bytes);
+                let ((), filled) = rayon::join(|| stream.prefetch(next), fill);
+                filled?
+            }
+            Err(error) => {
+                self.failure = Some(error.to_string());
+                return self.begin(turn, to, window, next, bytes);
+            }
+        };
+        let stats = match filled {
+            Filled::Stats(stats) => stats,
+            Filled::Doubtful => {
+                let (stats, bytes) = to.on_cpu(window, bytes)?;
+                return Ok(begun(stats, bytes, None));
+            }
+        };
+        match to.start(lane, &placement) {
+            Ok(()) => Ok(begun(stats, bytes, Some((turn, placement)))),
+            Err(error) => {
+                self.failure = Some(error.to_string());
+                let (stats, bytes) = to.on_cpu(window, bytes)?;
+                Ok(begun(stats, bytes, None))
+            }
+        }
+    }
+
+    /// Waits for a window and hands it over.
+    fn end(&mut self, to: &To<'_>, begun: Begun, consume: &mut Consume<'_>) -> Result<(), MergeError> {
+        let Begun {
+            window,
+            stats,
+            mut bytes,
+            on_gpu,
+        } = begun;
+        let Some((turn, placement)) = on_gpu else {
+            return consume(&window, stats, bytes);
+        };
+        match self.lanes[turn].finish() {
+            Ok(Some(outs)) => {
+                let parts = to.parts_of(&placement, &mut bytes);
+                parts.into_par_iter().for_each(|(placed, part)| {
+                    if let Some(on_gpu) = &placed.on_gpu {
+                        part.copy_from_slice(&outs[on_gpu.out.clone()]);
+                    }
+                });
+                consume(&window, stats, bytes)
+            }
+            failed => {
+                // The CPU says where a result is not finite.
+                if let Err(error) = failed {
+                    self.failure = Some(error.to_string());
+                }
+                let (stats, bytes) = to.on_cpu(&window, bytes)?;
+                consume(&window, stats, bytes)
+            }
+        }
+    }
+}
+
+impl MergesWindows for Streamed {
+    fn write_each(
+        &mut self,
+        point: &Point<'_, '_>,
+        which: &[usize],
+        obs: &dyn Observer,
+        spare: &mut dyn FnMut() -> Vec<u8>,
+        consume: &mut Consume<'_>,
+    ) -> Result<(), MergeError> {
+        point.stream(|stream| {
+            let to = To { point, stream, obs };
+            let (mut before, mut turn) = (None, 0);
+            stream.windows(which, |window, next| {
+                let begun = self.begin(turn, &to, window, next, spare())?;
+                turn = 1 - turn;
+                match before.replace(begun) {
+                    Some(begun) => self.end(&to, begun, consume),
+                    None => Ok(()),
+                }
+            })?;
+            match before {
+                Some(begun) => self.end(&to, begun, consume),
+                None => Ok(()),
+            }
+        })
+    }
+}
+
+/// What is merged, and who hears of it.
+struct To<'a> {
+    point: &'a Point<'a, 'a>,
+    stream: &'a Stream<'a>,
+    obs: &'a dyn Observer,
+}
+
+impl To<'_> {
+    /// A window, or one again, on the CPU. Its progress has been told.
+    fn on_cpu(&self, window: &[Chunk], bytes: Vec<u8>) -> Result<(Vec<ChunkStats>, Vec<u8>), MergeError> {
+        let merge = |work: &Work<'_>, scratch: &mut Scratch, chunk: Chunk, out: &mut [u8]| {
+            self.point.merge(work, scratch, chunk, out)
+        };
+        self.stream
+            .write_window(window, &[], bytes, &Quiet(self.obs), &merge)
+    }
+
+    /// The window's chunks with their bytes of the output.
+    fn parts_of<'p>(&self, placement: &'p Placement, bytes: &'p mut [u8]) -> Vec<(&'p Placed, &'p mut [u8])> {
+        let mut rest = bytes;
+        let parts = placement.chunks.iter().map(|placed| {
+            let (part, later) = std::mem::take(&mut rest).split_at_mut(self.stream.out_bytes(&placed.chunk));
+            rest = later;
+            (placed, part)
+        });
+        parts.collect()
+    }
+
+    /// Reads a window: what goes to the GPU into `host`, what the CPU computes into its results.
+    fn fill(
+        &self,
+        work: &Work<'_>,
+        placement: &Placement,
+        host: &mut [u8],
+        bytes: &mut [u8],
+    ) -> Result<Filled, MergeError> {
+        let mut rest = host;
+        let mut jobs = Vec::with_capacity(placement.chunks.len());
+        for (placed, out) in self.parts_of(placement, bytes) {
+            let (span, later) = std::mem::take(&mut rest).split_at_mut(placed.span.len());
+            rest = later;
+            jobs.push((placed, span, out));
+        }
+        let doubtful = AtomicBool::new(false);
+        let run = |(placed, span, out): (&Placed, &mut [u8], &mut [u8])| {
+            if self.obs.cancelled() {
+                return Err(MergeError::Cancelled);
+            }
+            let chunk = placed.chunk;
+            let role = self.point.family.tensors()[chunk.tensor].role;
+            let stats = self.stream.scratches.with(Scratch::default, |scratch| {
+                if role != Role::Copied {
+                    work.load(scratch, chunk)?;
+                }
+                match &placed.on_gpu {
+                    None => self.point.merge(work, scratch, chunk, out),
+                    Some(on_gpu) => {
+                        if !copy_inputs(work, scratch, placed, on_gpu, span) {
+                            doubtful.store(true, Ordering::Relaxed);
+                            return Ok(ChunkStats::default());
+                        }
+                        self.fill_tiles(work, scratch, placed, on_gpu, span)
+                    }
+                }
+            })?;
+            self.stream.advance(&chunk, self.obs);
+            Ok(stats)
+        };
+        let stats: Vec<ChunkStats> = jobs.into_par_iter().map(run).collect::<Result<_, MergeError>>()?;
+        Ok(match doubtful.into_inner() {
+            true => Filled::Doubtful,
+            false => Filled::Stats(stats),
+        })
+    }
+
+    /// What is made tile by tile: values that an adapter changes, bits that were noted, statistics.
+    fn fill_tiles(
+        &self,
+        work: &Work<'_>,
+        scratch: &mut Scratch,
+        placed: &Placed,
+        on_gpu: &OnGpu,
+        span: &mut [u8],
+    ) -> Result<ChunkStats, MergeError> {
+        let chunk = placed.chunk;
+        let tensor = &self.point.family.tensors()[chunk.tensor];
+        let masks = &self.point.family.prepared[chunk.tensor].masks;
+        let mut bits: Vec<BitRun> = masks.iter().map(|_| BitRun::default()).collect();
+        let changes = on_gpu.base_changed || on_gpu.changed.contains(&true);
+        let together = if changes { 1 } else { UNSEEN_TOGETHER };
+        let mut stats = ChunkStats::default();
+        work.unread_tiles(scratch, chunk, together, |mut unread| {
+            for (bits, mask) in bits.iter_mut().zip(masks) {
+                let tile = unread.tile();
+                if let Some(known) = mask.of(tile) {
+                    bits.extend(known, tile.len);
+                }
+            }
+            if !changes && !unread.tile().observed {
+                return Ok(());
+            }
+            let tile = unread.fill()?;
+            let from = 4 * (tile.start - chunk.start);
+            let mut put = |range: &Range<usize>, values: &[f32]| {
+                let at = range.start - placed.span.start + from;
+                narrow(Dtype::F32, &values[..tile.len], &mut span[at..at + 4 * tile.len]);
+            };
+            for (k, _) in on_gpu.changed.iter().enumerate().filter(|(_, changed)| **changed) {
+                let values = if self.stream.deltas {
+                    &tile.deltas
+                } else {
+                    &tile.thetas
+                };
+                put(&on_gpu.inputs[k].0, &values[k]);
+            }
+            if let Some((range, _)) = on_gpu.inputs.last().filter(|_| on_gpu.base_changed) {
+                put(range, &tile.theta0);
+            }
+            if tile.observed {
+                self.point.compute(chunk.tensor, tensor, tile, &mut stats);
+            }
+            Ok(())
+        })?;
+        for (kept, bits) in on_gpu.kept.iter().zip(&bits) {
+            if let Some(Kept::Noted(range)) = kept {
+                let bytes = bits.bytes();
+                span[range.start - placed.span.start..][..bytes.len()].copy_from_slice(&bytes);
+            }
+        }
+        Ok(stats)
+    }
+
+    fn start(&self, lane: &mut Lane, placement: &Placement) -> candle_core::Result<()> {
+        struct There<'p> {
+            placed: &'p Placed,
+            members: Vec<(Bytes, cauldron_gpu::Number)>,
+            base: Option<(Bytes, cauldron_gpu::Number)>,
+            kept: Vec<Option<Bytes>>,
+            out: Bytes,
+        }
+        let refused = |error: MergeError| candle_core::Error::Msg(error.to_string());
+        let mut all = Vec::new();
+        for placed in &placement.chunks {
+            let Some(on_gpu) = &placed.on_gpu else {
+                continue;
+            };
+            let mut members = Vec::new();
+            for (range, dtype) in &on_gpu.inputs {
+                members.push((lane.input(range.clone())?, number(*dtype).map_err(refused)?));
+            }
+            let base = if on_gpu.has_base { members.pop() } else { None };
+            let bits = on_gpu.kept.iter().map(|kept| match kept {
+                None => Ok(None),
+                Some(Kept::Noted(range) | Kept::Drawn { bits: range, .. }) => {
+                    lane.input(range.clone()).map(Some)
+                }
+            });
+            all.push(There {
+                placed,
+                members,
+                base,
+                kept: bits.collect::<candle_core::Result<_>>()?,
+                out: lane.out(on_gpu.out.clone())?,
+            });
+        }
+        let (mut draws, mut passes): (Vec<Draw<'_>>, Vec<(Pass<'_>, Bytes)>) = (Vec::new(), Vec::new());
+        for there in &all {
+            let Some(on_gpu) = &there.placed.on_gpu else {
+                continue;
+            };
+            let chunk = there.placed.chunk;
+            for (kept, bits) in on_gpu.kept.iter().zip(&there.kept) {
+                if let (Some(Kept::Drawn { key, threshold, .. }), Some(bits)) = (kept, bits) {
+                    draws.push(Draw {
+                        bits,
+                        first: chunk.start,
+                        elements: chunk.len,
+                        key: *key,
+                        threshold: *threshold,
+                    });
+                }
+            }
+            let inputs = Inputs {
+                first: chunk.start,
+                elements: chunk.len,
+                base: there.base.as_ref().map(|(bytes, number)| (bytes, *number)),
+                members: &there.members,
+                are_deltas: on_gpu
+                    .changed
+                    .iter()
+                    .map(|changed| *changed && self.stream.deltas)
+                    .collect(),
+                are_thinned: false,
+                kept: &there.kept,
+            };
+            let pass = pass(self.point.family, self.point, chunk.tensor, inputs).map_err(refused)?;
+            passes.push((pass, there.out.clone()));
+        }
+        lane.start(placement.filled, &draws, &passes, placement.outs)
+    }
+}
+
+/// Tiles that nobody has to look at come in runs of so many.
+const UNSEEN_TOGETHER: usize = 64;
+
+/// Copies what a chunk's inputs have as it lies. False if something of it is not finite.
+fn copy_inputs(work: &Work<'_>, scratch: &Scratch, placed: &Placed, on_gpu: &OnGpu, span: &mut [u8]) -> bool {
+    let mut finite = true;
+    let mut values = [0f32; TILE];
+    work.each_input(scratch, placed.chunk, |member, (dtype, bytes)| {
+        let place = member.unwrap_or(on_gpu.inputs.len() - 1);
+        let (range, there) = &on_gpu.inputs[place];
+        let to = &mut span[range.start - placed.span.start..range.end - placed.span.start];
+        // As values, to see whether they are finite.
+        let tiles = bytes
+            .chunks(TILE * size(dtype))
+            .zip(to.chunks_mut(TILE * size(*there)));
+        for (from, to) in tiles {
+            let values = &mut values[..from.len() / size(dtype)];
+            finite &= widen(dtype, from, values);
+            match dtype == *there {
+                true => to.copy_from_slice(from),
+                false => finite &= narrow(*there, values, to),
+            }
+        }
+    });
+    finite
+}
+
+impl Placement {
+    fn of(point: &Point<'_, '_>, stream: &Stream<'_>, work: &Work<'_>, window: &[Chunk]) -> Self {
+        let family = point.family;
+        let (mut chunks, mut end, mut outs) = (Vec::with_capacity(window.len()), 0, 0);
+        for chunk in window {
+            let start = end;
+            let mut on_gpu = match runs_there(family, chunk.tensor) {
+                true => Some(OnGpu::of(family, work, *chunk, &mut end)),
+                false => None,
+            };
+            if let Some(on_gpu) = &mut on_gpu {
+                on_gpu.out = take(&mut outs, stream.out_bytes(chunk));
+            }
+            chunks.push(Placed {
+                chunk: *chunk,
+                span: start..end,
+                on_gpu,
+            });
+        }
+        let filled = end;
+        // Bits that are drawn there come after what the host fills.
+        for placed in &mut chunks {
+            let kept = placed.on_gpu.iter_mut().flat_map(|on_gpu| &mut on_gpu.kept);
+            for kept in kept.flatten() {
+                if let Kept::Drawn { bits, .. } = kept {
+                    *bits = take(&mut end, placed.chunk.len.div_ceil(32) * 4);
+                }
+            }
+        }
+        Self {
+            chunks,
+            filled,
+            inputs: end,
+            outs,
+        }
+    }
+}
+
+impl OnGpu {
+    fn of(family: &Family<'_>, work: &Work<'_>, chunk: Chunk, end: &mut usize) -> Self {
+        let tensor = &family.tensors()[chunk.tensor];
+        let members = tensor.members.len();
+        let is_changed = |member| work.is_changed(chunk.tensor, member);
+        let mut place = |member: Option<usize>| {
+            let dtype = match is_changed(member) {
+                true => Dtype::F32,
+                false => type_of(family, tensor, member),
+            };
+            (take(end, chunk.len * size(dtype)), dtype)
+        };
+        let mut inputs: Vec<_> = (0..members).map(|k| place(Some(k))).collect();
+        let has_base = reads_base(family, tensor);
+        inputs.extend(has_base.then(|| place(None)));
+        let prepared = &family.prepared[chunk.tensor];
+        let mut kept = vec![None; members];
+        for (k, (kept, drop)) in kept.iter_mut().zip(&prepared.drops).enumerate() {
+            *kept = match drop {
+                _ if prepared.masks.get(k).is_some() => {
+                    Some(Kept::Noted(take(end, chunk.len.div_ceil(32) * 4)))
+                }
+                Drop::Dare { words, threshold, .. } => Some(Kept::Drawn {
+                    bits: 0..0,
+                    key: words.key(),
+                    threshold: threshold_of(*threshold),
+                }),
+                _ => None,
+            };
+        }
+        Self {
+            inputs,
+            has_base,
+            changed: (0..members).map(|k| is_changed(Some(k))).collect(),
+            base_changed: has_base && is_changed(None),
+            kept,
+            out: 0..0,
+        }
+    }
+}
+
+/// Whether the kernels compute a tensor.
+fn runs_there(family: &Family<'_>, index: usize) -> bool {
+    let tensor = &family.tensors()[index];
+    tensor.role == Role::Merge
+        && tensor.plan.numel() > 0
+        && (1..=cauldron_gpu::MOST_MEMBERS).contains(&tensor.members.len())
+        && !is_formed(family, index)
+}
+
+/// The next part of so many bytes.
+fn take(end: &mut usize, bytes: usize) -> Range<usize> {
+    let start = *end;
+    *end = (start + bytes).next_multiple_of(ALIGNMENT);
+    start..start + bytes
+}
+
+/// Hears of no progress.
+struct Quiet<'a>(&'a dyn Observer);
+
+impl Observer for Quiet<'_> {
+    fn advance(&self, _: u64) {}
+
+    fn cancelled(&self) -> bool {
+        self.0.cancelled()
+    }
+}
