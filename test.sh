@@ -15,6 +15,7 @@ install=$!
 trap 'kill -- "-$install" 2>/dev/null || true' EXIT
 cargo test --workspace --locked
 cargo test --workspace --locked --features cauldron-merge/emulated --test merge -- on_gpu
+cargo test --workspace --locked --features cauldron-merge/emulated --test kernels
 wait "$install" || true
 trap - EXIT
 cargo build --locked

@@ -14,11 +14,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::cache::{Cache, KnownContents, Limits, Remote, sync_folder};
-use crate::config::{ApiKeys, Config, ModelName};
+use crate::config::{ApiKeys, Config, MergeOn, ModelName};
 use crate::eval::Evals;
-use crate::jobs::{DISK_RESERVE, Intake, Job, JobStore, Keeper, PostgresJobs, Runner, SqliteJobs, Worker};
+use crate::jobs::{
+    DISK_RESERVE, Intake, Job, JobStore, Keeper, OnCpu, PostgresJobs, Runner, SqliteJobs, Worker,
+};
 use crate::serving::{
-    self, LoadRequest, Parentage, Served, Serving, ServingError, ServingLimits, WeightsFrom, check_model,
+    self, LoadRequest, OnServingGpus, Parentage, Served, Serving, ServingError, ServingLimits, WeightsFrom,
+    check_model,
 };
 use crate::sources::ModelSources;
 use crate::sweep::Sweeps;
@@ -113,6 +116,10 @@ impl App {
             cache: cache.clone(),
             keeper: keeper.clone(),
             known: known.clone(),
+            merges: match config.storage.merge_on {
+                MergeOn::Cpu => Arc::new(OnCpu),
+                MergeOn::Gpu => Arc::new(OnServingGpus(serving.clone())),
+            },
             options: MergeOptions {
                 max_shard_bytes: config.storage.max_shard_bytes,
                 ..MergeOptions::default()

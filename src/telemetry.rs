@@ -40,6 +40,9 @@ pub const MODEL_MEMORY_BYTES: &str = "cauldron_model_memory_bytes";
 /// Devices that failed for good and were opened anew, and models that were unloaded because one had no memory left.
 pub const DEVICE_FAILURES: &str = "cauldron_device_failures_total";
 pub const DEVICE_RELIEVED: &str = "cauldron_device_relieved_total";
+/// Merges to disk that were computed on a GPU to their end.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub const GPU_MERGES: &str = "cauldron_gpu_merges_total";
 /// From POST /models or POST /merge to the first token of the model.
 pub const MODEL_FIRST_TOKEN: &str = "cauldron_model_first_token_seconds";
 /// From the moment a point of a family was begun until its weights were there, and bytes of parents and result by second of

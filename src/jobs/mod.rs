@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 pub use intake::{Intake, IntakeError, NoRoom, RecipeBody, Submit, Taken};
 pub use keeper::{Evicted, Keeper, KeeperError};
-pub use runner::{DISK_RESERVE, Progress, Runner, StillHeld};
+pub use runner::{DISK_RESERVE, Merges, OnCpu, Progress, Runner, StillHeld};
 pub use sql::{BACKOFF, Clock, LEASE, MachineClock, PostgresJobs, SqliteJobs, schema};
 pub use store::{
     Beat, BoxFuture, Cancelled, JobPage, JobStore, Lease, Merged, NewJob, Outcome, StoreError, Submission,

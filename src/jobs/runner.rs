@@ -1,12 +1,15 @@
 //! Runs one job to its result: recipe -> parents -> digest -> cache or merge. Blocks; called on a thread of its own.
 
 use std::io::ErrorKind;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use cauldron_checkpoint::Digest;
-use cauldron_merge::{MergeError, MergeOptions, Observer, Recipe, merge_digest, merge_key, merge_to_folder};
+use cauldron_merge::{
+    Manifest, MergeError, MergeOptions, Observer, Parents, Recipe, merge_digest, merge_key, merge_to_folder,
+};
 use uuid::Uuid;
 
 use super::keeper::{Keeper, KeeperError};
@@ -105,6 +108,36 @@ impl Observer for Progress {
     }
 }
 
+/// Where merges are computed; the bytes are the same everywhere.
+pub trait Merges: std::fmt::Debug + Send + Sync {
+    /// As [`merge_to_folder`].
+    fn to_folder(
+        &self,
+        recipe: &Recipe,
+        parents: &Parents,
+        out: &Path,
+        options: &MergeOptions,
+        obs: &dyn Observer,
+    ) -> Result<Manifest, MergeError>;
+}
+
+/// On all cores.
+#[derive(Debug)]
+pub struct OnCpu;
+
+impl Merges for OnCpu {
+    fn to_folder(
+        &self,
+        recipe: &Recipe,
+        parents: &Parents,
+        out: &Path,
+        options: &MergeOptions,
+        obs: &dyn Observer,
+    ) -> Result<Manifest, MergeError> {
+        merge_to_folder(recipe, parents, out, options, obs)
+    }
+}
+
 /// What running a job needs.
 #[derive(Debug, Clone)]
 pub struct Runner {
@@ -113,6 +146,7 @@ pub struct Runner {
     pub options: MergeOptions,
     pub known: KnownContents,
     pub keeper: Keeper,
+    pub merges: Arc<dyn Merges>,
 }
 
 impl Runner {
@@ -177,7 +211,10 @@ impl Runner {
         // New parents are read once: their digests, and with them the result's, are known when the merge is done.
         let merged = progress.phase(
             |timings| &mut timings.merge_ms,
-            || merge_to_folder(&recipe, &parents, draft.dir(), &self.options, progress),
+            || {
+                self.merges
+                    .to_folder(&recipe, &parents, draft.dir(), &self.options, progress)
+            },
         );
         let manifest = match merged {
             Err(e) => return Err(leave_draft(draft, e.into(), progress)),

@@ -6,6 +6,7 @@
 mod device;
 mod engine;
 mod family;
+mod lent;
 mod load;
 mod loader;
 mod memory;
@@ -30,6 +31,7 @@ use crate::config::{DeviceChoice, ModelName};
 pub use device::{Opened, open as open_devices};
 pub use engine::Work;
 pub use family::{Family, Parentage, check_family};
+pub use lent::OnServingGpus;
 pub use load::check_model;
 pub use served::{Generation, Served};
 pub use shares::{MAX_ANCHORS, OpenRecipe, Shares};

@@ -115,7 +115,8 @@ impl Station {
         }
     }
 
-    fn there(&self) -> Option<(Device, u64)> {
+    /// The device with the number of its opening, if it is open.
+    pub fn there(&self) -> Option<(Device, u64)> {
         let state = self.state();
         Some((state.device.clone()?, state.number))
     }

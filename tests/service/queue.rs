@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use cauldron::cache::KnownContents;
-use cauldron::jobs::{Outcome, Progress, Runner, SqliteJobs};
+use cauldron::jobs::{OnCpu, Outcome, Progress, Runner, SqliteJobs};
 use cauldron::sources::ModelSources;
 use serde_json::json;
 
@@ -119,6 +119,7 @@ async fn a_database_that_is_away_sends_a_running_job_back() {
         keeper: app.app.keeper.clone(),
         options: Default::default(),
         known: KnownContents::open(&app.data_dir()).unwrap(),
+        merges: Arc::new(OnCpu),
     };
     let run = move || runner.run(&job, &Progress::new(job.id, 0), &|| true);
     let (outcome, _) = tokio::task::spawn_blocking(run).await.unwrap();

@@ -521,7 +521,9 @@ impl Pass<'_> {
             let change = &member.change;
             change.kept.is_some() || change.between.is_some() || !matches!(change.survivors, Survivors::Keep)
         };
-        let sparse = match self.members.iter().any(is_sparse) {
+        // A weighted sum knows no deltas.
+        let has_deltas = self.operation != Operation::WeightedSum;
+        let sparse = match has_deltas && self.members.iter().any(is_sparse) {
             true => "_sparse",
             false => "",
         };

@@ -155,12 +155,14 @@ impl<'a> Family<'a> {
         )
     }
 
-    /// The tensors from `first` on, in runs that can be prepared and merged one after the other.
+    /// The tensors from `first` on, in runs that can be prepared and merged one after the other; all as one where there is nothing
+    /// to prepare or everything is prepared first.
     pub(crate) fn groups(&self, first: usize) -> Vec<Range<usize>> {
         let tensors = self.tensors();
+        let is_one = self.is_global() || passes(self.recipe) == 1;
         let (mut groups, mut start, mut elements) = (Vec::new(), first, 0);
         for (index, tensor) in tensors.iter().enumerate().skip(first) {
-            if elements > 0 && elements + tensor.plan.numel() > GROUP * self.window && !self.is_global() {
+            if elements > 0 && elements + tensor.plan.numel() > GROUP * self.window && !is_one {
                 groups.push(start..index);
                 (start, elements) = (index, 0);
             }

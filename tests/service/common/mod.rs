@@ -14,7 +14,7 @@ use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use cauldron::api;
 use cauldron::app::{App, AppState};
-use cauldron::config::{Config, LogConfig, LogFormat, StorageConfig};
+use cauldron::config::{Config, LogConfig, LogFormat, MergeOn, StorageConfig};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tempfile::TempDir;
@@ -105,6 +105,7 @@ impl TestApp {
             tasks_dir: dirs.path().join("tasks"),
             database_url: None,
             max_shard_bytes: 5_000_000_000,
+            merge_on: MergeOn::Cpu,
             cache_budget: None,
             cache_remote: None,
             job_retention_days: 30,

@@ -21,10 +21,25 @@ use crate::{MergeError, Observer, Parents};
 /// A GPU that merges what passes through it.
 #[derive(Debug)]
 pub struct Streamed {
-    /// One is filled while the other one's work goes on.
-    lanes: [Lane; 2],
-    /// Why the rest is computed on the CPU.
+    /// One is filled while the other one's work goes on. None since the GPU was given up.
+    lanes: [Option<Lane>; 2],
+    /// Goes after them.
+    lease: Option<Box<dyn Lease>>,
+    is_given_up: bool,
     failure: Option<String>,
+}
+
+/// The memory of a GPU that a merge was lent; given back when it is dropped.
+pub trait Lease: std::fmt::Debug + Send {
+    /// Whether somebody needs it more: then the rest is merged on the CPU.
+    fn is_wanted_back(&self) -> bool;
+}
+
+/// Of a GPU that nobody else uses.
+impl Lease for () {
+    fn is_wanted_back(&self) -> bool {
+        false
+    }
 }
 
 /// A chunk of a window.
@@ -86,10 +101,12 @@ enum Filled {
 }
 
 impl Streamed {
-    pub fn new(gpu: &Gpu) -> Result<Self, MergeError> {
-        let lane = || gpu.lane().map_err(super::failed);
+    pub fn new(gpu: &Gpu, lease: Box<dyn Lease>) -> Result<Self, MergeError> {
+        let lane = || gpu.lane().map(Some).map_err(super::failed);
         Ok(Self {
             lanes: [lane()?, lane()?],
+            lease: Some(lease),
+            is_given_up: false,
             failure: None,
         })
     }
@@ -117,9 +134,29 @@ impl Streamed {
         2 * (elements * element + (8 << 20))
     }
 
-    /// Why the GPU was given up, if it was.
+    /// What the GPU said when it failed, if it did.
     pub fn failure(&self) -> Option<&str> {
         self.failure.as_deref()
+    }
+
+    fn fail(&mut self, turn: usize, error: &candle_core::Error) {
+        self.failure = Some(error.to_string());
+        self.is_given_up = true;
+        // It may be in the middle of something.
+        self.lanes[turn] = None;
+    }
+
+    /// Lets go of what is not in use, if the GPU is given up.
+    fn let_go(&mut self) {
+        if !self.is_given_up {
+            return;
+        }
+        for lane in &mut self.lanes {
+            lane.take_if(|lane| lane.is_idle());
+        }
+        if self.lanes.iter().all(Option::is_none) {
+            self.lease = None;
+        }
     }
 
     /// Fills a lane and starts it, or computes the window on the CPU.
@@ -141,15 +178,17 @@ impl Streamed {
         let factors = stream.factors(window)?;
         let work = stream.work(&factors);
         let placement = Placement::of(point, stream, &work, window);
-        if self.failure.is_some() || placement.outs == 0 {
+        self.is_given_up |= self.lease.as_ref().is_some_and(|lease| lease.is_wanted_back());
+        self.let_go();
+        let lane = self.lanes[turn].as_mut().filter(|_| placement.outs > 0);
+        let Some(lane) = lane else {
             let merge = |work: &Work<'_>, scratch: &mut Scratch, chunk: Chunk, out: &mut [u8]| {
                 point.merge(work, scratch, chunk, out)
             };
             let (stats, bytes) = stream.write_window(window, next, bytes, *obs, &merge)?;
             return Ok(begun(stats, bytes, None));
-        }
+        };
         bytes.resize(window.iter().map(|chunk| stream.out_bytes(chunk)).sum(), 0);
-        let lane = &mut self.lanes[turn];
         let reserved = lane.reserve(placement.inputs, placement.outs);
         let filled = match reserved.and_then(|()| lane.host()) {
             Ok(host) => {
@@ -158,7 +197,7 @@ impl Streamed {
                 filled?
             }
             Err(error) => {
-                self.failure = Some(error.to_string());
+                self.fail(turn, &error);
                 return self.begin(turn, to, window, next, bytes);
             }
         };
@@ -172,7 +211,7 @@ impl Streamed {
         match to.start(lane, &placement) {
             Ok(()) => Ok(begun(stats, bytes, Some((turn, placement)))),
             Err(error) => {
-                self.failure = Some(error.to_string());
+                self.fail(turn, &error);
                 let (stats, bytes) = to.on_cpu(window, bytes)?;
                 Ok(begun(stats, bytes, None))
             }
@@ -190,7 +229,11 @@ impl Streamed {
         let Some((turn, placement)) = on_gpu else {
             return consume(&window, stats, bytes);
         };
-        match self.lanes[turn].finish() {
+        let finished = match self.lanes[turn].as_mut() {
+            Some(lane) => lane.finish(),
+            None => Ok(None),
+        };
+        let failure = match finished {
             Ok(Some(outs)) => {
                 let parts = to.parts_of(&placement, &mut bytes);
                 parts.into_par_iter().for_each(|(placed, part)| {
@@ -198,17 +241,21 @@ impl Streamed {
                         part.copy_from_slice(&outs[on_gpu.out.clone()]);
                     }
                 });
-                consume(&window, stats, bytes)
+                None
             }
-            failed => {
-                // The CPU says where a result is not finite.
-                if let Err(error) = failed {
-                    self.failure = Some(error.to_string());
-                }
-                let (stats, bytes) = to.on_cpu(&window, bytes)?;
-                consume(&window, stats, bytes)
+            // The CPU says which result is not finite.
+            Ok(None) => Some(None),
+            Err(error) => Some(Some(error)),
+        };
+        let mut stats = stats;
+        if let Some(error) = failure {
+            if let Some(error) = error {
+                self.fail(turn, &error);
             }
+            (stats, bytes) = to.on_cpu(&window, bytes)?;
         }
+        self.let_go();
+        consume(&window, stats, bytes)
     }
 }
 

@@ -1,10 +1,13 @@
 //! The kernels for GPUs, compiled for the CPU (feature `emulated`), beside the loops for CPUs: the same bytes.
 
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+
 use candle_core::Device;
 use cauldron_checkpoint::Dtype;
 use cauldron_gpu::Gpu;
 use cauldron_merge::{
-    Family, Manifest, MergeError, MergeOptions, Parents, Resident, Streamed, merge_to_folder,
+    Family, Lease, Manifest, MergeError, MergeOptions, Parents, Resident, Streamed, merge_to_folder,
     merge_to_folder_on_gpu,
 };
 use serde_json::{Value, json};
@@ -155,7 +158,7 @@ fn both(
         }
         merged
     };
-    let mut streamed = Streamed::new(&gpu).unwrap();
+    let mut streamed = Streamed::new(&gpu, Box::new(())).unwrap();
     [merge(None), merge(Some(&mut streamed))]
 }
 
@@ -212,6 +215,55 @@ fn a_gpu_that_breaks_in_a_merge_leaves_the_rest_to_the_cpu() {
     // A window takes four copies.
     for copies in 0..14 {
         assert_same(&models, &recipe, &windows()[0], gpu().breaking_after(copies));
+    }
+}
+
+/// Wanted back when it has been asked so often.
+#[derive(Debug)]
+struct For(AtomicUsize);
+
+impl Lease for For {
+    fn is_wanted_back(&self) -> bool {
+        self.0
+            .fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1))
+            .is_err()
+    }
+}
+
+impl Drop for For {
+    fn drop(&mut self) {
+        GIVEN_BACK.fetch_add(1, Relaxed);
+    }
+}
+
+static GIVEN_BACK: AtomicUsize = AtomicUsize::new(0);
+
+#[test]
+fn a_gpu_that_is_wanted_back_is_given_back_in_the_middle_of_a_merge() {
+    let models = models([Dtype::BF16; 4]);
+    let recipe = json!({"method": "task_arithmetic", "base": "base", "models": ["a", "b"]});
+    let recipe = checked(recipe).unwrap();
+    let parents = Parents::open(&recipe, &models).unwrap();
+    let merge = |gpu: Option<&mut Streamed>| {
+        let (out, quiet) = (tempfile::tempdir().unwrap(), Counter::default());
+        let [options, _] = windows();
+        match gpu {
+            Some(gpu) => merge_to_folder_on_gpu(gpu, &recipe, &parents, out.path(), &options, &quiet),
+            None => merge_to_folder(&recipe, &parents, out.path(), &options, &quiet),
+        }
+        .unwrap()
+    };
+    let expected = merge(None);
+    for windows in 0..3 {
+        let lease = Box::new(For(AtomicUsize::new(windows)));
+        let mut streamed = Streamed::new(&gpu(), lease).unwrap();
+        assert_eq!(merge(Some(&mut streamed)), expected);
+        assert_eq!(
+            GIVEN_BACK.load(Relaxed),
+            windows + 1,
+            "before the merge is dropped"
+        );
+        assert_eq!(streamed.failure(), None);
     }
 }
 
