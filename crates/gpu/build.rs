@@ -4,10 +4,12 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const KERNELS: [(&str, &[&str]); 2] = [
+const KERNELS: [(&str, &[&str]); 3] = [
     // Products and sums stay apart, so that a merge has the same bytes as on the CPU.
     ("merge", &["--fmad=false"]),
     ("decoder", &[]),
+    // Sums as on the CPU.
+    ("draw", &["--fmad=false"]),
 ];
 
 fn main() {
@@ -47,10 +49,9 @@ fn compile(name: &str, flags: &[&str], out: &Path) -> Result<(), String> {
     .map_err(|error| format!("{error} (NVCC or CUDA_PATH names nvcc)"))
 }
 
-/// Compiles the kernels of the merge for the CPU, as a library that the crate is linked with.
+/// Compiles the kernels of the merge and of the draws for the CPU, as a library that the crate is linked with.
 fn emulate(out: &Path) -> Result<(), String> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-    let object = out.join("merge.o");
     // Products and sums stay apart here too.
     let flags = [
         "-x",
@@ -62,18 +63,20 @@ fn emulate(out: &Path) -> Result<(), String> {
         "-fno-exceptions",
         "-fno-rtti",
     ];
-    let mut compile = Command::new(&compiler);
-    compile.args(flags).args([
-        "-Wno-unknown-pragmas",
-        "-Ikernels/emulated",
-        "-c",
-        "kernels/merge.cu",
-        "-o",
-    ]);
-    run(compile.arg(&object))?;
     let mut archive = Command::new(std::env::var("AR").unwrap_or_else(|_| "ar".to_owned()));
-    let library = out.join("libcauldron_emulated.a");
-    run(archive.arg("crs").arg(library).arg(&object))?;
+    archive.arg("crs").arg(out.join("libcauldron_emulated.a"));
+    for name in ["merge", "draw"] {
+        let object = out.join(name).with_extension("o");
+        let mut compile = Command::new(&compiler);
+        compile
+            .args(flags)
+            .args(["-Wno-unknown-pragmas", "-Ikernels/emulated"]);
+        // nvcc needs no header for what it knows.
+        compile.args(["-include", "kernels/emulated/cuda.h", "-c"]);
+        run(compile.arg(format!("kernels/{name}.cu")).arg("-o").arg(&object))?;
+        archive.arg(object);
+    }
+    run(&mut archive)?;
     println!("cargo::rustc-link-search=native={}", out.display());
     println!("cargo::rustc-link-lib=static=cauldron_emulated");
     Ok(())

@@ -9,6 +9,7 @@ use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
 use candle_core::{DType, Result, Tensor, bail};
 
 use crate::device::{Gpu, pointer};
+use crate::draw::Chance;
 
 /// Rows of every product with fixed shapes; rows of all tensors have room up to a multiple of it.
 const ROWS: usize = 128;
@@ -265,6 +266,16 @@ impl Gpu {
                 },
             )
         }
+    }
+
+    /// As [`Gpu::draw_tokens`].
+    pub fn draw_from_rows(&self, logits: &Rows, chances: &[Chance]) -> Result<Vec<Option<u32>>> {
+        let from = logits.is(DType::F32, logits.width)?;
+        if chances.len() != logits.rows {
+            bail!("{} draws from {} rows", chances.len(), logits.rows);
+        }
+        // SAFETY: the rows were found to be there.
+        unsafe { self.draw_from(from, logits.width, chances) }
     }
 
     /// Of each row of logits: what its log-probabilities follow from, and its `top` largest.

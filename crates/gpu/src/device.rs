@@ -62,6 +62,13 @@ const DECODER: (&[u8], &[&str]) = (
     ],
 );
 
+const DRAW: (&[u8], &[&str]) = (
+    include_bytes!(concat!(env!("OUT_DIR"), "/draw.fatbin")),
+    &["draw_tokens"],
+);
+/// Threads that draw from one row.
+const DRAW_THREADS: usize = 512;
+
 /// A GPU with its kernels. Copies share everything.
 #[derive(Clone)]
 pub struct Gpu {
@@ -127,7 +134,7 @@ impl Gpu {
         // SAFETY: everything on this device runs on its one stream, in order, so nothing has to be waited for.
         unsafe { cuda.disable_event_tracking() };
         let mut functions = HashMap::new();
-        for (image, names) in [MERGE, DECODER] {
+        for (image, names) in [MERGE, DECODER, DRAW] {
             let module = stream
                 .context()
                 .load_module(Ptx::from_binary(image.to_vec()))
@@ -265,6 +272,24 @@ impl Gpu {
         unsafe {
             self.launch(name, (blocks, 1), threads, |launch| {
                 launch.arg(&at).arg(&tiles).arg(&count);
+            })
+        }
+    }
+
+    /// # Safety
+    /// There is a row of logits, a chance, and room for a token, for each of the rows.
+    pub(crate) unsafe fn launch_draw(
+        &self,
+        rows: usize,
+        logits: u64,
+        chances: u64,
+        vocab: i32,
+        tokens: u64,
+    ) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe {
+            self.launch("draw_tokens", (rows, 1), DRAW_THREADS, |launch| {
+                launch.arg(&logits).arg(&chances).arg(&vocab).arg(&tokens);
             })
         }
     }

@@ -1,7 +1,8 @@
 //! In place of a GPU the CPU, which runs the kernels of the merge one thread after the other: for tests of what they compute.
 
-use std::sync::Arc;
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, Tensor, bail};
 
@@ -11,6 +12,7 @@ mod kernels {
 
     unsafe extern "C" {
         pub fn emulated_place(block: u32, thread: u32, blocks: u32, threads: u32);
+        pub fn draw_tokens(logits: u64, chances: u64, vocab: i32, tokens: u64);
         pub fn keep_bits(bits: u64, first: u64, length: u64, key0: u32, key1: u32, threshold: u32);
     }
 
@@ -147,6 +149,23 @@ impl Gpu {
     }
 
     /// # Safety
+    /// There is a row of logits, a chance, and room for a token, for each of the rows.
+    pub(crate) unsafe fn launch_draw(
+        &self,
+        rows: usize,
+        logits: u64,
+        chances: u64,
+        vocab: i32,
+        tokens: u64,
+    ) -> Result<()> {
+        // SAFETY: the caller's.
+        each_block(rows, || unsafe {
+            kernels::draw_tokens(logits, chances, vocab, tokens)
+        });
+        Ok(())
+    }
+
+    /// # Safety
     /// There is room for a bit an element.
     pub(crate) unsafe fn launch_keep_bits(
         &self,
@@ -191,6 +210,45 @@ impl DeviceBytes {
 
     pub fn address(&self) -> u64 {
         self.address
+    }
+}
+
+/// Threads of a block whose threads wait for each other: a few will do.
+const WAITING_THREADS: usize = 5;
+
+thread_local! {
+    static BLOCK: RefCell<Option<Arc<Barrier>>> = const { RefCell::new(None) };
+}
+
+/// `__syncthreads`.
+#[unsafe(no_mangle)]
+extern "C" fn emulated_wait() {
+    let block = BLOCK.with_borrow(Clone::clone);
+    if let Some(block) = block {
+        block.wait();
+    }
+}
+
+/// What blocks have in common is static, so that one runs at a time.
+static ONE_BLOCK: Mutex<()> = Mutex::new(());
+
+/// As [`each_thread`], with threads that run at the same time.
+fn each_block(blocks: usize, run: impl Fn() + Sync) {
+    let _one = ONE_BLOCK.lock().unwrap_or_else(PoisonError::into_inner);
+    for block in 0..blocks {
+        let barrier = Arc::new(Barrier::new(WAITING_THREADS));
+        std::thread::scope(|scope| {
+            for thread in 0..WAITING_THREADS {
+                let (barrier, run) = (barrier.clone(), &run);
+                scope.spawn(move || {
+                    BLOCK.set(Some(barrier));
+                    let (threads, blocks) = (WAITING_THREADS as u32, blocks as u32);
+                    // SAFETY: it sets numbers of this thread.
+                    unsafe { kernels::emulated_place(block as u32, thread as u32, blocks, threads) };
+                    run();
+                });
+            }
+        });
     }
 }
 

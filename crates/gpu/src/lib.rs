@@ -15,6 +15,7 @@ mod device;
 #[cfg(not(feature = "cuda"))]
 #[path = "emulated.rs"]
 mod device;
+mod draw;
 mod lane;
 mod merge;
 
@@ -25,6 +26,7 @@ pub use decoder::{Gate, Rows, Summary};
 pub use device::Gpu;
 #[cfg(feature = "cuda")]
 pub use device::{count, free_bytes, is_available, reset};
+pub use draw::Chance;
 pub use lane::Lane;
 pub use merge::{
     ALIGNMENT, Bytes, Change, Draw, Edge, MOST_MEMBERS, Mean, Member, Number, Operation, Pass, Plan,

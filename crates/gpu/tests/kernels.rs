@@ -5,7 +5,9 @@
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Tensor};
-use cauldron_gpu::{Bytes, Change, Draw, Edge, Gpu, Mean, Member, Number, Operation, Pass, Survivors};
+use cauldron_gpu::{
+    Bytes, Chance, Change, Draw, Edge, Gpu, Mean, Member, Number, Operation, Pass, Survivors,
+};
 
 /// More than a tile, and no whole number of runs.
 const ELEMENTS: usize = 8192 + 1003;
@@ -495,5 +497,151 @@ fn bits_that_are_drawn_from_any_element_on_are_those_of_the_whole() {
             let kept = f32::from_le_bytes(found[4 * i..4 * i + 4].try_into().unwrap()) == 1.0;
             assert_eq!(kept, bit(&whole, first + i) == 1, "element {i} from {first}");
         }
+    }
+}
+
+/// The rules of `Sampler` in crates/lm, one step after the other.
+fn token_of(logits: &[f32], chance: &Chance) -> u32 {
+    let best = logits
+        .iter()
+        .copied()
+        .filter(|l| !l.is_nan())
+        .fold(f32::NEG_INFINITY, f32::max);
+    let mut all: Vec<(u32, f64)> = (0..)
+        .zip(logits)
+        .map(|(id, logit)| match logit.is_nan() {
+            true => (id, 0.0),
+            false => (
+                id,
+                ((f64::from(*logit) - f64::from(best)) / f64::from(chance.temperature)).exp(),
+            ),
+        })
+        .collect();
+    let likelier = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    if chance.top_k > 0 && (chance.top_k as usize) < all.len() {
+        all.sort_by(likelier);
+        all.truncate(chance.top_k as usize);
+    }
+    if chance.top_p < 1.0 {
+        all.sort_by(likelier);
+        let total: f64 = all.iter().map(|(_, weight)| weight).sum();
+        let mut sum = 0.0;
+        let last = all.iter().position(|(_, weight)| {
+            sum += weight;
+            sum >= f64::from(chance.top_p) * total
+        });
+        all.truncate(last.unwrap() + 1);
+    }
+    all.retain(|(_, weight)| *weight >= f64::from(chance.min_p) && *weight > 0.0);
+    let mut left = chance.uniform * all.iter().map(|(_, weight)| weight).sum::<f64>();
+    for (id, weight) in &all {
+        if left < *weight {
+            return *id;
+        }
+        left -= weight;
+    }
+    all.last().unwrap().0
+}
+
+#[test]
+fn tokens_are_drawn_by_the_rules_of_the_sampler() {
+    let gpu = gpu();
+    let mut numbers = Numbers(77);
+    let plain = Chance {
+        uniform: 0.0,
+        temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+    };
+    let rules = [
+        plain,
+        Chance {
+            temperature: 0.3,
+            ..plain
+        },
+        Chance {
+            temperature: 5.0,
+            ..plain
+        },
+        Chance { min_p: 0.2, ..plain },
+        Chance { top_k: 1, ..plain },
+        Chance { top_k: 40, ..plain },
+        Chance {
+            top_k: 700,
+            temperature: 2.0,
+            ..plain
+        },
+        Chance {
+            top_k: u32::MAX,
+            ..plain
+        },
+        Chance { top_p: 0.9, ..plain },
+        Chance { top_p: 1e-6, ..plain },
+        Chance {
+            top_p: 0.95,
+            temperature: 0.7,
+            ..plain
+        },
+        Chance {
+            top_k: 30,
+            top_p: 0.8,
+            min_p: 0.05,
+            ..plain
+        },
+    ];
+    let uniforms = [0.0, 1e-9, 0.25, 0.5, 0.77, 0.999, 1.0 - f64::EPSILON];
+    // More tokens than threads, as many, fewer; peaked logits, in steps so that some are equal, and some that are no numbers.
+    for vocab in [3003, 5, 2] {
+        let logits: Vec<f32> = (0..vocab)
+            .map(|i| match numbers.next() % 50 {
+                0 if i > 0 => f32::NAN,
+                1 if i > 0 => f32::NEG_INFINITY,
+                n => (n as f32 / 8.0).floor() + (numbers.next() % 7) as f32 - 9.0,
+            })
+            .collect();
+        for rule in rules {
+            let chances: Vec<Chance> = uniforms.map(|uniform| Chance { uniform, ..rule }).to_vec();
+            let rows = logits.repeat(chances.len());
+            let rows = Tensor::from_vec(rows, (chances.len(), vocab), &Device::Cpu).unwrap();
+            let drawn = gpu.draw_tokens(&rows, &chances).unwrap();
+            for (chance, token) in chances.iter().zip(drawn) {
+                assert_eq!(token, Some(token_of(&logits, chance)), "{vocab} {chance:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_drawn_is_left_to_the_cpu() {
+    let chance = Chance {
+        uniform: 0.5,
+        temperature: 1.0,
+        top_k: 0,
+        top_p: 0.9,
+        min_p: 0.0,
+    };
+    let draw = |logits: Vec<f32>, chance: Chance| {
+        let vocab = logits.len();
+        let rows = Tensor::from_vec(logits, (1, vocab), &Device::Cpu).unwrap();
+        gpu().draw_tokens(&rows, &[chance]).unwrap()[0]
+    };
+    // A flat row, of which a cut leaves too many.
+    assert_eq!(draw(vec![1.0; 3000], chance), None);
+    assert_eq!(
+        draw(
+            vec![1.0; 3000],
+            Chance {
+                top_k: 2000,
+                top_p: 1.0,
+                ..chance
+            }
+        ),
+        None
+    );
+    let uncut = Chance { top_p: 1.0, ..chance };
+    assert_eq!(draw(vec![1.0; 3000], uncut), Some(1500));
+    for row in [[f32::NAN; 8], [f32::NEG_INFINITY; 8], [f32::INFINITY; 8]] {
+        assert_eq!(draw(row.to_vec(), uncut), None);
     }
 }

@@ -12,6 +12,8 @@ use crate::attention::{AttentionShape, Span, attend};
 use crate::kv::{BLOCK_TOKENS, KvLayer, KvPool, Store};
 use crate::ops::{self, Linear, Matrix, by_rows, dot, gate, softcap};
 use crate::rope::{Rope, RopeTable};
+#[cfg(feature = "cuda")]
+use crate::sampler::Chance;
 use crate::weights::{Loader, WeightSource, check_shape, expected_tensors};
 use crate::{LmError, ModelConfig};
 use candle_core::{Device, Tensor};
@@ -182,6 +184,20 @@ impl Decoder {
     ) -> Option<Result<Vec<cauldron_gpu::Summary>, LmError>> {
         let on_gpu = self.on_gpu.as_ref()?;
         Some(on_gpu.summarize(self, hidden, rows, targets, top))
+    }
+
+    /// Draws the next token of some rows where their logits lie. None for a row where its logits have to be looked at.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn draw(
+        &self,
+        hidden: &Tensor,
+        rows: &[u32],
+        chances: &[Chance],
+    ) -> Result<Vec<Option<u32>>, LmError> {
+        match &self.on_gpu {
+            None => Ok(vec![None; rows.len()]),
+            Some(on_gpu) => on_gpu.draw(self, hidden, rows, chances),
+        }
     }
 
     /// Runs the new tokens of all segments in one packed forward, puts their keys and values into the blocks, and

@@ -12,6 +12,8 @@ use rayon::prelude::*;
 use crate::decoder::Segment;
 use crate::kv::{BLOCK_TOKENS, KvPool};
 use crate::request::MAX_LOGPROBS;
+#[cfg(feature = "cuda")]
+use crate::sampler::Chance;
 use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Plan, Scheduler, Scores, Share, Start};
 use crate::scoring::{NO_LOGPROB, Target, score_rows};
@@ -422,6 +424,8 @@ impl Engine {
         if self.decoder.summarizes() {
             self.draw_likeliest(&mut draw, hidden, care)?;
         }
+        #[cfg(feature = "cuda")]
+        self.draw_there(&mut draw, hidden, care)?;
         if draw.is_empty() {
             return Ok(());
         }
@@ -492,6 +496,60 @@ impl Engine {
         Ok(())
     }
 
+    /// Draws for the sequences of which nothing but the logits counts, where the logits lie.
+    #[cfg(feature = "cuda")]
+    fn draw_there(
+        &mut self,
+        rows: &mut Vec<(u64, u32)>,
+        hidden: &Tensor,
+        care: &mut dyn DeviceCare,
+    ) -> Result<(), LmError> {
+        if !self.decoder.summarizes() {
+            return Ok(());
+        }
+        let mut drawing = Vec::new();
+        for (id, row) in &*rows {
+            let sequence = self.sequences.get_mut(id);
+            if let Some((chance, top)) = sequence.and_then(Sequence::chance) {
+                drawing.push((*id, *row, chance, top));
+            }
+        }
+        let places: Vec<u32> = drawing.iter().map(|(_, row, ..)| *row).collect();
+        let chances: Vec<_> = drawing.iter().map(|(_, _, chance, _)| *chance).collect();
+        if drawing.is_empty() {
+            return Ok(());
+        }
+        let tokens = computed(care, || self.decoder.draw(hidden, &places, &chances))?;
+        let drawn: Vec<_> = drawing
+            .into_iter()
+            .zip(tokens)
+            .filter_map(|((id, row, _, top), token)| Some((id, row, token?, top)))
+            .collect();
+        let targets: Vec<Target> = drawn
+            .iter()
+            .filter_map(|(_, row, token, top)| {
+                Some(Target {
+                    row: *row,
+                    token: *token,
+                    top: (*top)?,
+                })
+            })
+            .collect();
+        let mut scored = computed(care, || score_rows(&self.decoder, hidden, &targets))?.into_iter();
+        for (id, _, token, top) in drawn {
+            rows.retain(|(other, _)| *other != id);
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.sampler.drawn();
+            }
+            let drawn = Drawn {
+                token: Ok(token),
+                logprobs: top.and_then(|_| scored.next()),
+            };
+            self.take(id, drawn);
+        }
+        Ok(())
+    }
+
     fn take(&mut self, id: u64, drawn: Drawn) {
         let token = match drawn.token {
             Ok(token) => token,
@@ -556,6 +614,17 @@ impl Sequence {
             && request.constraint.is_none()
             && self.answered >= request.min_tokens;
         plain.then_some(request.logprobs)
+    }
+
+    /// What its next token is drawn by, if that and the logits are all that counts; and how many logprobs are wanted.
+    #[cfg(feature = "cuda")]
+    fn chance(&mut self) -> Option<(Chance, Option<usize>)> {
+        let request = &self.request;
+        let plain = request.logit_bias.is_empty()
+            && request.constraint.is_none()
+            && self.answered >= request.min_tokens;
+        let chance = if plain { self.sampler.chance() } else { None };
+        Some((chance?, request.logprobs))
     }
 
     fn draw(&mut self, mut logits: Vec<f32>) -> Drawn {

@@ -98,6 +98,17 @@ pub struct Sampler {
     rng: ChaCha12Rng,
     prompt: HashSet<u32>,
     answer: HashMap<u32, u32>,
+    /// Of the next draw, if it was begun elsewhere.
+    uniform: Option<f64>,
+}
+
+/// What decides a draw, beside the logits.
+#[derive(Debug, Clone, Copy)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) struct Chance {
+    /// From 0 on and below 1: the share of all weights that lies before the token.
+    pub uniform: f64,
+    pub sampling: Sampling,
 }
 
 impl Sampler {
@@ -111,7 +122,41 @@ impl Sampler {
             rng: ChaCha12Rng::seed_from_u64(sampling.seed),
             prompt,
             answer: HashMap::new(),
+            uniform: None,
         }
+    }
+
+    /// What the next draw goes by, if neither the likeliest token is taken nor what came before counts. It stays the same until
+    /// [`Self::drawn`] or [`Self::sample`].
+    pub(crate) fn chance(&mut self) -> Option<Chance> {
+        let Sampling {
+            temperature,
+            repetition_penalty,
+            frequency_penalty,
+            presence_penalty,
+            ..
+        } = self.sampling;
+        let is_fresh = repetition_penalty == 1.0 && frequency_penalty == 0.0 && presence_penalty == 0.0;
+        if temperature == 0.0 || !is_fresh {
+            return None;
+        }
+        let uniform = self.next_uniform();
+        self.uniform = Some(uniform);
+        Some(Chance {
+            uniform,
+            sampling: self.sampling,
+        })
+    }
+
+    /// A token was drawn by [`Self::chance`].
+    pub(crate) fn drawn(&mut self) {
+        self.uniform = None;
+    }
+
+    /// 53 random bits: uniform in [0, 1).
+    fn next_uniform(&mut self) -> f64 {
+        let next = || (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        self.uniform.take().unwrap_or_else(next)
     }
 
     /// Draws the next token; `banned` ids cannot be drawn. None if no logit is a number. The logits are
@@ -175,8 +220,7 @@ impl Sampler {
             candidates.retain(|(_, weight)| *weight >= f64::from(self.sampling.min_p));
         }
         let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
-        // 53 random bits: uniform in [0, 1), always below the total.
-        let mut left = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * total;
+        let mut left = self.next_uniform() * total;
         let mut last = candidates.first().map_or(0, |(id, _)| *id);
         for (id, weight) in candidates.into_iter().filter(|(_, weight)| *weight > 0.0) {
             if left < weight {
@@ -269,6 +313,25 @@ mod tests {
             let share = first.iter().filter(|t| **t == id as u32).count() as f64 / 20_000.0;
             assert!((share - logit.exp() / total).abs() < 0.015, "{id}: {share}");
         }
+    }
+
+    #[test]
+    fn a_draw_that_was_begun_elsewhere_is_the_same_draw() {
+        let sampling = Sampling {
+            temperature: 1.0,
+            seed: 3,
+            ..Sampling::default()
+        };
+        let logits = [0.0, 0.5, 1.0, 0.2];
+        let expected = draws(sampling, &logits, 50);
+        let mut sampler = Sampler::new(sampling, &[]);
+        for expected in expected {
+            let begun = sampler.chance().expect("a chance").uniform;
+            assert_eq!(sampler.chance().expect("a chance").uniform, begun);
+            assert_eq!(sampler.sample(&mut logits.to_vec(), &[]), Some(expected));
+        }
+        let greedy = Sampler::new(Sampling::default(), &[]).chance();
+        assert!(greedy.is_none());
     }
 
     #[test]

@@ -1,8 +1,8 @@
-// As cuda_fp16.h.
+// As cuda.h.
 
 #pragma once
 
-#include "cuda_fp16.h"
+#include "cuda.h"
 
 struct __nv_bfloat16 {
     uint16_t bits;

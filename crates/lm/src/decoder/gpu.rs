@@ -8,6 +8,7 @@ use super::{Decoder, Layer, Segment};
 use crate::arithmetic::Arithmetic;
 use crate::config::Activation;
 use crate::rope::RopeTable;
+use crate::sampler::Chance;
 use crate::{LmError, ModelConfig};
 
 /// A GPU, and the type of the inputs of its products.
@@ -190,6 +191,28 @@ impl OnGpu {
             .logits(decoder, hidden, &rows)?
             .tensor()?
             .to_device(&Device::Cpu)?)
+    }
+
+    /// A token of each row, or None where the CPU has to draw it.
+    pub fn draw(
+        &self,
+        decoder: &Decoder,
+        hidden: &Tensor,
+        rows: &[u32],
+        chances: &[Chance],
+    ) -> Result<Vec<Option<u32>>, LmError> {
+        let logits = self.logits(decoder, hidden, rows)?;
+        let chances: Vec<cauldron_gpu::Chance> = chances
+            .iter()
+            .map(|Chance { uniform, sampling }| cauldron_gpu::Chance {
+                uniform: *uniform,
+                temperature: sampling.temperature,
+                top_k: u32::try_from(sampling.top_k).unwrap_or(u32::MAX),
+                top_p: sampling.top_p,
+                min_p: sampling.min_p,
+            })
+            .collect();
+        Ok(self.gpu.draw_from_rows(&logits, &chances)?)
     }
 
     /// Of each row: what its log-probabilities follow from.
