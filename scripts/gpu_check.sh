@@ -5,7 +5,8 @@
 #   2. families in the GPU's memory: the CPU's bytes for every method the kernels know, and the speed of a point
 #   3. the service over HTTP: families in the GPU's memory, saved and loaded again; more models than there is memory for
 #   4. a GPU that was reset and opened anew
-#   5. scoring and generation beside transformers on the same GPU
+#   5. merges to disk through the GPU: the files of the CPU, and the time beside the CPU's
+#   6. scoring and generation beside transformers on the same GPU
 #
 # Needs a machine with an NVIDIA GPU and python3 with torch, transformers, numpy; nothing from a network. The programs are
 # built elsewhere by scripts/gpu_build.sh (default: target/gpu). Random checkpoints are made in /dev/shm. Prints
@@ -47,6 +48,10 @@ python3 -c 'import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]),
 python3 scripts/gpu_service.py "$models/cauldron" "$models/small" cuda:0 | tee "$out/service.txt"
 [ "${PIPESTATUS[0]}" = 0 ] || { failed=1; echo "FAILED: service"; }
 
+step "merges to disk"
+python3 scripts/gpu_merges.py "$models/cauldron" "$models/small" "$models/recipes" cuda:0 | tee "$out/merges.txt"
+[ "${PIPESTATUS[0]}" = 0 ] || { failed=1; echo "FAILED: merges"; }
+
 step "families of 1.1 billion parameters: time of a point"
 check python3 bench/random_llama.py "$models/large" 1100000000 base a b c
 # shellcheck disable=SC2086
@@ -61,6 +66,11 @@ for _ in range(20):
     times.append(time.perf_counter() - start)
 print(json.dumps({"copy_gb_per_s": 2 * a.numel() / sorted(times)[10] / 1e9, "gpu": torch.cuda.get_device_name()}))
 PYTHON
+
+step "merges to disk of 1.1 billion parameters"
+# shellcheck disable=SC2086
+python3 scripts/gpu_merges.py "$models/cauldron" "$models/large" "$models/recipes" cuda:0 $timed slerp | tee -a "$out/merges.txt"
+[ "${PIPESTATUS[0]}" = 0 ] || { failed=1; echo "FAILED: merges"; }
 
 step "scoring and generation beside transformers"
 check python3 scripts/gpu_speed.py "$programs/speed" "$models/large/base" | tee "$out/speed.txt"

@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 SCORE = (64, 512)
-DECODE = [(1, 128), (32, 128), (256, 64)]
+DECODE = [("decode", 1, 128), ("decode", 32, 128), ("decode", 256, 64), ("sample", 256, 64)]
 PAST = 16
 
 
@@ -48,14 +48,17 @@ def theirs(folder):
             logits.gather(-1, some[:, 1:, None]).sum().item()
 
     rates = {f"score:{count}x{length}": count * length / timed(score)}
-    for count, tokens in DECODE:
+    for kind, count, tokens in DECODE:
         start = torch.tensor(prompts(count, PAST, vocab)).cuda()
 
-        def generate(tokens=tokens, start=start):
-            model.generate(start, attention_mask=torch.ones_like(start), min_new_tokens=tokens, max_new_tokens=tokens,
-                           do_sample=False, pad_token_id=0)
+        # Of all tokens, as ours.
+        how = {"do_sample": True, "temperature": 1.0, "top_k": 0} if kind == "sample" else {"do_sample": False}
 
-        rates[f"decode:{count}x{tokens}"] = count * tokens / timed(generate)
+        def generate(tokens=tokens, start=start, how=how):
+            model.generate(start, attention_mask=torch.ones_like(start), min_new_tokens=tokens, max_new_tokens=tokens,
+                           pad_token_id=0, **how)
+
+        rates[f"{kind}:{count}x{tokens}"] = count * tokens / timed(generate)
     del model
     torch.cuda.empty_cache()
     return rates

@@ -58,7 +58,7 @@ mod cuda {
         let (device, opening) = station.there()?;
         let mut streamed = borrow(station, &device, opening, parents, options)?;
         let merged = merge_to_folder_on_gpu(&mut streamed, recipe, parents, out, options, obs);
-        let failure = streamed.failure().map(ToOwned::to_owned);
+        let (failure, has_merged) = (streamed.failure().map(ToOwned::to_owned), streamed.has_merged());
         // Its room keeps a device from being opened anew.
         drop(streamed);
         if let Some(detail) = failure {
@@ -66,7 +66,7 @@ mod cuda {
             if let LmError::DeviceLost { .. } = LmError::of_device(&detail) {
                 serving.lose(station, opening);
             }
-        } else if merged.is_ok() {
+        } else if merged.is_ok() && has_merged {
             metrics::counter!(telemetry::GPU_MERGES, "device" => station.choice().to_string()).increment(1);
         }
         Some(merged)

@@ -1,7 +1,7 @@
 //! Tokens a second of prefill, scoring and decoding, without a server in between.
 //!
 //! `cargo run --release -p cauldron-lm --example speed -- MODEL_FOLDER [CASE ...]`, a case being `prefill:SEQUENCESxTOKENS`,
-//! `score:SEQUENCESxTOKENS` or `decode:SEQUENCESxTOKENS[@PAST]`. ARITHMETIC=bf16 rounds the factors of products to bf16.
+//! `score:SEQUENCESxTOKENS`, `decode:SEQUENCESxTOKENS[@PAST]` or `sample:...`, the same with temperature 1. ARITHMETIC=bf16 rounds the factors of products to bf16.
 //! DEVICE=cuda takes the first GPU.
 
 use std::sync::Arc;
@@ -59,8 +59,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (length, answer, logprobs) = match kind {
             "prefill" => (tokens, 1, None),
             "score" => (tokens, 1, Some(1)),
-            "decode" => (past, tokens + 1, None),
-            _ => return Err("a kind is prefill, score or decode".into()),
+            "decode" | "sample" => (past, tokens + 1, None),
+            _ => return Err("a kind is prefill, score, decode or sample".into()),
         };
         let config = EngineConfig {
             max_batch_tokens: batch_tokens,
@@ -78,7 +78,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     .collect(),
                 max_tokens: answer,
                 min_tokens: 0,
-                sampling: Sampling::default(),
+                sampling: Sampling {
+                    temperature: if kind == "sample" { 1.0 } else { 0.0 },
+                    seed: id as u64,
+                    ..Sampling::default()
+                },
                 logit_bias: Vec::new(),
                 constraint: None,
                 stop_ids: Vec::new(),
@@ -102,7 +106,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         let all = start.elapsed().as_secs_f64();
         let rate = match kind {
-            "decode" => (sequences * tokens) as f64 / (all - first),
+            "decode" | "sample" => (sequences * tokens) as f64 / (all - first),
             _ => (sequences * tokens) as f64 / all,
         };
         println!("{case:20} {rate:8.1} tokens/s");

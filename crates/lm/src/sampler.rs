@@ -128,6 +128,7 @@ impl Sampler {
 
     /// What the next draw goes by, if neither the likeliest token is taken nor what came before counts. It stays the same until
     /// [`Self::drawn`] or [`Self::sample`].
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(crate) fn chance(&mut self) -> Option<Chance> {
         let Sampling {
             temperature,
@@ -149,6 +150,7 @@ impl Sampler {
     }
 
     /// A token was drawn by [`Self::chance`].
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(crate) fn drawn(&mut self) {
         self.uniform = None;
     }

@@ -155,11 +155,11 @@ impl<'a> Family<'a> {
         )
     }
 
-    /// The tensors from `first` on, in runs that can be prepared and merged one after the other; all as one where there is nothing
-    /// to prepare or everything is prepared first.
-    pub(crate) fn groups(&self, first: usize) -> Vec<Range<usize>> {
+    /// The tensors from `first` on, in runs that can be prepared and merged one after the other. All are one where everything is
+    /// prepared first, and if `undivided` also where there is nothing to prepare.
+    pub(crate) fn groups(&self, first: usize, undivided: bool) -> Vec<Range<usize>> {
         let tensors = self.tensors();
-        let is_one = self.is_global() || passes(self.recipe) == 1;
+        let is_one = self.is_global() || (undivided && passes(self.recipe) == 1);
         let (mut groups, mut start, mut elements) = (Vec::new(), first, 0);
         for (index, tensor) in tensors.iter().enumerate().skip(first) {
             if elements > 0 && elements + tensor.plan.numel() > GROUP * self.window && !is_one {

@@ -110,6 +110,11 @@ pub(crate) type Consume<'a> = dyn FnMut(&[Chunk], Vec<ChunkStats>, Vec<u8>) -> R
 
 /// Where a merge is computed.
 pub(crate) trait MergesWindows {
+    /// Whether a run of tensors ends with waiting for what is still on its way.
+    fn waits_at_the_end(&self) -> bool {
+        false
+    }
+
     /// Merges some tensors and hands over whole windows, in buffers that `spare` gives.
     fn write_each(
         &mut self,
@@ -320,7 +325,7 @@ fn merge_windows(
     if family.is_global() {
         family.prepare_tensors(0..family.tensors().len(), obs)?;
     }
-    let groups = family.groups(first);
+    let groups = family.groups(first, engine.waits_at_the_end());
     for (index, group) in groups.iter().cloned().enumerate() {
         if !family.is_global() {
             // Read by the kernel while this group is prepared and merged.

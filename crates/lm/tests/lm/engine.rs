@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use crate::common::{Tiny, VOCAB, all_logits, config, prompt};
 use cauldron_lm::{
-    BLOCK_TOKENS, Decoder, DeviceCare, Engine, EngineConfig, Event, FinishReason, LmError, Request, Sampling,
-    TokenLogprobs,
+    BLOCK_TOKENS, Decoder, DeviceCare, Engine, EngineConfig, Event, FinishReason, LmError, Request, Sampler,
+    Sampling, TokenLogprobs,
 };
 use serde_json::json;
 
@@ -101,6 +101,66 @@ fn oracle(decoder: &Decoder, prompt: &[u32], count: usize) -> Vec<u32> {
         tokens.push(best as u32);
     }
     tokens.split_off(prompt.len())
+}
+
+/// On a GPU these are drawn there.
+#[test]
+fn drawn_answers_are_those_of_a_sampler_over_the_logits() {
+    let decoder = tiny();
+    let plain = Sampling {
+        temperature: 0.8,
+        ..Sampling::default()
+    };
+    let samplings = [
+        plain,
+        Sampling { top_p: 0.7, ..plain },
+        Sampling { top_k: 5, ..plain },
+        Sampling { min_p: 0.3, ..plain },
+        Sampling {
+            top_k: 20,
+            top_p: 0.9,
+            min_p: 0.01,
+            ..plain
+        },
+        Sampling {
+            presence_penalty: 0.5,
+            ..plain
+        },
+        Sampling::default(),
+    ];
+    let requests: Vec<Request> = samplings
+        .into_iter()
+        .enumerate()
+        .map(|(id, sampling)| Request {
+            sampling: Sampling {
+                seed: id as u64,
+                ..sampling
+            },
+            logprobs: (id % 2 == 0).then_some(3),
+            ..request(id as u64, prompt(10 + id, id), 12)
+        })
+        .collect();
+    let expected: Vec<Vec<u32>> = requests
+        .iter()
+        .map(|request| {
+            let mut sampler = Sampler::new(request.sampling, &request.prompt);
+            let mut tokens = request.prompt.clone();
+            for _ in 0..12 {
+                let mut logits = all_logits(&decoder, &tokens).pop().expect("a row");
+                tokens.push(sampler.sample(&mut logits, &[]).expect("a token"));
+            }
+            tokens.split_off(request.prompt.len())
+        })
+        .collect();
+    let answers = run(engine(&decoder, 64, 64), requests);
+    for (id, expected) in (0..).zip(expected) {
+        let answer = &answers[&id];
+        assert_eq!(answer.tokens, expected, "{id}");
+        for (token, scored) in answer.tokens.iter().zip(&answer.logprobs) {
+            assert_eq!(scored.is_some(), id % 2 == 0);
+            assert!(scored.as_ref().is_none_or(|scored| scored.token == *token));
+        }
+    }
 }
 
 #[test]

@@ -27,6 +27,7 @@ pub struct Streamed {
     lease: Option<Box<dyn Lease>>,
     is_given_up: bool,
     failure: Option<String>,
+    has_merged: bool,
 }
 
 /// The memory of a GPU that a merge was lent; given back when it is dropped.
@@ -108,6 +109,7 @@ impl Streamed {
             lease: Some(lease),
             is_given_up: false,
             failure: None,
+            has_merged: false,
         })
     }
 
@@ -137,6 +139,11 @@ impl Streamed {
     /// What the GPU said when it failed, if it did.
     pub fn failure(&self) -> Option<&str> {
         self.failure.as_deref()
+    }
+
+    /// Whether anything came back from it.
+    pub fn has_merged(&self) -> bool {
+        self.has_merged
     }
 
     fn fail(&mut self, turn: usize, error: &candle_core::Error) {
@@ -241,6 +248,7 @@ impl Streamed {
                         part.copy_from_slice(&outs[on_gpu.out.clone()]);
                     }
                 });
+                self.has_merged = true;
                 None
             }
             // The CPU says which result is not finite.
@@ -260,6 +268,10 @@ impl Streamed {
 }
 
 impl MergesWindows for Streamed {
+    fn waits_at_the_end(&self) -> bool {
+        true
+    }
+
     fn write_each(
         &mut self,
         point: &Point<'_, '_>,
