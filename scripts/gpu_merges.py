@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+import time
 
 from gpu_service import Started
 
@@ -21,6 +22,7 @@ def made(service, data, recipe):
     """What a merge has written, and its milliseconds."""
     job = service.ask("POST", "/merge", recipe)
     while job["status"] in ("queued", "running"):
+        time.sleep(0.01)
         job = service.ask("GET", f"/merge/{job['id']}")
     if job["status"] != "succeeded":
         raise SystemExit(f"{recipe}: {job['error']}")

@@ -93,6 +93,9 @@ impl App {
             Handle::current(),
         ));
         let on_gpu = devices.iter().any(|(_, device)| !matches!(device, Device::Cpu));
+        if config.storage.merge_on == MergeOn::Gpu && !on_gpu {
+            warn!("--merge-on gpu: there is no GPU, merges are computed on the CPU");
+        }
         let limits = ServingLimits {
             max_batch_tokens: config.engine.batch_tokens(on_gpu) as usize,
             max_running: config.engine.max_running as usize,

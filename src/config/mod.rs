@@ -106,8 +106,9 @@ pub struct StorageConfig {
     /// Merged checkpoints are cut into files of at most this many bytes.
     #[arg(long, global = true, env = "CAULDRON_MAX_SHARD_BYTES", default_value_t = 5_000_000_000, value_parser = clap::value_parser!(u64).range(1 << 20..))]
     pub max_shard_bytes: u64,
-    /// Where merges are computed; the bytes are the same. `gpu`: their values stream through the GPU of --device with the most
-    /// room; what its kernels do not compute, finds no room or fails there is computed on the CPU.
+    /// Where merges are computed; the bytes are the same. `gpu`: their values stream through the GPU that models are served on,
+    /// of several the one with the most room, without a server the first; what its kernels do not compute, finds no room or
+    /// fails there is computed on the CPU.
     #[arg(long, global = true, env = "CAULDRON_MERGE_ON", default_value = "cpu")]
     pub merge_on: MergeOn,
     /// Bytes that merged checkpoints may take. The least recently used give way; what is loaded, pinned, being read or

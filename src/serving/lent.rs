@@ -31,18 +31,21 @@ impl Merges for OnServingGpus {
 
 #[cfg(feature = "cuda")]
 mod cuda {
+    use std::sync::OnceLock;
+
     use candle_core::Device;
     use cauldron_gpu::Gpu;
     use cauldron_lm::LmError;
-    use cauldron_merge::{Lease, Streamed, merge_to_folder_on_gpu};
+    use cauldron_merge::{Lease, Lender, Streamed, merge_to_folder_on_gpu};
     use tracing::{info, warn};
 
+    use super::super::engine::Command;
     use super::super::parents::GpuRoom;
     use super::super::station::Station;
     use super::*;
     use crate::telemetry;
 
-    /// None if no GPU is lent.
+    /// None if no kernel computes the recipe.
     pub fn merge(
         serving: &Serving,
         recipe: &Recipe,
@@ -54,48 +57,65 @@ mod cuda {
         if !Streamed::computes(recipe) {
             return None;
         }
-        let station = serving.roomiest();
-        let (device, opening) = station.there()?;
-        let mut streamed = borrow(station, &device, opening, parents, options)?;
+        let from = FromStation {
+            serving,
+            bytes: Streamed::bytes_needed(recipe, parents, options.window_elements),
+            lent: OnceLock::new(),
+        };
+        let mut streamed = Streamed::new(&from);
         let merged = merge_to_folder_on_gpu(&mut streamed, recipe, parents, out, options, obs);
-        let (failure, has_merged) = (streamed.failure().map(ToOwned::to_owned), streamed.has_merged());
-        // Its room keeps a device from being opened anew.
-        drop(streamed);
-        if let Some(detail) = failure {
-            warn!(device = %station.choice(), detail, "a merge went on without its GPU");
-            if let LmError::DeviceLost { .. } = LmError::of_device(&detail) {
-                serving.lose(station, opening);
-            }
-        } else if merged.is_ok() && has_merged {
-            metrics::counter!(telemetry::GPU_MERGES, "device" => station.choice().to_string()).increment(1);
+        if let (true, true, Some((station, _))) = (merged.is_ok(), streamed.has_merged(), from.lent.get()) {
+            let device = station.choice().to_string();
+            metrics::counter!(telemetry::GPU_MERGES, "device" => device).increment(1);
         }
         Some(merged)
     }
 
-    fn borrow(
-        station: &Arc<Station>,
-        device: &Device,
-        opening: u64,
-        parents: &Parents,
-        options: &MergeOptions,
-    ) -> Option<Streamed> {
-        if matches!(device, Device::Cpu) {
-            return None;
+    /// Lends the GPU with the most room.
+    #[derive(Debug)]
+    struct FromStation<'s> {
+        serving: &'s Serving,
+        bytes: u64,
+        /// Which it was, and the number of its opening.
+        lent: OnceLock<(Arc<Station>, u64)>,
+    }
+
+    impl Lender for FromStation<'_> {
+        fn lend(&self) -> Option<(Gpu, Box<dyn Lease>)> {
+            let station = self.serving.roomiest();
+            let (device, opening) = station.there()?;
+            if matches!(device, Device::Cpu) {
+                return None;
+            }
+            let Some(room) = station.parents.room_on_gpu(self.bytes) else {
+                info!(device = %station.choice(), "a merge finds no ample room on the GPU: it is made on the CPU");
+                return None;
+            };
+            // From here on the room keeps the device from being opened anew.
+            if !station.is_open(opening) {
+                return None;
+            }
+            let _ = self.lent.set((station.clone(), opening));
+            match Gpu::new(&device) {
+                Ok(gpu) => Some((gpu, Box::new(room))),
+                Err(error) => {
+                    drop(room);
+                    self.failed(&error.to_string());
+                    None
+                }
+            }
         }
-        let bytes = Streamed::bytes_needed(parents, options.window_elements);
-        let Some(room) = station.parents.room_on_gpu(bytes) else {
-            info!(device = %station.choice(), "a merge finds no ample room on the GPU: it is made on the CPU");
-            return None;
-        };
-        // From here on the room keeps the device from being opened anew.
-        if !station.is_open(opening) {
-            return None;
+
+        fn failed(&self, detail: &str) {
+            let Some((station, opening)) = self.lent.get() else {
+                return;
+            };
+            warn!(device = %station.choice(), detail, "a merge goes on without its GPU");
+            if let LmError::DeviceLost { .. } = LmError::of_device(detail) {
+                self.serving.lose(station, *opening);
+                station.engine.send(Command::DeviceFailed { opening: *opening });
+            }
         }
-        let opened = Gpu::new(device).map_err(|e| e.to_string());
-        let opened = opened.and_then(|gpu| Streamed::new(&gpu, Box::new(room)).map_err(|e| e.to_string()));
-        opened
-            .inspect_err(|detail| warn!(device = %station.choice(), detail, "a merge is made on the CPU"))
-            .ok()
     }
 
     impl Lease for GpuRoom {

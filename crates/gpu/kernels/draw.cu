@@ -20,10 +20,10 @@ struct Chance {
     uint32_t top_k;
 };
 
-// Bits that rise with the value; 0 for what is no number.
+// Bits that rise with the value, the same for zeros of both signs; 0 for what is no number.
 __device__ __forceinline__ uint32_t ordered(float value) {
     if (!(value == value)) return 0;
-    const uint32_t bits = __float_as_uint(value);
+    const uint32_t bits = __float_as_uint(value + 0.0f);
     return bits & 0x80000000 ? ~bits : bits | 0x80000000;
 }
 
@@ -93,7 +93,8 @@ __device__ __forceinline__ uint32_t reached_by_share(const float* logits, int vo
         }
         return block_sum(part);
     };
-    const double needed = static_cast<double>(chance.top_p) * 1.001 * mass(0);
+    const double share = chance.top_p;
+    const double needed = fmin(share * 1.001, (1.0 + share) / 2.0) * mass(0);
     uint32_t bound = 0;
     // The last bits would hardly leave fewer.
     for (int bit = 31; bit >= 8; bit--) {
@@ -161,11 +162,12 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
     __shared__ int count;
     uint32_t bound = 0;
     double total = 0.0;
+    // Of all but nothing fast sums are not sure.
+    if (k > MOST_CANDIDATES || (k == 0 && chance.top_p > 0.9998f)) {
+        if (threadIdx.x == 0) tokens[row] = NONE;
+        return;
+    }
     if (k > 0) {
-        if (k > MOST_CANDIDATES) {
-            if (threadIdx.x == 0) tokens[row] = NONE;
-            return;
-        }
         bound = reached_by(logits, vocab, k);
     } else {
         double part = 0.0;

@@ -485,7 +485,7 @@ __device__ __forceinline__ void merge_fast(const Pass* __restrict__ passes, cons
                     for (int i = 0; i < RUN; i++) quotients[i] = results[i];
                     good &= divide_run(divisor, pass.reciprocal, quotients);
 #pragma unroll
-                    for (int i = 0; i < RUN; i++) results[i] = results[i] == 0.0f ? results[i] : quotients[i];
+                    for (int i = 0; i < RUN; i++) results[i] = results[i] == 0.0f ? results[i] * divisor : quotients[i];
                 }
             }
             if (OPERATION != WEIGHTED_SUM) {

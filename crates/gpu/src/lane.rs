@@ -54,6 +54,8 @@ impl Room {
     /// Makes it no smaller than this; what was in it is lost where it grows.
     fn grow(&mut self, gpu: &Gpu, len: usize) -> Result<()> {
         if self.device.len() < len {
+            // What it has goes first.
+            *self = Self::new(gpu, 0)?;
             *self = Self::new(gpu, len)?;
         }
         Ok(())

@@ -369,7 +369,7 @@ fn every_kernel_does_the_arithmetic_written_out() {
                     rules,
                     base: Number::Bf16,
                     out: types[sparsifier % 3],
-                    divisor: [1.0, 3.0, 2.0][(count + sparsifier) % 3],
+                    divisor: [1.0, 3.0, 2.0, -1.0, -0.7][(count + sparsifier) % 5],
                     scaling: [1.0, 0.7][sparsifier % 2],
                     majority: [1.0, -1.0, 0.0][(count + sparsifier) % 3],
                 };

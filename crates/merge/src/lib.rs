@@ -42,7 +42,7 @@ mod vocab;
 pub use error::{MergeError, RecipeError};
 pub use family::Family;
 #[cfg(feature = "gpu")]
-pub use gpu::{Lease, Resident, Streamed, Written};
+pub use gpu::{Lease, Lender, Resident, Streamed, Written};
 pub use journal::{is_resumable, merge_key};
 pub use manifest::{
     MANIFEST_FILE, MANIFEST_FORMAT, MAX_MANIFEST_BYTES, Manifest, ParentEntry, Summary, TensorStats,

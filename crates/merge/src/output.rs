@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel, sync_channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cauldron_checkpoint::{
     CheckpointError, Digest, FileEntry, SIDECAR_FILES, ShardPlan, ShardedWriter, pretty, write_small,
@@ -92,7 +92,7 @@ pub fn merge_to_folder(
 /// when it fails, is computed on the CPU.
 #[cfg(feature = "gpu")]
 pub fn merge_to_folder_on_gpu(
-    streamed: &mut crate::Streamed,
+    streamed: &mut crate::Streamed<'_>,
     recipe: &Recipe,
     parents: &Parents,
     out: &Path,
@@ -114,6 +114,14 @@ pub(crate) trait MergesWindows {
     fn waits_at_the_end(&self) -> bool {
         false
     }
+
+    /// What is to be called now and then while tensors are prepared.
+    fn meanwhile(&self) -> Option<Arc<dyn Fn() + Send + Sync>> {
+        None
+    }
+
+    /// Nothing more is to be merged.
+    fn done(&mut self) {}
 
     /// Merges some tensors and hands over whole windows, in buffers that `spare` gives.
     fn write_each(
@@ -322,8 +330,12 @@ fn merge_windows(
     spare: Receiver<Vec<u8>>,
     consume: &mut Consume<'_>,
 ) -> Result<(), MergeError> {
+    let preparing = Preparing {
+        obs,
+        meanwhile: engine.meanwhile(),
+    };
     if family.is_global() {
-        family.prepare_tensors(0..family.tensors().len(), obs)?;
+        family.prepare_tensors(0..family.tensors().len(), &preparing)?;
     }
     let groups = family.groups(first, engine.waits_at_the_end());
     for (index, group) in groups.iter().cloned().enumerate() {
@@ -332,7 +344,7 @@ fn merge_windows(
             if let Some(next) = groups.get(index + 1) {
                 family.prefetch(next.clone());
             }
-            family.prepare_tensors(group.clone(), obs)?;
+            family.prepare_tensors(group.clone(), &preparing)?;
         }
         let point = family.point_of(None, group.clone())?;
         let which: Vec<usize> = group.clone().collect();
@@ -340,7 +352,27 @@ fn merge_windows(
         engine.write_each(&point, &which, obs, &mut spare, consume)?;
         family.forget(group);
     }
+    engine.done();
     Ok(())
+}
+
+/// Hears of what is prepared.
+struct Preparing<'a> {
+    obs: &'a dyn Observer,
+    meanwhile: Option<Arc<dyn Fn() + Send + Sync>>,
+}
+
+impl Observer for Preparing<'_> {
+    fn advance(&self, bytes: u64) {
+        self.obs.advance(bytes);
+    }
+
+    fn cancelled(&self) -> bool {
+        if let Some(meanwhile) = &self.meanwhile {
+            meanwhile();
+        }
+        self.obs.cancelled()
+    }
 }
 
 /// Counts the passes over tensors that an earlier try has merged as done.

@@ -11,7 +11,7 @@ use cauldron_gpu::{
 };
 
 pub use self::resident::{Resident, Written};
-pub use self::streamed::{Lease, Streamed};
+pub use self::streamed::{Lease, Lender, Streamed};
 use crate::MergeError;
 use crate::family::Family;
 use crate::layout::{Input, OutTensor};

@@ -3,14 +3,15 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cauldron_checkpoint::{Dtype, narrow, widen};
+use cauldron_checkpoint::{Chunks, Dtype, narrow, widen};
 use cauldron_gpu::{ALIGNMENT, Bytes, Draw, Gpu, Lane, Pass};
 use rayon::prelude::*;
 
 use super::{BitRun, Inputs, check, is_formed, number, pass, reads_base, size, threshold_of, type_of};
 use crate::family::Family;
-use crate::layout::Role;
+use crate::layout::{OutTensor, Role};
 use crate::output::{Consume, MergesWindows};
 use crate::point::{ChunkStats, Point};
 use crate::recipe::Recipe;
@@ -18,16 +19,22 @@ use crate::sparsify::Drop;
 use crate::stream::{Chunk, Scratch, Stream, TILE, Work};
 use crate::{MergeError, Observer, Parents};
 
-/// A GPU that merges what passes through it.
+/// A merge through a GPU that is lent for as long as there is something to compute.
 #[derive(Debug)]
-pub struct Streamed {
-    /// One is filled while the other one's work goes on. None since the GPU was given up.
-    lanes: [Option<Lane>; 2],
-    /// Goes after them.
-    lease: Option<Box<dyn Lease>>,
-    is_given_up: bool,
-    failure: Option<String>,
+pub struct Streamed<'l> {
+    lender: &'l dyn Lender,
+    state: Arc<Mutex<State>>,
     has_merged: bool,
+    is_whole: bool,
+}
+
+/// Lends a GPU to a merge, once.
+pub trait Lender: std::fmt::Debug + Sync {
+    /// None: all is merged on the CPU.
+    fn lend(&self) -> Option<(Gpu, Box<dyn Lease>)>;
+
+    /// What the GPU said when it failed; nothing of the merge is left there.
+    fn failed(&self, detail: &str);
 }
 
 /// The memory of a GPU that a merge was lent; given back when it is dropped.
@@ -36,11 +43,23 @@ pub trait Lease: std::fmt::Debug + Send {
     fn is_wanted_back(&self) -> bool;
 }
 
-/// Of a GPU that nobody else uses.
-impl Lease for () {
-    fn is_wanted_back(&self) -> bool {
-        false
-    }
+#[derive(Debug)]
+enum State {
+    /// Nothing was computed yet.
+    Before,
+    /// Nothing is on its way.
+    Idle(Open),
+    InUse,
+    /// The rest is computed on the CPU.
+    Over,
+}
+
+#[derive(Debug)]
+struct Open {
+    /// One is filled while the other one's work goes on.
+    lanes: [Lane; 2],
+    /// Goes after them.
+    lease: Box<dyn Lease>,
 }
 
 /// A chunk of a window.
@@ -101,16 +120,14 @@ enum Filled {
     Doubtful,
 }
 
-impl Streamed {
-    pub fn new(gpu: &Gpu, lease: Box<dyn Lease>) -> Result<Self, MergeError> {
-        let lane = || gpu.lane().map(Some).map_err(super::failed);
-        Ok(Self {
-            lanes: [lane()?, lane()?],
-            lease: Some(lease),
-            is_given_up: false,
-            failure: None,
+impl<'l> Streamed<'l> {
+    pub fn new(lender: &'l dyn Lender) -> Self {
+        Self {
+            lender,
+            state: Arc::new(Mutex::new(State::Before)),
             has_merged: false,
-        })
+            is_whole: true,
+        }
     }
 
     /// Whether the kernels compute what a recipe asks for.
@@ -119,60 +136,67 @@ impl Streamed {
     }
 
     /// What a merge takes of the GPU's memory, at most: `window` output elements (or one chunk) at a time, twice.
-    pub fn bytes_needed(parents: &Parents, window: usize) -> u64 {
-        let of = |tensor: &crate::layout::OutTensor| {
+    pub fn bytes_needed(recipe: &Recipe, parents: &Parents, window: usize) -> u64 {
+        let tensors = &parents.layout.tensors;
+        let of = |tensor: &OutTensor| {
             let inputs = tensor.members.len() + usize::from(tensor.base.is_some());
             // f32 and a bit, where a value is wider than in its file.
             (inputs * 4 + tensor.members.len() / 8 + 1 + tensor.plan.item_bytes()) as u64
         };
-        let element = parents.layout.tensors.iter().map(of).max().unwrap_or(0);
-        let largest = parents
-            .layout
-            .tensors
-            .iter()
-            .map(|tensor| cauldron_checkpoint::Chunks::of(&tensor.plan.shape).range(0).len());
-        let elements = largest.max().unwrap_or(0).max(window) as u64;
+        let element = tensors.iter().map(of).max().unwrap_or(0);
+        let chunk = |tensor: &OutTensor| match recipe.is_by_row() && tensor.plan.shape.len() < 2 {
+            true => tensor.plan.numel(),
+            false => Chunks::of(&tensor.plan.shape).range(0).len(),
+        };
+        let largest = tensors.iter().map(chunk).max().unwrap_or(0);
         // Parts begin at multiples of a few bytes, and there are orders.
-        2 * (elements * element + (8 << 20))
+        2 * (largest.max(window) as u64 * element + (8 << 20))
     }
 
-    /// What the GPU said when it failed, if it did.
-    pub fn failure(&self) -> Option<&str> {
-        self.failure.as_deref()
-    }
-
-    /// Whether anything came back from it.
+    /// Whether all that the kernels compute of a merge went through the GPU, and there was some.
     pub fn has_merged(&self) -> bool {
-        self.has_merged
+        self.has_merged && self.is_whole
     }
 
-    fn fail(&mut self, turn: usize, error: &candle_core::Error) {
-        self.failure = Some(error.to_string());
-        self.is_given_up = true;
-        // It may be in the middle of something.
-        self.lanes[turn] = None;
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets go of what is not in use, if the GPU is given up.
-    fn let_go(&mut self) {
-        if !self.is_given_up {
-            return;
+    /// The GPU, if there is one.
+    fn take_up(&mut self) -> Option<Open> {
+        let state = std::mem::replace(&mut *self.state(), State::InUse);
+        match state {
+            State::Idle(open) => Some(open),
+            State::Before => {
+                let (gpu, lease) = self.lender.lend()?;
+                let lanes = gpu.lane().and_then(|one| Ok([one, gpu.lane()?]));
+                match lanes {
+                    Ok(lanes) => Some(Open { lanes, lease }),
+                    Err(error) => {
+                        drop(lease);
+                        self.lender.failed(&error.to_string());
+                        None
+                    }
+                }
+            }
+            State::InUse | State::Over => None,
         }
-        for lane in &mut self.lanes {
-            lane.take_if(|lane| lane.is_idle());
-        }
-        if self.lanes.iter().all(Option::is_none) {
-            self.lease = None;
-        }
+    }
+
+    /// The GPU failed: what is there is let go of first.
+    fn fail(&mut self, open: &mut Option<Open>, error: &candle_core::Error) {
+        *open = None;
+        self.is_whole = false;
+        self.lender.failed(&error.to_string());
     }
 
     /// Fills a lane and starts it, or computes the window on the CPU.
     fn begin(
         &mut self,
+        open: &mut Option<Open>,
         turn: usize,
         to: &To<'_>,
-        window: &[Chunk],
-        next: &[Chunk],
+        [window, next]: [&[Chunk]; 2],
         mut bytes: Vec<u8>,
     ) -> Result<Begun, MergeError> {
         let To { point, stream, obs } = to;
@@ -185,17 +209,12 @@ impl Streamed {
         let factors = stream.factors(window)?;
         let work = stream.work(&factors);
         let placement = Placement::of(point, stream, &work, window);
-        self.is_given_up |= self.lease.as_ref().is_some_and(|lease| lease.is_wanted_back());
-        self.let_go();
-        let lane = self.lanes[turn].as_mut().filter(|_| placement.outs > 0);
-        let Some(lane) = lane else {
-            let merge = |work: &Work<'_>, scratch: &mut Scratch, chunk: Chunk, out: &mut [u8]| {
-                point.merge(work, scratch, chunk, out)
-            };
-            let (stats, bytes) = stream.write_window(window, next, bytes, *obs, &merge)?;
+        bytes.resize(window.iter().map(|chunk| stream.out_bytes(chunk)).sum(), 0);
+        let lane = open.as_mut().filter(|_| placement.outs > 0);
+        let Some(lane) = lane.map(|open| &mut open.lanes[turn]) else {
+            let (stats, bytes) = to.on_cpu(window, next, bytes, *obs)?;
             return Ok(begun(stats, bytes, None));
         };
-        bytes.resize(window.iter().map(|chunk| stream.out_bytes(chunk)).sum(), 0);
         let reserved = lane.reserve(placement.inputs, placement.outs);
         let filled = match reserved.and_then(|()| lane.host()) {
             Ok(host) => {
@@ -204,44 +223,46 @@ impl Streamed {
                 filled?
             }
             Err(error) => {
-                self.fail(turn, &error);
-                return self.begin(turn, to, window, next, bytes);
-            }
-        };
-        let stats = match filled {
-            Filled::Stats(stats) => stats,
-            Filled::Doubtful => {
-                let (stats, bytes) = to.on_cpu(window, bytes)?;
+                self.fail(open, &error);
+                let (stats, bytes) = to.on_cpu(window, next, bytes, *obs)?;
                 return Ok(begun(stats, bytes, None));
             }
+        };
+        let Filled::Stats(stats) = filled else {
+            let (stats, bytes) = to.on_cpu(window, &[], bytes, &Quiet(*obs))?;
+            return Ok(begun(stats, bytes, None));
         };
         match to.start(lane, &placement) {
             Ok(()) => Ok(begun(stats, bytes, Some((turn, placement)))),
             Err(error) => {
-                self.fail(turn, &error);
-                let (stats, bytes) = to.on_cpu(window, bytes)?;
+                self.fail(open, &error);
+                let (stats, bytes) = to.on_cpu(window, &[], bytes, &Quiet(*obs))?;
                 Ok(begun(stats, bytes, None))
             }
         }
     }
 
     /// Waits for a window and hands it over.
-    fn end(&mut self, to: &To<'_>, begun: Begun, consume: &mut Consume<'_>) -> Result<(), MergeError> {
+    fn end(
+        &mut self,
+        open: &mut Option<Open>,
+        to: &To<'_>,
+        begun: Begun,
+        consume: &mut Consume<'_>,
+    ) -> Result<(), MergeError> {
         let Begun {
             window,
-            stats,
+            mut stats,
             mut bytes,
             on_gpu,
         } = begun;
         let Some((turn, placement)) = on_gpu else {
             return consume(&window, stats, bytes);
         };
-        let finished = match self.lanes[turn].as_mut() {
-            Some(lane) => lane.finish(),
-            None => Ok(None),
-        };
+        // Without the GPU it is lost.
+        let finished = open.as_mut().map(|open| open.lanes[turn].finish());
         let failure = match finished {
-            Ok(Some(outs)) => {
+            Some(Ok(Some(outs))) => {
                 let parts = to.parts_of(&placement, &mut bytes);
                 parts.into_par_iter().for_each(|(placed, part)| {
                     if let Some(on_gpu) = &placed.on_gpu {
@@ -249,27 +270,34 @@ impl Streamed {
                     }
                 });
                 self.has_merged = true;
-                None
+                return consume(&window, stats, bytes);
             }
+            Some(Err(error)) => Some(error),
             // The CPU says which result is not finite.
-            Ok(None) => Some(None),
-            Err(error) => Some(Some(error)),
+            Some(Ok(None)) | None => None,
         };
-        let mut stats = stats;
         if let Some(error) = failure {
-            if let Some(error) = error {
-                self.fail(turn, &error);
-            }
-            (stats, bytes) = to.on_cpu(&window, bytes)?;
+            self.fail(open, &error);
         }
-        self.let_go();
+        (stats, bytes) = to.on_cpu(&window, &[], bytes, &Quiet(to.obs))?;
         consume(&window, stats, bytes)
     }
 }
 
-impl MergesWindows for Streamed {
+impl MergesWindows for Streamed<'_> {
     fn waits_at_the_end(&self) -> bool {
         true
+    }
+
+    fn meanwhile(&self) -> Option<Arc<dyn Fn() + Send + Sync>> {
+        let state = self.state.clone();
+        Some(Arc::new(move || {
+            if let Ok(mut state) = state.try_lock()
+                && matches!(&*state, State::Idle(open) if open.lease.is_wanted_back())
+            {
+                *state = State::Over;
+            }
+        }))
     }
 
     fn write_each(
@@ -280,22 +308,39 @@ impl MergesWindows for Streamed {
         spare: &mut dyn FnMut() -> Vec<u8>,
         consume: &mut Consume<'_>,
     ) -> Result<(), MergeError> {
+        let mut open = self.take_up();
+        self.is_whole &= open.is_some();
         point.stream(|stream| {
             let to = To { point, stream, obs };
             let (mut before, mut turn) = (None, 0);
             stream.windows(which, |window, next| {
-                let begun = self.begin(turn, &to, window, next, spare())?;
-                turn = 1 - turn;
-                match before.replace(begun) {
-                    Some(begun) => self.end(&to, begun, consume),
-                    None => Ok(()),
+                if open.as_ref().is_some_and(|open| open.lease.is_wanted_back()) {
+                    if let Some(begun) = before.take() {
+                        self.end(&mut open, &to, begun, consume)?;
+                    }
+                    open = None;
+                    self.is_whole = false;
                 }
+                let begun = self.begin(&mut open, turn, &to, [window, next], spare());
+                turn = 1 - turn;
+                // The one before comes first, also if this one failed.
+                if let Some(begun) = before.take() {
+                    self.end(&mut open, &to, begun, consume)?;
+                }
+                before = Some(begun?);
+                Ok(())
             })?;
             match before {
-                Some(begun) => self.end(&to, begun, consume),
+                Some(begun) => self.end(&mut open, &to, begun, consume),
                 None => Ok(()),
             }
-        })
+        })?;
+        *self.state() = open.map_or(State::Over, State::Idle);
+        Ok(())
+    }
+
+    fn done(&mut self) {
+        *self.state() = State::Over;
     }
 }
 
@@ -307,13 +352,18 @@ struct To<'a> {
 }
 
 impl To<'_> {
-    /// A window, or one again, on the CPU. Its progress has been told.
-    fn on_cpu(&self, window: &[Chunk], bytes: Vec<u8>) -> Result<(Vec<ChunkStats>, Vec<u8>), MergeError> {
+    /// A window on the CPU.
+    fn on_cpu(
+        &self,
+        window: &[Chunk],
+        next: &[Chunk],
+        bytes: Vec<u8>,
+        obs: &dyn Observer,
+    ) -> Result<(Vec<ChunkStats>, Vec<u8>), MergeError> {
         let merge = |work: &Work<'_>, scratch: &mut Scratch, chunk: Chunk, out: &mut [u8]| {
             self.point.merge(work, scratch, chunk, out)
         };
-        self.stream
-            .write_window(window, &[], bytes, &Quiet(self.obs), &merge)
+        self.stream.write_window(window, next, bytes, obs, &merge)
     }
 
     /// The window's chunks with their bytes of the output.
@@ -535,7 +585,7 @@ impl Placement {
         for chunk in window {
             let start = end;
             let mut on_gpu = match runs_there(family, chunk.tensor) {
-                true => Some(OnGpu::of(family, work, *chunk, &mut end)),
+                true => Some(OnGpu::of(point, work, *chunk, &mut end)),
                 false => None,
             };
             if let Some(on_gpu) = &mut on_gpu {
@@ -567,10 +617,16 @@ impl Placement {
 }
 
 impl OnGpu {
-    fn of(family: &Family<'_>, work: &Work<'_>, chunk: Chunk, end: &mut usize) -> Self {
+    fn of(point: &Point<'_, '_>, work: &Work<'_>, chunk: Chunk, end: &mut usize) -> Self {
+        let family = point.family;
         let tensor = &family.tensors()[chunk.tensor];
         let members = tensor.members.len();
-        let is_changed = |member| work.is_changed(chunk.tensor, member);
+        // What is not read is not made either.
+        let needs = point.needs(chunk.tensor);
+        let is_changed = |member: Option<usize>| {
+            let is_read = member.map_or(needs.base, |k| needs.members[k]);
+            is_read && work.is_changed(chunk.tensor, member)
+        };
         let mut place = |member: Option<usize>| {
             let dtype = match is_changed(member) {
                 true => Dtype::F32,

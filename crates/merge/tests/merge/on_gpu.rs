@@ -2,12 +2,13 @@
 
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
 
 use candle_core::Device;
 use cauldron_checkpoint::Dtype;
 use cauldron_gpu::Gpu;
 use cauldron_merge::{
-    Family, Lease, Manifest, MergeError, MergeOptions, Parents, Resident, Streamed, merge_to_folder,
+    Family, Lease, Lender, Manifest, MergeError, MergeOptions, Parents, Resident, Streamed, merge_to_folder,
     merge_to_folder_on_gpu,
 };
 use serde_json::{Value, json};
@@ -38,6 +39,7 @@ fn models_of(dtypes: [Dtype; 4], more: [(&'static str, Vec<usize>); 1]) -> Model
                 let own = noise((10 * k + i) as u32 + 100, len);
                 // Some are as the base has them.
                 let moved = |(at, (base, own)): (usize, (&f32, &f32))| match k == 0 || at % 5 == k {
+                    _ if at % 11 == 0 => 0.0,
                     true => *base,
                     false => base + 0.1 * own,
                 };
@@ -65,6 +67,8 @@ fn recipes() -> Vec<Value> {
         json!({"method": "average", "models": two, "mixup": mix}),
         json!({"method": "average", "models": three, "mixup": shares}),
         json!({"method": "average", "models": [{"model": "a", "weight": 1.0}, {"model": "b", "weight": 0.0}, {"model": "c", "weight": 2.5}]}),
+        // The sum is divided by a negative number.
+        json!({"method": "average", "models": [{"model": "a", "weight": 0.5}, {"model": "b", "weight": -1.5}]}),
         json!({"method": "average", "base": "base", "models": two, "sparsify": dare}),
         json!({"method": "task_arithmetic", "base": "base", "models": two, "scaling": 0.7}),
         json!({"method": "task_arithmetic", "base": "base", "models": weighted, "normalize": true}),
@@ -141,7 +145,7 @@ fn both(
     gpu: Gpu,
 ) -> [Result<Manifest, MergeError>; 2] {
     let recipe = checked(recipe.clone()).unwrap_or_else(|e| panic!("{recipe}: {e}"));
-    let merge = |streamed: Option<&mut Streamed>| {
+    let merge = |streamed: Option<&mut Streamed<'_>>| {
         let parents = Parents::open(&recipe, models).unwrap();
         let out = tempfile::tempdir().unwrap();
         let counter = Counter::default();
@@ -158,8 +162,16 @@ fn both(
         }
         merged
     };
-    let mut streamed = Streamed::new(&gpu, Box::new(())).unwrap();
-    [merge(None), merge(Some(&mut streamed))]
+    let lender = Lends {
+        gpu,
+        asked: None,
+        given_back: Arc::default(),
+        failures: Mutex::default(),
+    };
+    let mut streamed = Streamed::new(&lender);
+    let both = [merge(None), merge(Some(&mut streamed))];
+    assert!(lender.failures.lock().unwrap().len() <= 1);
+    both
 }
 
 fn assert_same(models: &Models, recipe: &Value, options: &MergeOptions, gpu: Gpu) {
@@ -218,52 +230,86 @@ fn a_gpu_that_breaks_in_a_merge_leaves_the_rest_to_the_cpu() {
     }
 }
 
-/// Wanted back when it has been asked so often.
-#[derive(Debug)]
-struct For(AtomicUsize);
-
-impl Lease for For {
-    fn is_wanted_back(&self) -> bool {
-        self.0
-            .fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1))
-            .is_err()
-    }
-}
-
-impl Drop for For {
-    fn drop(&mut self) {
-        GIVEN_BACK.fetch_add(1, Relaxed);
-    }
-}
-
-static GIVEN_BACK: AtomicUsize = AtomicUsize::new(0);
-
 #[test]
 fn a_gpu_that_is_wanted_back_is_given_back_in_the_middle_of_a_merge() {
     let models = models([Dtype::BF16; 4]);
-    let recipe = json!({"method": "task_arithmetic", "base": "base", "models": ["a", "b"]});
-    let recipe = checked(recipe).unwrap();
-    let parents = Parents::open(&recipe, &models).unwrap();
-    let merge = |gpu: Option<&mut Streamed>| {
-        let (out, quiet) = (tempfile::tempdir().unwrap(), Counter::default());
-        let [options, _] = windows();
-        match gpu {
-            Some(gpu) => merge_to_folder_on_gpu(gpu, &recipe, &parents, out.path(), &options, &quiet),
-            None => merge_to_folder(&recipe, &parents, out.path(), &options, &quiet),
+    for recipe in [
+        json!({"method": "task_arithmetic", "base": "base", "models": ["a", "b"]}),
+        // Prepared group by group.
+        json!({"method": "slerp", "models": ["a", "b"], "t": 0.3}),
+        json!({"method": "ties", "base": "base", "models": ["a", "b"], "retain": 0.5}),
+    ] {
+        let recipe = checked(recipe).unwrap();
+        let parents = Parents::open(&recipe, &models).unwrap();
+        let merge = |gpu: Option<&mut Streamed<'_>>| {
+            let (out, quiet) = (tempfile::tempdir().unwrap(), Counter::default());
+            let [options, _] = windows();
+            match gpu {
+                Some(gpu) => merge_to_folder_on_gpu(gpu, &recipe, &parents, out.path(), &options, &quiet),
+                None => merge_to_folder(&recipe, &parents, out.path(), &options, &quiet),
+            }
+            .unwrap()
+        };
+        let expected = merge(None);
+        for asked in [0, 1, 2, 3, 1000] {
+            let lender = Lends {
+                gpu: gpu(),
+                asked: Some(asked),
+                given_back: Arc::default(),
+                failures: Mutex::default(),
+            };
+            let mut streamed = Streamed::new(&lender);
+            assert_eq!(merge(Some(&mut streamed)), expected);
+            assert_eq!(lender.given_back.load(Relaxed), 1, "before the merge is dropped");
+            assert!(lender.failures.lock().unwrap().is_empty());
+            assert_eq!(streamed.has_merged(), asked == 1000);
         }
-        .unwrap()
-    };
-    let expected = merge(None);
-    for windows in 0..3 {
-        let lease = Box::new(For(AtomicUsize::new(windows)));
-        let mut streamed = Streamed::new(&gpu(), lease).unwrap();
-        assert_eq!(merge(Some(&mut streamed)), expected);
-        assert_eq!(
-            GIVEN_BACK.load(Relaxed),
-            windows + 1,
-            "before the merge is dropped"
-        );
-        assert_eq!(streamed.failure(), None);
+    }
+}
+
+/// Lends a GPU, and wants it back when it has been asked so often.
+#[derive(Debug)]
+struct Lends {
+    gpu: Gpu,
+    asked: Option<usize>,
+    given_back: Arc<AtomicUsize>,
+    failures: Mutex<Vec<String>>,
+}
+
+#[derive(Debug)]
+struct Lent {
+    asked: Option<AtomicUsize>,
+    given_back: Arc<AtomicUsize>,
+}
+
+impl Lender for Lends {
+    fn lend(&self) -> Option<(Gpu, Box<dyn Lease>)> {
+        let lent = Lent {
+            asked: self.asked.map(AtomicUsize::new),
+            given_back: self.given_back.clone(),
+        };
+        Some((self.gpu.clone(), Box::new(lent)))
+    }
+
+    fn failed(&self, detail: &str) {
+        assert_eq!(self.given_back.load(Relaxed), 1, "nothing is left there");
+        self.failures.lock().unwrap().push(detail.to_owned());
+    }
+}
+
+impl Lease for Lent {
+    fn is_wanted_back(&self) -> bool {
+        let take = |left: &AtomicUsize| {
+            left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1))
+                .is_err()
+        };
+        self.asked.as_ref().is_some_and(take)
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.given_back.fetch_add(1, Relaxed);
     }
 }
 
@@ -292,6 +338,9 @@ fn adapters_and_rows_that_moved_pass_through_a_gpu() {
             "sparsify": {"kind": "dare", "drop_rate": 0.3, "seed": 3}}),
         json!({"method": "ties", "base": "base+own", "models": ["a", "b"], "vocab": "base", "retain": 0.5}),
         json!({"method": "average", "models": ["a+own", "b+own"], "vocab": "pad_mean", "mixup": {"lambda": 0.25}}),
+        // A parent that adds nothing is not read, nor is its adapter.
+        json!({"method": "average", "models": [{"model": "a"}, {"model": "b+own", "weight": 0.0}], "vocab": "pad_mean"}),
+        json!({"method": "average", "models": ["a+own", "b+own"], "vocab": "pad_mean", "mixup": {"lambda": 1.0}}),
     ] {
         for options in windows() {
             let gpu = gpu();
