@@ -87,6 +87,23 @@ def to_f32(bits):
     return (bits.astype(numpy.uint32) << 16).view(numpy.float32)
 
 
+def config_of(shapes):
+    return shapes | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+
+
 def write_checkpoint(folder, name, shapes):
     tensors = tensors_of(shapes)
     header, size = header_of(tensors)
@@ -123,21 +140,7 @@ def write_checkpoint(folder, name, shapes):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(fill, jobs))
         os.fsync(out.fileno())
-    config = shapes | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (draft / "config.json").write_text(json.dumps(config_of(shapes), indent=2) + "\n")
     if base is not None:
         base.close()
     # An interrupted run leaves nothing half-made under the final name.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """transformers on a GPU beside this project's engine, on the same random checkpoint.
 
-    gpu_speed.py SPEED_BINARY MODEL_FOLDER
+    gpu_speed.py SPEED_BINARY MODEL_FOLDER [CASE...]
 
 Prints a table and, as its last line, JSON: tokens a second of scoring and of generation, bfloat16 on both sides. Ours is
 `speed` of crates/lm/examples: the engine without HTTP.
@@ -16,8 +16,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-SCORE = (64, 512)
-DECODE = [("decode", 1, 128), ("decode", 32, 128), ("decode", 256, 64), ("sample", 256, 64)]
+CASES = ["score:64x512", "decode:1x128", "decode:32x128", "decode:256x64", "sample:256x64"]
 PAST = 16
 
 
@@ -35,21 +34,20 @@ def timed(work):
 
 
 @torch.inference_mode()
-def theirs(folder):
+def theirs(folder, cases):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
     vocab = model.config.vocab_size
-    count, length = SCORE
-    ids = torch.tensor(prompts(count, length, vocab)).cuda()
+    rates = {}
+    for case in cases:
+        kind, shape = case.split(":")
+        count, tokens = map(int, shape.split("x"))
+        start = torch.tensor(prompts(count, tokens if kind == "score" else PAST, vocab)).cuda()
 
-    def score():
-        for i in range(0, count, 16):
-            some = ids[i:i + 16]
-            logits = model(some).logits[:, :-1].float().log_softmax(-1)
-            logits.gather(-1, some[:, 1:, None]).sum().item()
+        def score(ids=start):
+            for some in ids.split(16):
+                logits = model(some).logits[:, :-1].float().log_softmax(-1)
+                logits.gather(-1, some[:, 1:, None]).sum().item()
 
-    rates = {f"score:{count}x{length}": count * length / timed(score)}
-    for kind, count, tokens in DECODE:
-        start = torch.tensor(prompts(count, PAST, vocab)).cuda()
 
         # Of all tokens, as ours.
         how = {"do_sample": True, "temperature": 1.0, "top_k": 0} if kind == "sample" else {"do_sample": False}
@@ -58,7 +56,7 @@ def theirs(folder):
             model.generate(start, attention_mask=torch.ones_like(start), min_new_tokens=tokens, max_new_tokens=tokens,
                            pad_token_id=0, **how)
 
-        rates[f"{kind}:{count}x{tokens}"] = count * tokens / timed(generate)
+        rates[case] = count * tokens / timed(score if kind == "score" else generate)
     del model
     torch.cuda.empty_cache()
     return rates
@@ -75,9 +73,9 @@ def ours(binary, folder, cases):
 
 
 def main():
-    binary, folder = sys.argv[1:3]
-    peer = theirs(folder)
-    own = ours(binary, folder, list(peer))
+    binary, folder, cases = sys.argv[1], sys.argv[2], sys.argv[3:] or CASES
+    peer = theirs(folder, cases)
+    own = ours(binary, folder, cases)
     print(f"{'case':20} {'ours':>12} {'transformers':>14} {'ratio':>7}   tokens a second, bfloat16, {folder}")
     for case, rate in peer.items():
         print(f"{case:20} {own[case]:12.0f} {rate:14.0f} {own[case] / rate:7.2f}")

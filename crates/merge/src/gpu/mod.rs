@@ -5,7 +5,7 @@
 mod resident;
 mod streamed;
 
-use cauldron_checkpoint::Dtype;
+use cauldron_checkpoint::{Dtype, narrow, widen};
 use cauldron_gpu::{
     Bytes, Change, Edge as GpuEdge, Mean, Member, Number, Operation, Pass, Survivors as Gone,
 };
@@ -18,6 +18,7 @@ use crate::layout::{Input, OutTensor};
 use crate::point::{Point, divisor};
 use crate::recipe::Method;
 use crate::sparsify::{Drop, Edge, Survivors};
+use crate::stream::TILE;
 
 fn failed(error: candle_core::Error) -> MergeError {
     MergeError::Gpu {
@@ -56,6 +57,25 @@ fn check(method: &Method) -> Result<(), MergeError> {
         }
     }
     Ok(())
+}
+
+/// Copies elements as they lie, or widened where there is more room. False if any is not finite.
+fn copy((dtype, bytes): (Dtype, &[u8]), there: Dtype, to: &mut [u8]) -> bool {
+    let mut finite = true;
+    // As values, to see whether they are finite.
+    let mut values = [0f32; TILE];
+    let tiles = bytes
+        .chunks(TILE * size(dtype))
+        .zip(to.chunks_mut(TILE * size(there)));
+    for (from, to) in tiles {
+        let values = &mut values[..from.len() / size(dtype)];
+        finite &= widen(dtype, from, values);
+        match dtype == there {
+            true => to.copy_from_slice(from),
+            false => finite &= narrow(there, values, to),
+        }
+    }
+    finite
 }
 
 /// A bit an element, the first lowest in the first word.

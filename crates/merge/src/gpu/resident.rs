@@ -8,16 +8,17 @@
 use candle_core::{DType, Tensor};
 use cauldron_checkpoint::{Dtype, narrow};
 use cauldron_gpu::{Bytes, Gpu, Number, Pass, Plan};
+use rayon::prelude::*;
 
 use super::{
-    BitRun, Inputs, check, failed, is_formed, member_type, number, pass, reads_base, size, threshold_of,
-    type_of,
+    BitRun, Inputs, check, copy, failed, is_formed, member_type, number, pass, reads_base, size,
+    threshold_of, type_of,
 };
 use crate::family::Family;
 use crate::layout::{OutTensor, Role};
 use crate::point::Point;
 use crate::sparsify::Drop;
-use crate::stream::{Needs, Stream};
+use crate::stream::{Chunk, Needs, Scratch, Stream, Work};
 use crate::{MergeError, Observer};
 
 /// The parents of a family on a GPU.
@@ -116,7 +117,11 @@ impl<'f, 'a> Resident<'f, 'a> {
             .map(|member| member_type(family, index, tensor, member))
             .chain(reads_base.then(|| type_of(family, tensor, None)))
             .collect();
-        let mut inputs: Vec<Vec<u8>> = vec![Vec::new(); types.len()];
+        let elements = tensor.plan.numel();
+        let mut inputs: Vec<Vec<u8>> = types
+            .iter()
+            .map(|dtype| vec![0; elements * size(*dtype)])
+            .collect();
         let masks = match formed {
             true => &[],
             false => family.prepared[index].masks.as_slice(),
@@ -139,42 +144,37 @@ impl<'f, 'a> Resident<'f, 'a> {
             observes: false,
             needs: &|_| needs.clone(),
         };
-        stream.for_each(
-            &[index],
-            obs,
-            |work, scratch, chunk| {
-                let mut parts: Vec<Vec<u8>> = vec![Vec::new(); types.len()];
-                let mut bits: Vec<BitRun> = masks.iter().map(|_| BitRun::default()).collect();
-                work.tiles(scratch, chunk, |tile| {
-                    if formed {
-                        family.form(index, tile);
-                    }
-                    let members = if formed { &tile.deltas } else { &tile.thetas };
-                    let values = members.iter().chain([&tile.theta0]);
-                    for ((part, values), dtype) in parts.iter_mut().zip(values).zip(&types) {
-                        let at = part.len();
-                        part.resize(at + tile.len * size(*dtype), 0);
-                        // Theirs came from this type, and deltas are f32.
-                        narrow(*dtype, &values[..tile.len], &mut part[at..]);
-                    }
-                    for (bits, mask) in bits.iter_mut().zip(masks) {
-                        if let Some(known) = mask.of(tile) {
-                            bits.extend(known, tile.len);
-                        }
-                    }
-                    Ok(())
-                })?;
-                Ok((parts, bits))
-            },
-            |_, (parts, bits)| {
-                for (input, part) in inputs.iter_mut().zip(parts) {
-                    input.extend(part);
+        let mut rest: Vec<&mut [u8]> = inputs.iter_mut().map(Vec::as_mut_slice).collect();
+        stream.windows(&[index], |window, next| {
+            let factors = stream.factors(window)?;
+            let work = stream.work(&factors);
+            let mut jobs = Vec::with_capacity(window.len());
+            for chunk in window {
+                let parts = rest.iter_mut().zip(&types).map(|(rest, dtype)| {
+                    let (part, later) = std::mem::take(rest).split_at_mut(chunk.len * size(*dtype));
+                    *rest = later;
+                    part
+                });
+                jobs.push((*chunk, parts.collect::<Vec<_>>()));
+            }
+            let run = |(chunk, parts): (Chunk, Vec<&mut [u8]>)| {
+                if obs.cancelled() {
+                    return Err(MergeError::Cancelled);
                 }
+                stream.scratches.with(Scratch::default, |scratch| {
+                    work.load(scratch, chunk)?;
+                    fill(family, &work, scratch, chunk, parts, &types, formed)
+                })
+            };
+            let read = || jobs.into_par_iter().map(run).collect::<Result<Vec<_>, _>>();
+            let ((), bits) = rayon::join(|| stream.prefetch(next), read);
+            for bits in bits? {
                 for (all, bits) in remembered.iter_mut().zip(bits) {
                     all.extend(&bits.words, bits.len);
                 }
-            },
-        )?;
+            }
+            Ok(())
+        })?;
         let mut uploaded = Vec::new();
         for (bytes, dtype) in inputs.iter().zip(&types) {
             uploaded.push((self.upload(bytes)?, number(*dtype)?));
@@ -300,4 +300,65 @@ impl<'f, 'a> Resident<'f, 'a> {
     pub fn tensor(&self, written: &Written, index: usize) -> Result<Vec<u8>, MergeError> {
         self.gpu.download(&written.tensors[index]).map_err(failed)
     }
+}
+
+/// One loaded chunk of a tensor's members, and of the base, which comes last, into their parts; what is remembered of drops comes
+/// back.
+fn fill(
+    family: &Family<'_>,
+    work: &Work<'_>,
+    scratch: &mut Scratch,
+    chunk: Chunk,
+    mut parts: Vec<&mut [u8]>,
+    types: &[Dtype],
+    formed: bool,
+) -> Result<Vec<BitRun>, MergeError> {
+    let prepared = &family.prepared[chunk.tensor];
+    let members = family.tensors()[chunk.tensor].members.len();
+    let masks = if formed { &[] } else { prepared.masks.as_slice() };
+    let mut bits: Vec<BitRun> = masks.iter().map(|_| BitRun::default()).collect();
+    let place = |member: Option<usize>| member.unwrap_or(members);
+    let mut is_finite = true;
+    work.each_input(scratch, chunk, |member, read| {
+        let at = place(member);
+        if member.is_none() || !formed {
+            is_finite &= copy(read, types[at], &mut *parts[at]);
+        }
+    });
+    // What is made tile by tile.
+    let is_made =
+        |member: Option<usize>| (formed && member.is_some()) || work.is_changed(chunk.tensor, member);
+    let made: Vec<Option<usize>> = (0..members)
+        .map(Some)
+        .chain((types.len() > members).then_some(None))
+        .filter(|member| is_made(*member))
+        .collect();
+    if is_finite && made.is_empty() && masks.is_empty() {
+        return Ok(bits);
+    }
+    // Says what is not finite.
+    work.tiles(scratch, chunk, |tile| {
+        if formed {
+            family.form(chunk.tensor, tile);
+        }
+        for member in &made {
+            let values = match member {
+                None => &tile.theta0,
+                Some(k) if formed => &tile.deltas[*k],
+                Some(k) => &tile.thetas[*k],
+            };
+            let at = place(*member);
+            let item = size(types[at]);
+            let from = (tile.start - chunk.start) * item;
+            let to = &mut parts[at][from..from + tile.len * item];
+            narrow(types[at], &values[..tile.len], to);
+        }
+        for (bits, mask) in bits.iter_mut().zip(masks) {
+            if let Some(known) = mask.of(tile) {
+                bits.extend(known, tile.len);
+            }
+        }
+        Ok(())
+    })?;
+    Ok(bits)
 }

@@ -5,18 +5,18 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cauldron_checkpoint::{Chunks, Dtype, narrow, widen};
+use cauldron_checkpoint::{Chunks, Dtype, narrow};
 use cauldron_gpu::{ALIGNMENT, Bytes, Draw, Gpu, Lane, Pass};
 use rayon::prelude::*;
 
-use super::{BitRun, Inputs, check, is_formed, number, pass, reads_base, size, threshold_of, type_of};
+use super::{BitRun, Inputs, check, copy, is_formed, number, pass, reads_base, size, threshold_of, type_of};
 use crate::family::Family;
 use crate::layout::{OutTensor, Role};
 use crate::output::{Consume, MergesWindows};
 use crate::point::{ChunkStats, Point};
 use crate::recipe::Recipe;
 use crate::sparsify::Drop;
-use crate::stream::{Chunk, Scratch, Stream, TILE, Work};
+use crate::stream::{Chunk, Scratch, Stream, Work};
 use crate::{MergeError, Observer, Parents};
 
 /// A merge through a GPU that is lent for as long as there is something to compute.
@@ -557,23 +557,11 @@ const UNSEEN_TOGETHER: usize = 64;
 /// Copies what a chunk's inputs have as it lies. False if something of it is not finite.
 fn copy_inputs(work: &Work<'_>, scratch: &Scratch, placed: &Placed, on_gpu: &OnGpu, span: &mut [u8]) -> bool {
     let mut finite = true;
-    let mut values = [0f32; TILE];
-    work.each_input(scratch, placed.chunk, |member, (dtype, bytes)| {
+    work.each_input(scratch, placed.chunk, |member, read| {
         let place = member.unwrap_or(on_gpu.inputs.len() - 1);
         let (range, there) = &on_gpu.inputs[place];
         let to = &mut span[range.start - placed.span.start..range.end - placed.span.start];
-        // As values, to see whether they are finite.
-        let tiles = bytes
-            .chunks(TILE * size(dtype))
-            .zip(to.chunks_mut(TILE * size(*there)));
-        for (from, to) in tiles {
-            let values = &mut values[..from.len() / size(dtype)];
-            finite &= widen(dtype, from, values);
-            match dtype == *there {
-                true => to.copy_from_slice(from),
-                false => finite &= narrow(*there, values, to),
-            }
-        }
+        finite &= copy(read, *there, to);
     });
     finite
 }
