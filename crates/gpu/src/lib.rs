@@ -1,7 +1,7 @@
 //! The GPU's side: CUDA kernels (`kernels/*.cu`), and calls of them that check what they are given. It knows tensors on a
 //! device, but neither recipes nor models: crates/merge and crates/lm say what to compute.
 //!
-//! All work of one `Gpu` runs on one stream, in the order of the calls; what a call returns may still be computed. A [`Lane`] has
+//! All work of one `Gpu` runs on one stream, in the order of the calls; what a call returns may still be computed. A lane has
 //! a stream of its own.
 
 #![cfg(any(feature = "cuda", feature = "emulated"))]

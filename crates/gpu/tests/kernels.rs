@@ -9,6 +9,8 @@ use cauldron_gpu::{
     Bytes, Chance, Change, Draw, Edge, Gpu, Mean, Member, Number, Operation, Pass, Survivors,
 };
 
+/// A delta that many elements have.
+const SIZE: f32 = 0.03125;
 /// More than a tile, and no whole number of runs.
 const ELEMENTS: usize = 8192 + 1003;
 
@@ -41,14 +43,17 @@ impl Numbers {
             // Such as weights have.
             _ => 115 + self.next() as u32 % 12,
         };
-        // Few bits, so that parents have elements in common, and deltas of the same size.
-        f32::from_bits(sign | exponent << 23 | mantissa & 0x7c_0000)
+        // Often of few bits, so that parents have elements in common, and deltas of the same size.
+        let bits = if self.next().is_multiple_of(2) { 0x7c_0000 } else { 0x7f_ffff };
+        f32::from_bits(sign | exponent << 23 | mantissa & bits)
     }
 
     fn values(&mut self, like: &[f32]) -> Vec<f32> {
         (0..ELEMENTS)
-            .map(|i| match (self.next() % 4, like.get(i)) {
+            .map(|i| match (self.next() % 5, like.get(i)) {
                 (0, Some(like)) => *like,
+                // Where edges are.
+                (1, Some(like)) => like + [SIZE, -SIZE][self.next() as usize % 2],
                 _ => self.value(),
             })
             .collect()
@@ -300,7 +305,7 @@ fn every_kernel_does_the_arithmetic_written_out() {
         Operation::Ties(Mean::Mean),
         Operation::Ties(Mean::Mixup),
     ];
-    let size = 0.03125f32.to_bits();
+    let size = SIZE.to_bits();
     // Edges within a run, between two, before and after all of them.
     let edges = [
         (size, 4003),
@@ -345,6 +350,12 @@ fn every_kernel_does_the_arithmetic_written_out() {
             },
             Rule { between, ..PLAIN },
             Rule {
+                number: Number::F32,
+                masked: true,
+                survivors: Survivors::Divide(0.3),
+                ..PLAIN
+            },
+            Rule {
                 between,
                 survivors: Survivors::Multiply(0.7),
                 ..PLAIN
@@ -354,7 +365,7 @@ fn every_kernel_does_the_arithmetic_written_out() {
     let types = [Number::Bf16, Number::F16, Number::F32];
     for operation in operations {
         for count in [1, 2, 3, 4] {
-            for sparsifier in 0..9 {
+            for sparsifier in 0..10 {
                 let rules = (0..count)
                     .map(|k| Rule {
                         trim: Some(edges[(k + sparsifier) % 6]),

@@ -48,7 +48,7 @@ enum State {
     /// Nothing was computed yet.
     Before,
     /// Nothing is on its way.
-    Idle(Open),
+    Idle(Box<Open>),
     InUse,
     /// The rest is computed on the CPU.
     Over,
@@ -166,7 +166,7 @@ impl<'l> Streamed<'l> {
     fn take_up(&mut self) -> Option<Open> {
         let state = std::mem::replace(&mut *self.state(), State::InUse);
         match state {
-            State::Idle(open) => Some(open),
+            State::Idle(open) => Some(*open),
             State::Before => {
                 let (gpu, lease) = self.lender.lend()?;
                 let lanes = gpu.lane().and_then(|one| Ok([one, gpu.lane()?]));
@@ -335,7 +335,7 @@ impl MergesWindows for Streamed<'_> {
                 None => Ok(()),
             }
         })?;
-        *self.state() = open.map_or(State::Over, State::Idle);
+        *self.state() = open.map_or(State::Over, |open| State::Idle(Box::new(open)));
         Ok(())
     }
 
