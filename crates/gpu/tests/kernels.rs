@@ -44,7 +44,11 @@ impl Numbers {
             _ => 115 + self.next() as u32 % 12,
         };
         // Often of few bits, so that parents have elements in common, and deltas of the same size.
-        let bits = if self.next().is_multiple_of(2) { 0x7c_0000 } else { 0x7f_ffff };
+        let bits = if self.next().is_multiple_of(2) {
+            0x7c_0000
+        } else {
+            0x7f_ffff
+        };
         f32::from_bits(sign | exponent << 23 | mantissa & bits)
     }
 
