@@ -305,7 +305,7 @@ impl Gpu {
         };
         let size = match heads.size {
             ..=64 => 64,
-            ..=128 => 128,
+            65..=128 => 128,
             _ => 256,
         };
         let name = format!("attend_{size}_{}", suffix(dtype)?);
