@@ -87,7 +87,7 @@ mod cuda {
             if matches!(device, Device::Cpu) {
                 return None;
             }
-            let Some(room) = station.parents.room_on_gpu(self.bytes) else {
+            let Some(room) = station.parents.room_for_merge(self.bytes) else {
                 info!(device = %station.choice(), "a merge finds no ample room on the GPU: it is made on the CPU");
                 return None;
             };

@@ -113,14 +113,33 @@ impl ParentWeights {
     /// Room on the GPU for one family's parents, if it is ample.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(super) fn room_on_gpu(&self, bytes: u64) -> Option<GpuRoom> {
+        self.room_for(bytes, false)
+    }
+
+    /// As [`Self::room_on_gpu`], for a merge to disk that passes through.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub(super) fn room_for_merge(&self, bytes: u64) -> Option<GpuRoom> {
+        self.room_for(bytes, true)
+    }
+
+    fn room_for(&self, bytes: u64, is_of_merge: bool) -> Option<GpuRoom> {
         let room = Arc::new(Room {
             reservation: self.memory.reserve_for_parents(bytes, Ample::ON_GPU)?,
             is_wanted_back: AtomicBool::new(false),
+            is_of_merge,
         });
         let mut known = self.known();
         known.rooms.retain(|room| room.strong_count() > 0);
         known.rooms.push(Arc::downgrade(&room));
         Some(GpuRoom(room))
+    }
+
+    /// Whether families hold anything; what merges are lent is little.
+    pub(super) fn holds_parents(&self) -> bool {
+        let known = self.known();
+        let mut rooms = known.rooms.iter().filter_map(Weak::upgrade);
+        let mut holders = known.holders.iter().filter_map(Weak::upgrade);
+        rooms.any(|room| !room.is_of_merge) || holders.any(|owner| owner.held().is_some())
     }
 
     /// Gives the memory back, once the passes that run have ended; false if nothing was held. Families go on with their files.
@@ -162,6 +181,7 @@ pub(super) struct GpuRoom(Arc<Room>);
 struct Room {
     reservation: Reservation,
     is_wanted_back: AtomicBool,
+    is_of_merge: bool,
 }
 
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
@@ -231,7 +251,11 @@ mod tests {
         let nowhere = ParentWeights::new(memory.clone(), false);
         nowhere.hold(None, two.clone(), &|| true).expect("no error");
         assert!(two.held().is_none());
+        let lent = nowhere.room_for_merge(bytes).expect("a little");
+        assert!(!nowhere.holds_parents() && nowhere.let_go() && lent.is_wanted_back());
+        drop(lent);
         let room = nowhere.room_on_gpu(4 * bytes).expect("half");
+        assert!(nowhere.holds_parents());
         assert!(nowhere.room_on_gpu(2 * bytes).is_none() && !room.is_wanted_back());
         assert_eq!(memory.used_bytes(), 4 * bytes);
         let need = Need {

@@ -37,7 +37,9 @@ impl Serving {
     /// that was not asked for longest. False if there is neither.
     pub(super) fn relieve(&self, station: &Arc<Station>) -> bool {
         let used = station.memory.used_bytes();
-        if station.parents.let_go() {
+        // What merges are lent comes back too, but is hardly enough.
+        let is_much = station.parents.holds_parents();
+        if station.parents.let_go() && is_much {
             station.wait_below(used);
             return true;
         }

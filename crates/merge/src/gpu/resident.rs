@@ -89,10 +89,12 @@ impl<'f, 'a> Resident<'f, 'a> {
             let types = members.map(|member| member_type(family, index, tensor, member));
             let base = reads_base(family, tensor).then(|| type_of(family, tensor, None));
             let values: u64 = types.chain(base).map(|dtype| elements * size(dtype) as u64).sum();
-            let is_drawn = |drop: &&Drop| matches!(drop, Drop::Dare { .. } | Drop::Della { .. });
-            let drawn = match is_formed(family, index) {
-                true => 0,
-                false => family.prepared[index].drops.iter().filter(is_drawn).count(),
+            let prepared = &family.prepared[index];
+            let is_drawn = |drop: &&Drop| matches!(drop, Drop::Dare { .. });
+            let drawn = match (is_formed(family, index), prepared.masks.len()) {
+                (true, _) => 0,
+                (false, 0) => prepared.drops.iter().filter(is_drawn).count(),
+                (false, noted) => noted,
             };
             values + drawn as u64 * elements.div_ceil(32) * 4
         };

@@ -173,6 +173,7 @@ impl<'l> Streamed<'l> {
                 match lanes {
                     Ok(lanes) => Some(Open { lanes, lease }),
                     Err(error) => {
+                        drop(gpu);
                         drop(lease);
                         self.lender.failed(&error.to_string());
                         None
