@@ -110,22 +110,7 @@ impl Observer for Progress {
 
 /// Where merges are computed; the bytes are the same everywhere.
 pub trait Merges: std::fmt::Debug + Send + Sync {
-    /// As [`merge_to_folder`].
-    fn to_folder(
-        &self,
-        recipe: &Recipe,
-        parents: &Parents,
-        out: &Path,
-        options: &MergeOptions,
-        obs: &dyn Observer,
-    ) -> Result<Manifest, MergeError>;
-}
-
-/// On all cores.
-#[derive(Debug)]
-pub struct OnCpu;
-
-impl Merges for OnCpu {
+    /// As [`merge_to_folder`], which does it on all cores.
     fn to_folder(
         &self,
         recipe: &Recipe,
@@ -137,6 +122,11 @@ impl Merges for OnCpu {
         merge_to_folder(recipe, parents, out, options, obs)
     }
 }
+
+#[derive(Debug)]
+pub struct OnCpu;
+
+impl Merges for OnCpu {}
 
 /// What running a job needs.
 #[derive(Debug, Clone)]

@@ -1,74 +1,60 @@
 //! GPUs that models are served on, lent to merges to disk: under the same memory budget, and given back where a model needs it.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use cauldron_merge::{Manifest, MergeError, MergeOptions, Observer, Parents, Recipe, merge_to_folder};
-
 use super::Serving;
-use crate::jobs::Merges;
 
 /// Merges on the GPU with the most room, of those that are open; on the CPU where there is none.
 #[derive(Debug)]
 pub struct OnServingGpus(pub Arc<Serving>);
 
-impl Merges for OnServingGpus {
-    fn to_folder(
-        &self,
-        recipe: &Recipe,
-        parents: &Parents,
-        out: &Path,
-        options: &MergeOptions,
-        obs: &dyn Observer,
-    ) -> Result<Manifest, MergeError> {
-        #[cfg(feature = "cuda")]
-        if let Some(merged) = cuda::merge(&self.0, recipe, parents, out, options, obs) {
-            return merged;
-        }
-        merge_to_folder(recipe, parents, out, options, obs)
-    }
-}
+#[cfg(not(feature = "cuda"))]
+impl crate::jobs::Merges for OnServingGpus {}
 
 #[cfg(feature = "cuda")]
 mod cuda {
+    use std::path::Path;
     use std::sync::OnceLock;
 
     use candle_core::Device;
     use cauldron_gpu::Gpu;
     use cauldron_lm::LmError;
-    use cauldron_merge::{Lease, Lender, Streamed, merge_to_folder_on_gpu};
+    use cauldron_merge::{
+        Lease, Lender, Manifest, MergeError, MergeOptions, Observer, Parents, Recipe, Streamed,
+        merge_to_folder_on_gpu,
+    };
     use tracing::{info, warn};
 
     use super::super::engine::Command;
     use super::super::parents::GpuRoom;
     use super::super::station::Station;
     use super::*;
+    use crate::jobs::Merges;
     use crate::telemetry;
 
-    /// None if no kernel computes the recipe.
-    pub fn merge(
-        serving: &Serving,
-        recipe: &Recipe,
-        parents: &Parents,
-        out: &Path,
-        options: &MergeOptions,
-        obs: &dyn Observer,
-    ) -> Option<Result<Manifest, MergeError>> {
-        if !Streamed::computes(recipe) {
-            return None;
+    impl Merges for OnServingGpus {
+        fn to_folder(
+            &self,
+            recipe: &Recipe,
+            parents: &Parents,
+            out: &Path,
+            options: &MergeOptions,
+            obs: &dyn Observer,
+        ) -> Result<Manifest, MergeError> {
+            let from = FromStation {
+                serving: &self.0,
+                bytes: Streamed::bytes_needed(recipe, parents, options.window_elements),
+                lent: OnceLock::new(),
+            };
+            let mut streamed = Streamed::new(&from);
+            let merged = merge_to_folder_on_gpu(&mut streamed, recipe, parents, out, options, obs);
+            if let (true, true, Some((station, _))) = (merged.is_ok(), streamed.has_merged(), from.lent.get())
+            {
+                let device = station.choice().to_string();
+                metrics::counter!(telemetry::GPU_MERGES, "device" => device).increment(1);
+            }
+            merged
         }
-        let from = FromStation {
-            serving,
-            bytes: Streamed::bytes_needed(recipe, parents, options.window_elements),
-            lent: OnceLock::new(),
-        };
-        let mut streamed = Streamed::new(&from);
-        let merged = merge_to_folder_on_gpu(&mut streamed, recipe, parents, out, options, obs);
-        if let (true, true, Some((station, _))) = (merged.is_ok(), streamed.has_merged(), from.lent.get()) {
-            let device = station.choice().to_string();
-            metrics::counter!(telemetry::GPU_MERGES, "device" => device).increment(1);
-        }
-        Some(merged)
     }
 
     /// Lends the GPU with the most room.

@@ -165,15 +165,10 @@ impl Lane {
         Ok(is_finite.then(|| &self.outs.host.as_slice()[..back]))
     }
 
-    /// Whether nothing is on its way.
-    pub fn is_idle(&self) -> bool {
-        self.started.is_none()
-    }
-
     fn idle(&self) -> Result<()> {
-        match self.is_idle() {
-            true => Ok(()),
-            false => bail!("the lane is in use"),
+        match self.started {
+            None => Ok(()),
+            Some(_) => bail!("the lane is in use"),
         }
     }
 }

@@ -90,6 +90,16 @@ const PLAIN: Rule = Rule {
     share: 0.35,
 };
 
+/// Nothing is done to a delta that is kept.
+fn keeping(kept: Option<&Bytes>) -> Change<'_> {
+    Change {
+        kept,
+        between: None,
+        survivors: Survivors::Keep,
+        trim: Edge::LOWEST,
+    }
+}
+
 fn encoded(values: &[f32], number: Number) -> Vec<u8> {
     let of = |value: &f32| match number {
         Number::Bf16 => half::bf16::from_f32(*value).to_le_bytes().to_vec(),
@@ -426,12 +436,7 @@ fn a_result_that_is_not_finite_is_told() {
                     values: &values,
                     number,
                     formed: false,
-                    change: Change {
-                        kept: None,
-                        between: None,
-                        survivors: Survivors::Keep,
-                        trim: Edge::LOWEST,
-                    },
+                    change: keeping(None),
                     before: 1.0,
                     factor: 1.0,
                     share: 1.0,
@@ -489,12 +494,7 @@ fn bits_that_are_drawn_from_any_element_on_are_those_of_the_whole() {
                 values: &ones,
                 number: Number::F32,
                 formed: false,
-                change: Change {
-                    kept: Some(&bits),
-                    between: None,
-                    survivors: Survivors::Keep,
-                    trim: Edge::LOWEST,
-                },
+                change: keeping(Some(&bits)),
                 before: 1.0,
                 factor: 1.0,
                 share: 1.0,

@@ -2,6 +2,7 @@
 //! are the same: of families whose parents stay in the GPU's memory ([`Resident`]), and of merges that stream through it to a
 //! folder ([`Streamed`]).
 
+mod placement;
 mod resident;
 mod streamed;
 
